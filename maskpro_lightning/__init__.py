@@ -1,0 +1,20 @@
+"""Learn strict N:M sparsity masks with one Lightning callback (MaskPro, arXiv 2506.12876)."""
+
+from maskpro_lightning.callback import MaskProCallback
+from maskpro_lightning.export import export_sparse, load_masks, save_masks
+from maskpro_lightning.optimizer import MaskPro
+from maskpro_lightning.pattern import NMPattern
+from maskpro_lightning.targets import find_targets, parameter_groups
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MaskPro",
+    "MaskProCallback",
+    "NMPattern",
+    "export_sparse",
+    "find_targets",
+    "load_masks",
+    "parameter_groups",
+    "save_masks",
+]

@@ -1,0 +1,146 @@
+"""The initial mask's loss on a batch: measured without a trace, then remembered."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+
+class BaselineCache:
+    """Baselines by the content of their batch, so that shuffling does no harm.
+
+    Args:
+        size: Number of batches to remember; the one not seen for longest goes first.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.hits = 0
+        self.lookups = 0
+        self._losses: OrderedDict[str, Tensor] = OrderedDict()
+
+    def get(self, key: str | None) -> Tensor | None:
+        """The baseline of a batch, or None if it has to be measured."""
+        self.lookups += 1
+        if key is None or key not in self._losses:
+            return None
+        self.hits += 1
+        self._losses.move_to_end(key)
+        return self._losses[key]
+
+    def put(self, key: str | None, loss: Tensor) -> None:
+        if key is None:
+            return
+        self._losses[key] = loss.detach()
+        while len(self._losses) > self.size:
+            self._losses.popitem(last=False)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of lookups that were answered, in [0, 1]."""
+        return self.hits / max(1, self.lookups)
+
+    def state_dict(self) -> dict[str, float]:
+        """The baselines as plain numbers. Under DDP a collective call: every rank's, united."""
+        losses = {key: float(loss) for key, loss in self._losses.items()}
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            everyone: list[dict[str, float]] = [{}] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everyone, losses)
+            losses = {key: loss for one in everyone for key, loss in one.items()}
+        return losses
+
+    def load_state_dict(self, losses: Mapping[str, float]) -> None:
+        self._losses = OrderedDict((key, torch.tensor(loss)) for key, loss in losses.items())
+
+
+def fingerprint(batch: Any) -> str | None:
+    """A hash of a batch's content, or None if it holds something that cannot be hashed.
+
+    Goes into mappings, sequences and objects with attributes.
+    """
+    content = blake2b(digest_size=16)
+    return content.hexdigest() if _feed(content, batch) else None
+
+
+def _feed(content: blake2b, item: Any) -> bool:
+    if isinstance(item, Tensor):
+        if item.layout != torch.strided:
+            return False
+        content.update(f"{item.dtype}{tuple(item.shape)}".encode())
+        content.update(item.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return True
+    if item is None or isinstance(item, str | bytes | int | float | complex):
+        content.update(repr(item).encode() + b"\0")
+        return True
+    if isinstance(item, Mapping):
+        item = [entry for pair in item.items() for entry in pair]
+    elif not isinstance(item, Sequence):
+        if not getattr(item, "__dict__", None):
+            return False
+        item = [entry for pair in vars(item).items() for entry in pair]
+    content.update(f"{type(item).__name__}{len(item)}".encode())
+    return all(_feed(content, entry) for entry in item)
+
+
+@contextmanager
+def traceless(trainer: Any, module: nn.Module) -> Iterator[None]:
+    """Let a training step run without a trace.
+
+    What it logs goes nowhere; buffers (such as BatchNorm's), metrics and the random number
+    generators are put back afterwards, so that the next call sees the same random numbers.
+    What a step changes in plain Python attributes is out of reach.
+    """
+    metrics = [(m, _metric_state(m)) for m in module.modules() if isinstance(m, Metric)]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger()] if loggers else []
+    silenced = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
+    for name in silenced:
+        module.__dict__[name] = lambda *args, **kwargs: None
+    try:
+        with isolate_rng():
+            yield
+    finally:
+        for name, original in silenced.items():
+            if original is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = original
+        trainer.loggers = loggers
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for metric, state in metrics:
+            vars(metric).update(state)
+
+
+def _metric_state(metric: Metric) -> dict[str, Any]:
+    states = {
+        name: value.clone() if isinstance(value, Tensor) else list(value)
+        for name, value in ((name, getattr(metric, name)) for name in metric._defaults)
+    }
+    cached = ("_update_count", "_computed", "_forward_cache")
+    return states | {name: getattr(metric, name) for name in cached}
+
+
+@contextmanager
+def notices_random_numbers() -> Iterator[list[bool]]:
+    """Tell whether PyTorch's generators were used; the list yielded holds the answer at the end."""
+    used: list[bool] = []
+    before = _generator_states()
+    yield used
+    after = _generator_states()
+    used.append(any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+
+
+def _generator_states() -> list[Tensor]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]

@@ -1,0 +1,414 @@
+"""MaskPro in a Lightning training: when things happen, nothing about how they are done."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from os import PathLike
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from maskpro_lightning import calibration
+from maskpro_lightning.baseline import (
+    BaselineCache,
+    fingerprint,
+    notices_random_numbers,
+    traceless,
+)
+from maskpro_lightning.export import load_masks
+from maskpro_lightning.journal import Journal
+from maskpro_lightning.metrics import mask_metrics
+from maskpro_lightning.optimizer import MaskPro
+from maskpro_lightning.pattern import NMPattern
+from maskpro_lightning.targets import Target, describe, find_targets, parameter_groups
+from maskpro_lightning.tracking import OnError, Tracking
+
+_log = logging.getLogger(__name__)
+
+Init = str | PathLike[str] | Mapping[str, Tensor]
+_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+
+
+class MaskProCallback(pl.Callback):
+    """Learn N:M masks during ``Trainer.fit``, leaving the weights as they are.
+
+    For the length of the fit the callback takes the place of the module's optimizer: each training
+    step evaluates a drawn mask instead of computing gradients, and :class:`MaskPro` moves the
+    logits. Validation and checkpoints see the most likely mask. Afterwards the module holds that
+    mask, exactly N of every M, its kept weights bit for bit the original ones; if the fit fails it
+    holds the dense weights again.
+
+    Args:
+        pattern: Weights kept of every M along the input dimension, such as "2:4".
+        include: Globs of layers to mask instead of the default choice, see :func:`find_targets`.
+        exclude: Globs of layers to leave out.
+        init: Initial masks: "magnitude", "wanda", "sparsegpt", "random", "nonzeros" (the model is
+            sparse already), the path of a mask file, or masks by parameter name.
+        calibration_batches: Training batches that "wanda" and "sparsegpt" look at.
+        lr: Step size of the logits, see :class:`MaskPro`.
+        lr_scheduler: Makes a learning rate scheduler, stepped every training step, from the
+            optimizer; as in ``LightningCLI``.
+        logit_scale: Initial logit of a kept weight, see :class:`MaskPro`.
+        momentum: Decay of the tracker of residuals.
+        normalize: Scale residuals by their running spread; False is the published rule.
+        seed: Seed of all draws.
+        baseline_cache: Batches whose baseline is remembered; 0 measures it at every step.
+        log_distributions: Hand the logits to the loggers that keep files at every checkpoint
+            (4 bytes per weight).
+        on_logger_error: "warn" goes on without a logger that fails, "raise" ends the fit.
+
+    Attributes:
+        optimizer: The :class:`MaskPro` of the last fit, with logits and dense weights; None
+            before the first.
+    """
+
+    def __init__(
+        self,
+        pattern: str | NMPattern = "2:4",
+        *,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        init: Init = "magnitude",
+        calibration_batches: int = 16,
+        lr: float = 0.03,
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        logit_scale: float = 4.0,
+        momentum: float = 0.99,
+        normalize: bool = True,
+        seed: int = 0,
+        baseline_cache: int = 2**16,
+        log_distributions: bool = True,
+        on_logger_error: OnError = "warn",
+    ) -> None:
+        self.pattern = NMPattern.parse(pattern)
+        self.include = include
+        self.exclude = exclude
+        self.init = init
+        self.calibration_batches = calibration_batches
+        self.lr_scheduler = lr_scheduler
+        self.rule = {
+            "lr": lr,
+            "logit_scale": logit_scale,
+            "momentum": momentum,
+            "normalize": normalize,
+            "seed": seed,
+        }
+        self.log_distributions = log_distributions
+        self.on_logger_error = on_logger_error
+        self.optimizer: MaskPro | None = None
+        self._baselines = BaselineCache(baseline_cache)
+        self._journal = Journal()
+        self._fitting = False
+        self._window: list[tuple[Tensor, Tensor]] = []
+        self._targets: list[Target] = []
+        self._patches: list[tuple[Any, str, Any]] = []
+        self._tracking: Tracking | None = None
+        MaskPro([nn.Parameter(torch.zeros(self.pattern.m))], self.pattern, **self.rule)  # checks
+
+    # Entering and leaving the fit
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._refuse_unsupported(trainer, pl_module)
+        self._unpatch()
+        if self._tracking is not None:
+            self._tracking.release()
+        self._tracking = Tracking(trainer, self.on_logger_error)
+        self.optimizer = None
+        self._window.clear()
+        self._trainer, self._module = trainer, pl_module
+        self._patch(pl_module, "configure_optimizers", self._configure_optimizers)
+        self._patch(pl_module, "optimizer_step", self._optimizer_step)
+        self._training_step_inside = trainer.strategy.training_step
+        self._patch(trainer.strategy, "training_step", self._training_step)
+        self._state_dict_inside = trainer.strategy.lightning_module_state_dict
+        self._patch(trainer.strategy, "lightning_module_state_dict", self._state_dict)
+        self._patch(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward", True)
+        self._fitting = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._journal.open(self._tracking_.folder(), trainer.is_global_zero)
+        self._tracking_.parameters(self._parameters(pl_module))
+        if self._optimizer.begun:
+            self._tracking_.resume()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._optimizer.write("mode")
+        self._journal.close(self._optimizer, self._tracking_)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._leave()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if self._fitting and self.optimizer is not None:
+            self.optimizer.write("dense")
+        # A checkpoint on exception is written after this, and holds the mode's mask as always.
+        self._leave(keep="lightning_module_state_dict")
+
+    # Training under drawn masks
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._optimizer.begun:
+            return
+        # Only now have all hooks run in which a module may load its weights.
+        masks = self._initial_masks(trainer, pl_module)
+        self._optimizer.begin(masks)
+
+    @torch.no_grad()
+    def _training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the strategy's training step: baseline, then the drawn mask."""
+        baseline = self._baseline(*args, **kwargs)
+        self._optimizer.write("drawn")
+        output = self._training_step_inside(*args, **kwargs)
+        loss = _loss_of(output)
+        if loss is not None and baseline is not None:
+            self._window.append((loss.detach().float(), baseline))
+        return output
+
+    def _baseline(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The initial mask's loss on a batch, remembered or measured."""
+        strategy = self._trainer.strategy
+        key = fingerprint(batch) if self._baselines.size else None
+        known = self._baselines.get(key)
+        # Ranks measure together, since a forward pass may communicate.
+        if strategy.reduce_boolean_decision(known is not None, all=True):
+            assert known is not None
+            return known.to(strategy.root_device)
+        with (
+            self._optimizer.applied("initial"),
+            traceless(self._trainer, self._module),
+            notices_random_numbers() as random,
+        ):
+            loss = _loss_of(self._training_step_inside(batch, *args, **kwargs))
+        if loss is None:
+            return None
+        loss = loss.detach().float()
+        if not random[0]:  # with dropout, both losses need the same random numbers
+            self._baselines.put(key, loss)
+        return loss
+
+    def _optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any]
+    ) -> None:
+        """Stands in for the module's optimizer_step: no clipping, no scaler, no gradients."""
+        optimizer_closure()
+        if not self._window:
+            return
+        losses = torch.stack([torch.stack(pair) for pair in self._window]).mean(0)
+        self._window.clear()
+        loss, baseline = self._trainer.strategy.reduce(losses, reduce_op="mean")
+        self._optimizer.step(lambda: loss, baseline)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if not self._optimizer.last:
+            return
+        values = self._optimizer.last | {"delta": self._optimizer.tracker["delta"]}
+        self.log_dict({f"maskpro/{name}": value for name, value in values.items()})
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            found = mask_metrics(self._optimizer)[""]
+            found["baseline_hit_rate"] = self._baselines.hit_rate
+            self.log_dict({f"maskpro/{name}": value for name, value in found.items()})
+            self._journal.step(trainer.global_step, values | found)
+
+    # Validation and checkpoints under the most likely mask
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._fitting:
+            self._optimizer.write("mode")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._fitting:
+            return
+        if self._optimizer.begun:
+            layers = mask_metrics(self._optimizer)
+            layers.pop("")
+            self._journal.layers(layers)
+            self._tracking_.metrics(
+                {
+                    f"maskpro/{name}/{layer}": value
+                    for layer, found in layers.items()
+                    for name, value in found.items()
+                }
+            )
+        self._optimizer.write("drawn")
+
+    def _state_dict(self) -> dict[str, Any]:
+        """Stands in for the strategy's state dict: the most likely mask's weights."""
+        if self.optimizer is None or not self.optimizer.begun:
+            return self._state_dict_inside()
+        with self.optimizer.applied("mode"):
+            masked = {target.parameter.data_ptr() for target in self._targets}
+            state = self._state_dict_inside()
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.data_ptr() in masked:
+                    state[name] = value.clone()
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"baselines": self._baselines.state_dict(), "journal": self._journal.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._baselines.load_state_dict(state_dict["baselines"])
+        self._journal.load_state_dict(state_dict["journal"])
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._fitting and self.log_distributions and self._optimizer.begun:
+            self._journal.distributions(self._optimizer, self._tracking_, trainer.global_step)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.state_key not in checkpoint.get("callbacks", {}):
+            # Written by a training without this callback: its weights are what we start from.
+            checkpoint["optimizer_states"] = []
+            checkpoint["lr_schedulers"] = []
+
+    # What the fit needs once
+
+    @property
+    def _optimizer(self) -> MaskPro:
+        assert self.optimizer is not None
+        return self.optimizer
+
+    @property
+    def _tracking_(self) -> Tracking:
+        assert self._tracking is not None
+        return self._tracking
+
+    def _configure_optimizers(self) -> Any:
+        module = self._module
+        self._targets = find_targets(module, self.pattern, self.include, self.exclude)
+        self.optimizer = MaskPro(parameter_groups(self._targets), self.pattern, **self.rule)
+        _log.info(describe(module, self._targets, self.pattern))
+        if self.lr_scheduler is None:
+            return self.optimizer
+        scheduler = {"scheduler": self.lr_scheduler(self.optimizer), "interval": "step"}
+        return {"optimizer": self.optimizer, "lr_scheduler": scheduler}
+
+    def _initial_masks(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> Mapping[str, Tensor]:
+        if isinstance(self.init, Mapping):
+            return self.init
+        method = str(self.init)
+        if method.endswith((".safetensors", ".npz")):
+            return load_masks(method, self.pattern)
+
+        def forward() -> None:
+            with traceless(trainer, pl_module):
+                for number, batch in enumerate(self._calibration_data(trainer, pl_module)):
+                    self._training_step_inside(batch, number)
+
+        return calibration.initial_masks(
+            method,  # type: ignore[arg-type]
+            self._targets,
+            self.pattern,
+            seed=self.rule["seed"],
+            forward=forward,
+            reduce=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"),
+        )
+
+    def _calibration_data(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> Iterable[Any]:
+        """The first training batches, as the training loop would hand them to the step."""
+        # A loader with persistent workers has one iterator, and the training loop is using it.
+        loader = copy.copy(trainer.train_dataloader)
+        if hasattr(loader, "_iterator"):
+            loader._iterator = None
+        batches = tqdm(
+            islice(loader, self.calibration_batches),
+            desc=f"Calibrating {self.init}",
+            total=self.calibration_batches,
+            leave=False,
+            disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
+        )
+        for batch in batches:
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    def _parameters(self, pl_module: nn.Module) -> dict[str, Any]:
+        masked = sum(target.parameter.numel() for target in self._targets)
+        total = sum(parameter.numel() for parameter in pl_module.parameters())
+        return {
+            "pattern": str(self.pattern),
+            "init": self.init if isinstance(self.init, str) else type(self.init).__name__,
+            **self.rule,
+            "layers": len(self._targets),
+            "masked_weights": masked,
+            "masked_share": round(masked / total, 4),
+        }
+
+    def _refuse_unsupported(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        module, strategy = type(pl_module).__name__, type(trainer.strategy).__name__
+        if sum(isinstance(callback, MaskProCallback) for callback in trainer.callbacks) > 1:
+            raise ValueError("The Trainer has more than one MaskProCallback: keep one of them.")
+        if strategy not in _STRATEGIES:
+            raise ValueError(
+                f"MaskProCallback is tested with {', '.join(_STRATEGIES)}, not with {strategy}: "
+                f'choose Trainer(strategy="ddp") or devices=1.'
+            )
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{module} optimizes manually (automatic_optimization=False), which hides its loss "
+                f"from MaskProCallback: let training_step return the loss and set "
+                f"automatic_optimization=True for this fit."
+            )
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            raise ValueError(
+                f"{module}.training_step takes a dataloader_iter, which cannot be read twice, but "
+                f"MaskProCallback evaluates each batch under two masks: take a batch instead."
+            )
+
+    def _patch(self, owner: Any, name: str, value: Any) -> None:
+        self._patches.append((owner, name, vars(owner).get(name)))
+        vars(owner)[name] = value
+
+    def _unpatch(self, keep: str = "") -> None:
+        kept = [patch for patch in self._patches if patch[1] == keep]
+        for owner, name, before in reversed(self._patches):
+            if name == keep:
+                continue
+            if before is None:
+                vars(owner).pop(name, None)
+            else:
+                vars(owner)[name] = before
+        self._patches = kept
+
+    def _leave(self, keep: str = "") -> None:
+        self._unpatch(keep)
+        self._fitting = False
+        self._window.clear()
+        for name in ("_trainer", "_module", "_training_step_inside"):
+            vars(self).pop(name, None)
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    """The loss in what a training step returned, the same way as Lightning finds it."""
+    if isinstance(output, Mapping):
+        output = output["loss"]
+    return output

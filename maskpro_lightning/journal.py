@@ -1,0 +1,84 @@
+"""What a fit leaves behind: history, masks, distributions and figures, as files and artifacts."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from maskpro_lightning.export import save_distributions, save_masks
+from maskpro_lightning.optimizer import MaskPro
+from maskpro_lightning.pattern import NMPattern
+from maskpro_lightning.tracking import Tracking
+
+_log = logging.getLogger(__name__)
+# Longer histories keep every other row, so that a run of any length fits in memory.
+_MOST_ROWS = 4096
+
+
+class Journal:
+    """Keeps the rows that were logged, and writes a run's files into one folder.
+
+    The history is part of the callback's state, so a resumed run's figures show all of it.
+    """
+
+    def __init__(self) -> None:
+        self._folder = Path("maskpro")
+        self._writes = False
+        self._rows: list[dict[str, float]] = []
+        self._layers: dict[str, dict[str, float]] = {}
+
+    def open(self, folder: Path, writes: bool) -> None:
+        """Start writing into a folder; only on the rank that ``writes``."""
+        self._folder, self._writes = folder, writes
+
+    def step(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add a row to the history."""
+        self._rows.append({"step": step, **{name: float(v) for name, v in values.items()}})
+        if len(self._rows) > _MOST_ROWS:
+            self._rows = self._rows[::2]
+
+    def layers(self, layers: Mapping[str, Mapping[str, float]]) -> None:
+        """Remember the latest statistics of each layer."""
+        self._layers = {name: dict(values) for name, values in layers.items()}
+
+    def distributions(self, optimizer: MaskPro, tracking: Tracking, step: int) -> None:
+        """Write the logits and hand them to the loggers, in a folder of the step."""
+        if self._writes:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / "distributions.safetensors"
+            save_distributions(optimizer, path)
+            tracking.file(path, f"step={step}")
+
+    def close(self, optimizer: MaskPro, tracking: Tracking) -> None:
+        """Write the final masks, the history and the figures."""
+        if not self._writes or not optimizer.begun:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        pattern = NMPattern.parse(optimizer.param_groups[0]["pattern"])
+        save_masks(optimizer.masks("mode"), pattern, self._folder / "masks.safetensors")
+        tracking.file(self._folder / "masks.safetensors")
+        if not self._rows:
+            return
+        with (self._folder / "history.csv").open("w", newline="") as file:
+            names = list(dict.fromkeys(name for row in self._rows for name in row))
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self._rows)
+        tracking.file(self._folder / "history.csv")
+        try:
+            from maskpro_lightning import plots
+        except ModuleNotFoundError:
+            _log.info("No figures without matplotlib: pip install 'maskpro-lightning[plots]'.")
+            return
+        for name, figure in plots.figures(self._rows, self._layers).items():
+            tracking.figure(self._folder / f"{name}.png", figure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self._rows, "layers": self._layers}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._rows = list(state_dict["rows"])
+        self._layers = dict(state_dict["layers"])

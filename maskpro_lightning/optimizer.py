@@ -1,0 +1,422 @@
+r"""MaskPro (arXiv 2506.12876) as a PyTorch optimizer: it moves masks where others move weights.
+
+The parameters are the model's weights. The state of each is its ``dense`` copy, which never
+changes, and its ``logits``; the parameter itself always holds ``dense * mask``, written in place,
+so the forward pass is left alone. One step, for the loss f, the drawn mask m and the initial one:
+
+.. math::
+    r &= f(m, \xi) - f(m_0, \xi) \\
+    \pi &\leftarrow \pi - \eta \, (r - \delta) / \sigma \; \nabla_\pi \log P(m) \\
+    \delta &\leftarrow \alpha \delta + (1 - \alpha) r
+
+with sigma the running spread of r - delta (1 in the published rule).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from maskpro_lightning import distribution, initializers, philox
+from maskpro_lightning.pattern import NMPattern
+
+Version = Literal["dense", "initial", "drawn", "mode"]
+
+# One byte per weight holds three masks, a bit each.
+_INITIAL, _DRAWN, _PREVIOUS = 1, 2, 4
+# Groups handled at once, so that everything computed on the way stays in the processor's cache.
+_BLOCK = 2**14
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Some groups of one weight: logits and masks, each (G, M).
+
+    ``previous_GM`` is the mask drawn before ``drawn_GM``; all False before the second draw.
+    """
+
+    name: str
+    pattern: NMPattern
+    logits_GM: Tensor
+    initial_GM: Tensor
+    drawn_GM: Tensor
+    previous_GM: Tensor
+
+
+class MaskPro(Optimizer):
+    """Learn N:M masks of frozen weights from the loss alone.
+
+    ``loss = optimizer.step(closure)`` evaluates the loss, without gradients, under the initial
+    mask and under the drawn one, moves the logits and draws the next mask. Nothing is touched
+    before the first step or :meth:`begin`; after it the parameters hold the drawn mask.
+
+    Memory per weight, in bytes, for weights of b bytes: b (weight) + b (dense) + 4 (logits) + 1.
+
+    Args:
+        params: Weights, best as ``(name, weight)`` pairs: a mask's randomness depends on the seed
+            and the weight's name. Parameter groups may set their own ``lr``, ``pattern`` and
+            ``input_dim`` (the dimension groups lie along; the last by default).
+        pattern: Weights kept of every M, such as "2:4".
+        lr: Step size of the logits, in units of logits.
+        logit_scale: Initial logit of a kept weight, in units of logits; the others start at 0.
+            The larger, the less is explored: the initial mask of a 2:4 group is drawn with
+            probability 0.98 at 5 and 0.9999 at 10.
+        momentum: Decay of the tracker of residuals, alpha in [0, 1).
+        normalize: Divide the advantage by its running spread, so that one ``lr`` fits models and
+            losses of any size. False is the published rule (for Llama-2 7B: lr 50, logit_scale
+            10), whose lr has to be found for each model.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: an argument out of range, an unknown pattern, or a weight that M does not
+            divide.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        pattern: str | NMPattern = "2:4",
+        *,
+        lr: float = 0.03,
+        logit_scale: float = 4.0,
+        momentum: float = 0.99,
+        normalize: bool = True,
+        seed: int = 0,
+    ) -> None:
+        for name, value, holds, rule in (
+            ("lr", lr, lr > 0, "lr > 0"),
+            ("logit_scale", logit_scale, logit_scale > 0, "logit_scale > 0"),
+            ("momentum", momentum, 0 <= momentum < 1, "0 <= momentum < 1"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} is {value}, but {rule} must hold.")
+        defaults = {
+            "pattern": str(NMPattern.parse(pattern)),
+            "input_dim": -1,
+            "lr": lr,
+            "logit_scale": logit_scale,
+            "momentum": momentum,
+            "normalize": normalize,
+            "seed": seed,
+            "step": 0,
+        }
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            # The tracker of residuals; every group holds the same, since there is one loss.
+            group.update({name: torch.zeros(()) for name in ("delta", "variance", "count")})
+            pattern = NMPattern.parse(group["pattern"])
+            for name, parameter in _named(group):
+                if parameter.shape[group["input_dim"]] % pattern.m:
+                    raise ValueError(
+                        f"{name!r} has {parameter.shape[group['input_dim']]} input features, not "
+                        f"a multiple of {pattern.m} (pattern {pattern})."
+                    )
+        self._holds: Version = "dense"
+        #: Loss, baseline, residual and advantage of the last step, scalars.
+        self.last: dict[str, Tensor] = {}
+
+    @property
+    def begun(self) -> bool:
+        """Whether the parameters are masked and the dense weights kept in the state."""
+        return bool(self.state)
+
+    @torch.no_grad()
+    def begin(self, masks: Mapping[str, Tensor] | None = None) -> None:
+        """Keep the dense weights, start the logits from the initial masks and draw the first.
+
+        Args:
+            masks: Initial masks by parameter name, bool, shaped like the weights, exactly N of
+                every M; without them the largest weights are kept.
+
+        Raises:
+            RuntimeError: begun already.
+            ValueError: a mask is missing, has another shape, or breaks the pattern.
+        """
+        if self.begun:
+            raise RuntimeError("The masks have begun already: make a new MaskPro to start over.")
+        known = {name for _, name, _ in self._parameters()}
+        unknown = sorted(set(masks or ()) - known)
+        if unknown:
+            raise ValueError(f"There are masks of unknown weights: {unknown[:3]}.")
+        initial = {}
+        for group, name, parameter in self._parameters():
+            pattern, input_dim = NMPattern.parse(group["pattern"]), group["input_dim"]
+            if masks is None:
+                mask = initializers.magnitude(parameter, pattern, input_dim)
+            else:
+                mask = _mask_of(name, parameter, masks)
+            pattern.check(mask, input_dim, f"the mask of {name!r}")
+            initial[name] = mask
+        for group, name, parameter in self._parameters():
+            mask = initial[name].to(parameter.device)
+            self.state[parameter] = {
+                "dense": parameter.detach().clone(),
+                "logits": mask.float() * group["logit_scale"],
+                "masks": mask.to(torch.uint8) * _INITIAL,
+            }
+        self._draw(advantage=None)
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Tensor] | None = None,
+        baseline: Tensor | None = None,
+    ) -> Tensor | None:
+        """Evaluate the drawn mask, move the logits, draw the next mask.
+
+        Args:
+            closure: Computes the loss, a scalar, on one batch; called without gradients. Without
+                a closure nothing is learned: the state is made if it is not there yet.
+            baseline: The initial mask's loss on the same batch. Left out, it is measured by
+                calling the closure under the initial mask, with the same random numbers.
+
+        Returns:
+            The loss under the mask that was drawn.
+        """
+        if not self.begun:
+            self.begin()
+        if closure is None:
+            return None
+        if baseline is None:
+            with self.applied("initial"), torch.random.fork_rng(self._cuda_devices()):
+                baseline = closure()
+        self.write("drawn")
+        loss = closure()
+        residual = loss.detach().float() - baseline.detach().float()
+        advantage = self._advantage(residual)
+        self.last = {
+            "loss": loss.detach(),
+            "baseline": baseline.detach(),
+            "residual": residual,
+            "advantage": advantage,
+        }
+        self._draw(advantage)
+        return loss
+
+    @torch.no_grad()
+    def write(self, version: Version) -> None:
+        """Write a version of the weights into the parameters.
+
+        Args:
+            version: "dense", all weights; "initial", those of the initial mask; "drawn", those of
+                the mask that the next step evaluates; "mode", those of the most likely mask,
+                which is the one to deploy.
+        """
+        if version not in get_args(Version):
+            raise ValueError(f"version is one of {get_args(Version)}, got {version!r}.")
+        if not self.begun or version == self._holds:
+            return
+        for group, _, parameter in self._parameters():
+            state = self.state[parameter]
+            for _, weight, dense, logits, masks in _blocks(
+                group, parameter, state["dense"], state["logits"], state["masks"]
+            ):
+                weight.copy_(_masked(dense, _kept(version, group, logits, masks)))
+        self._holds = version
+
+    @contextmanager
+    def applied(self, version: Version) -> Iterator[None]:
+        """Write a version into the parameters for the duration of a ``with`` block."""
+        before = self._holds
+        self.write(version)
+        try:
+            yield
+        finally:
+            self.write(before)
+
+    @torch.no_grad()
+    def masks(self, version: Version = "mode") -> dict[str, Tensor]:
+        """Masks by parameter name, bool, shaped like the weights.
+
+        Raises:
+            RuntimeError: not begun.
+        """
+        if not self.begun:
+            raise RuntimeError("There are no masks before the first step or begin().")
+        found = {}
+        for group, name, parameter in self._parameters():
+            state = self.state[parameter]
+            found[name] = torch.empty_like(parameter, dtype=torch.bool)
+            for _, kept, logits, masks in _blocks(
+                group, found[name], state["logits"], state["masks"]
+            ):
+                kept.copy_(_kept(version, group, logits, masks))
+        return found
+
+    def logits(self) -> dict[str, Tensor]:
+        """The logits by parameter name, float32, shaped like the weights; not copies."""
+        return {name: self.state[parameter]["logits"] for _, name, parameter in self._parameters()}
+
+    @torch.no_grad()
+    def groups(self) -> Iterator[Groups]:
+        """Go through all groups in blocks, for statistics."""
+        for group, name, parameter in self._parameters():
+            state = self.state[parameter]
+            for _, logits, masks in _blocks(group, state["logits"], state["masks"]):
+                masks_GM = _columns(masks)
+                yield Groups(
+                    name,
+                    NMPattern.parse(group["pattern"]),
+                    _columns(logits),
+                    *((masks_GM & bit).bool() for bit in (_INITIAL, _DRAWN, _PREVIOUS)),
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state; the parameters then hold the drawn mask of that state.
+
+        Raises:
+            ValueError: the state belongs to other weights or another pattern.
+        """
+        self._check_state(state_dict)
+        super().load_state_dict(state_dict)
+        # The base class casts what it loads to the parameter's dtype; logits and masks have theirs.
+        order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for key, (_, _, parameter) in zip(order, self._parameters(), strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                self.state[parameter][name] = value.detach().to(parameter.device).clone()
+        self._holds = "dense"
+        self.write("drawn")
+
+    @property
+    def tracker(self) -> dict[str, Tensor]:
+        """The tracker of residuals: ``delta``, ``variance`` and ``count``, scalars."""
+        return {name: self.param_groups[0][name] for name in ("delta", "variance", "count")}
+
+    def _parameters(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        for group in self.param_groups:
+            for name, parameter in _named(group):
+                yield group, name, parameter
+
+    def _cuda_devices(self) -> list[torch.device]:
+        return list({p.device for _, _, p in self._parameters() if p.device.type == "cuda"})
+
+    def _advantage(self, residual: Tensor) -> Tensor:
+        """How much worse than expected the drawn mask was; zero where the loss is not finite.
+
+        The expectation is the tracker *before* this residual enters it, so that it does not depend
+        on the mask that it judges. Normalised, an advantage is at most 1 / sqrt(1 - alpha).
+        """
+        momentum = self.param_groups[0]["momentum"]
+        delta, variance, count = (
+            value.to(residual.device, residual.dtype) for value in self.tracker.values()
+        )
+        finite = residual.isfinite()
+        residual = residual.where(finite, 0)
+        expected = delta
+        if self.param_groups[0]["normalize"]:
+            # Started from zero, a moving average lags behind; Adam's correction undoes that.
+            expected = (delta / (1 - momentum**count)).where(count > 0, residual)
+        deviation = residual - expected
+        new = {
+            "delta": torch.lerp(residual, delta, momentum),
+            "variance": torch.lerp(deviation.square(), variance, momentum),
+            "count": count + 1,
+        }
+        advantage = deviation
+        if self.param_groups[0]["normalize"]:
+            spread = (new["variance"] / (1 - momentum ** new["count"])).sqrt()
+            advantage = (deviation / spread).where(spread > 0, 0)
+        kept = {"delta": delta, "variance": variance, "count": count}
+        for group in self.param_groups:
+            group.update({name: new[name].where(finite, kept[name]) for name in new})
+        return advantage.where(finite, 0)
+
+    def _draw(self, advantage: Tensor | None) -> None:
+        """Move the logits along the score of the drawn masks, then draw the next ones."""
+        for group in self.param_groups:
+            group["step"] += advantage is not None
+        for group, name, parameter in self._parameters():
+            pattern = NMPattern.parse(group["pattern"])
+            key = philox.key_of(group["seed"], name)
+            state = self.state[parameter]
+            step = torch.tensor(group["step"], device=parameter.device)
+            for groups_G, weight, dense, logits, masks in _blocks(
+                group, parameter, state["dense"], state["logits"], state["masks"]
+            ):
+                logits_GM, masks_GM = _columns(logits), _columns(masks)
+                if advantage is not None:
+                    drawn_GM = (masks_GM & _DRAWN).bool()
+                    score_GM = distribution.score(logits_GM, drawn_GM, pattern)
+                    logits_GM -= score_GM * (group["lr"] * advantage)
+                    logits.copy_(logits_GM.view_as(logits))
+                noise_GM = philox.exponential(key, step, groups_G, pattern.m)
+                drawn_GM = distribution.sample(logits_GM, noise_GM, pattern)
+                previous_GM = (masks_GM & _DRAWN) * (_PREVIOUS // _DRAWN)
+                masks_GM = masks_GM & _INITIAL | previous_GM | drawn_GM.to(torch.uint8) * _DRAWN
+                masks.copy_(masks_GM.view_as(masks))
+                weight.copy_(_masked(dense, drawn_GM.view_as(dense)))
+        self._holds = "drawn"
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        saved_groups = state_dict["param_groups"]
+        for key in ("param_names", "pattern", "input_dim"):
+            saved = [group.get(key) for group in saved_groups]
+            own = [group.get(key) for group in self.param_groups]
+            if saved != own:
+                raise ValueError(
+                    f"The saved masks belong to another model or pattern: {key} is {saved} there "
+                    f"and {own} here."
+                )
+
+
+def _named(group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    names = group.get("param_names") or map(str, range(len(group["params"])))
+    return zip(names, group["params"], strict=True)
+
+
+def _mask_of(name: str, parameter: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+    if name not in masks:
+        raise ValueError(f"There is no initial mask for {name!r} among {len(masks)} masks.")
+    if masks[name].shape != parameter.shape:
+        raise ValueError(
+            f"The mask of {name!r} has shape {tuple(masks[name].shape)}, the weight "
+            f"{tuple(parameter.shape)}."
+        )
+    return masks[name]
+
+
+def _blocks(group: dict[str, Any], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Go through tensors of a weight's shape in blocks of whole groups.
+
+    Yields:
+        int64 (G,), the groups' numbers in the weight, and a view (..., M) of each tensor.
+    """
+    pattern = NMPattern.parse(group["pattern"])
+    views = [pattern.group(tensor.detach(), group["input_dim"]) for tensor in tensors]
+    groups_in_row = views[0][0].numel() // pattern.m
+    rows = max(1, _BLOCK // max(1, groups_in_row))
+    for first in range(0, len(views[0]), rows):
+        block = [view[first : first + rows] for view in views]
+        start = first * groups_in_row
+        numbers_G = torch.arange(
+            start, start + block[0].numel() // pattern.m, device=views[0].device
+        )
+        yield numbers_G, *block
+
+
+def _columns(block: Tensor) -> Tensor:
+    """A copy of a block as (G, M), stored column by column so that a column is contiguous."""
+    return block.movedim(-1, 0).reshape(block.shape[-1], -1).contiguous().T
+
+
+def _kept(version: Version, group: dict[str, Any], logits: Tensor, masks: Tensor) -> Tensor:
+    """A block's mask of a version, bool (..., M)."""
+    if version == "dense":
+        return torch.ones_like(masks, dtype=torch.bool)
+    if version == "mode":
+        mode_GM = distribution.mode(_columns(logits), NMPattern.parse(group["pattern"]))
+        return mode_GM.view_as(masks)
+    return (masks & {"initial": _INITIAL, "drawn": _DRAWN}[version]).bool()
+
+
+def _masked(dense: Tensor, kept: Tensor) -> Tensor:
+    # Bits, since a product would leave negative zeros, and NaN where a pruned weight is infinite.
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dense.element_size()]
+    return (dense.view(integer) & -kept.to(integer)).view(dense.dtype)

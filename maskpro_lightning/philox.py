@@ -1,0 +1,73 @@
+"""Random numbers that are a function of a key and a counter, not of a generator's history.
+
+Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written
+with tensor operations, gives the same numbers on every device and for every split of the counters
+over processes. That is why a mask need not be sent, and hardly even stored: it can be redrawn.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+_LOW = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def key_of(*parts: object) -> tuple[int, int]:
+    """A Philox key, two 32-bit words, from anything that prints, such as a seed and a name."""
+    digest = blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def philox(
+    key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four random 32-bit words for each counter.
+
+    Args:
+        key: Two 32-bit words.
+        counter: Four int64 tensors of broadcastable shapes, each value in [0, 2^32).
+
+    Returns:
+        Four int64 tensors of the broadcast shape, each value uniform in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # int64 holds a 64-bit product modulo 2^64, sign and all: masking recovers both halves.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _LOW) ^ c1 ^ k0,
+            product1 & _LOW,
+            ((product0 >> 32) & _LOW) ^ c3 ^ k1,
+            product0 & _LOW,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def exponential(key: tuple[int, int], step: Tensor, groups_G: Tensor, m: int) -> Tensor:
+    """Standard exponential noise for whole groups, a function of its arguments alone.
+
+    Args:
+        key: Two 32-bit words, see :func:`key_of`.
+        step: int64 scalar in [0, 2^64); the draw's number.
+        groups_G: int64 (G,), the groups' numbers.
+        m: Numbers per group.
+
+    Returns:
+        float32 (G, m), each value in (2^-33, 17). The smallest values, which win a draw, keep
+        their full relative precision.
+    """
+    blocks = -(-m // 4)
+    place = torch.arange(blocks, device=groups_G.device)[:, None] + groups_G * blocks
+    counter = (place & _LOW, place >> 32, step & _LOW, step >> 32)
+    # Stacked with the groups last, so that what is computed column by column runs over memory.
+    words_MG = torch.stack(philox(key, counter), dim=1).flatten(0, 1)[:m]
+    uniform_MG = (words_MG.float() + 0.5) * 2**-32
+    return -torch.log1p(-uniform_MG.clamp_(max=1 - 2**-24)).T
