@@ -1,0 +1,141 @@
+"""The command ``maskpro``: LightningCLI with recipes by name, and what comes after a fit."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from rich.console import Console
+
+from maskpro_lightning.callback import MaskProCallback
+from maskpro_lightning.catalog import recipes
+from maskpro_lightning.compare import compare, table, write_csv
+from maskpro_lightning.export import export_sparse
+from maskpro_lightning.tracking import Tracking
+
+_USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
+
+  fit       learn a mask
+  validate  measure a model, or a checkpoint with --ckpt_path
+  compare   measure the dense model and one-shot masks, learn a mask, print one table, export
+  export    write a checkpoint's sparse model for others to load
+
+RECIPE is a YAML file or one of: {recipes}.
+Every value of a recipe can be overridden: maskpro fit --config quickstart --trainer.max_steps 100"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: The arguments; those of the process by default.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_USAGE.format(recipes=", ".join(recipes())))
+    elif command in ("compare", "export"):
+        {"compare": _compare, "export": _export}[command](_named(arguments[1:]))
+    else:
+        LightningCLI(save_config_callback=SaveConfig, args=_named(arguments))
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps a run's configuration where its loggers keep files.
+
+    Lightning's own wants a folder, which an MLflow run on a database or a server does not have.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        config = self.parser.dump(self.config, skip_none=False)
+        for logger in trainer.loggers:
+            if type(logger).__name__ == "MLFlowLogger":
+                logger.experiment.log_text(logger.run_id, config, "config.yaml")
+            elif logger.log_dir is not None:
+                Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
+                Path(logger.log_dir, "config.yaml").write_text(config)
+
+
+class _AfterFit(LightningCLI):
+    """Builds model, data and trainer from a recipe and runs nothing."""
+
+    def __init__(self, args: list[str], **kwargs: Any) -> None:
+        super().__init__(run=False, save_config_callback=SaveConfig, args=args, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--output", type=str, default="sparse-model", help="Folder to write.")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint.")
+
+    @property
+    def callback(self) -> MaskProCallback:
+        found = [c for c in self.trainer.callbacks if isinstance(c, MaskProCallback)]
+        if len(found) != 1:
+            raise SystemExit(f"The recipe has {len(found)} MaskProCallbacks; it needs one.")
+        return found[0]
+
+    def export(self) -> Path:
+        callback, output = self.callback, self.config["output"]
+        options = {"include": callback.include, "exclude": callback.exclude}
+        folder = export_sparse(self.model, output, callback.pattern, **options)
+        tokenizer = getattr(self.datamodule, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return folder.absolute()
+
+
+def _compare(arguments: list[str]) -> None:
+    cli = _AfterFit(arguments)
+    console = Console()
+    rows = compare(cli.trainer, cli.model, cli.datamodule)
+    folder = cli.export()
+    write_csv(rows, folder / "comparison.csv")
+    Tracking(cli.trainer, "warn").file(folder / "comparison.csv")
+    console.print(table(rows, f"{cli.callback.pattern} masks of {cli.model.hparams.get('model')}"))
+    console.print(f"Sparse model: {folder}", soft_wrap=True)
+    _tell_mlflow(cli, console)
+
+
+def _export(arguments: list[str]) -> None:
+    cli = _AfterFit(arguments)
+    checkpoint = cli.config["ckpt_path"]
+    if checkpoint is None:
+        raise SystemExit("maskpro export needs --ckpt_path, a checkpoint of the fit.")
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    cli.model.load_state_dict(state)
+    Console().print(f"Sparse model: {cli.export()}", soft_wrap=True)
+
+
+def _tell_mlflow(cli: LightningCLI, console: Console) -> None:
+    for logger in cli.trainer.loggers:
+        uri = getattr(logger, "_tracking_uri", None)
+        if type(logger).__name__ == "MLFlowLogger" and uri is not None:
+            if uri.startswith("sqlite:///"):
+                uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+            console.print(
+                f"MLflow: {os.path.relpath(sys.executable)} -m mlflow ui --backend-store-uri {uri}",
+                soft_wrap=True,
+            )
+
+
+def _named(arguments: Sequence[str]) -> list[str]:
+    """Replace a recipe's name after --config by its path."""
+    known, found = recipes(), list(arguments)
+    for i, argument in enumerate(found):
+        option, equals, name = argument.partition("=")
+        if option in ("--config", "-c") and equals and not Path(name).exists():
+            found[i] = f"{option}={known.get(name, name)}"
+        elif i and found[i - 1] in ("--config", "-c") and not Path(argument).exists():
+            found[i] = str(known.get(argument, argument))
+    return found
+
+
+if __name__ == "__main__":
+    main()
