@@ -10,8 +10,7 @@ import lightning.pytorch as pl
 import torch
 from datasets import Dataset, load_dataset
 from torch import Tensor
-from torch.utils.data import DistributedSampler, TensorDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchmetrics.text import Perplexity
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -62,6 +61,28 @@ class CausalLM(pl.LightningModule):
         return torch.nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten()
         )
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader that a fit resumes in the middle of an epoch; Lightning saves its state."""
+
+    _taken = 0
+    _skip = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator, so that the sampler is asked for its order only once the epoch is set.
+        self._taken, self._skip = self._skip, 0
+        for batch in islice(super().__iter__(), self._taken, None):
+            self._taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches taken in this epoch."""
+        return {"taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after as many batches; an epoch that was complete starts over."""
+        self._skip = state["taken"] % len(self)
 
 
 class TextData(pl.LightningDataModule):
@@ -116,7 +137,7 @@ class TextData(pl.LightningDataModule):
             count = self.hparams[f"{part}_sequences"]
             self._sets[part] = pack(texts, self.tokenizer, self.hparams["length"], count)
 
-    def train_dataloader(self) -> StatefulDataLoader[Any]:
+    def train_dataloader(self) -> ResumableLoader:
         """Batches in an order that depends on seed and epoch, so a fit resumes in it.
 
         A batch holds the same sequences in every epoch, which lets MaskPro remember its baseline;
@@ -129,7 +150,7 @@ class TextData(pl.LightningDataModule):
         sampler = None
         if self.trainer is None or self.trainer.world_size == 1:
             sampler = DistributedSampler(batches, 1, 0, seed=self.hparams["seed"])  # type: ignore
-        return StatefulDataLoader(
+        return ResumableLoader(
             TensorDataset(batches),
             batch_size=None,
             shuffle=sampler is None,
@@ -137,9 +158,9 @@ class TextData(pl.LightningDataModule):
             num_workers=self.hparams["num_workers"],
         )
 
-    def val_dataloader(self) -> StatefulDataLoader[Any]:
+    def val_dataloader(self) -> ResumableLoader:
         """Batches in order."""
-        return StatefulDataLoader(
+        return ResumableLoader(
             TensorDataset(self._sets["val"]),
             batch_size=self.hparams["batch_size"],
             num_workers=self.hparams["num_workers"],

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 
+def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers, the same at every call."""
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+
+
 def top(scores: Sequence[float], n: int) -> list[bool]:
     """Keep the n highest scores; of equal ones the first."""
     ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))

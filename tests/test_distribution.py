@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import random
 from torch import Tensor
 
 from maskpro_lightning import distribution
@@ -20,16 +21,18 @@ PATTERNS = [NMPattern(n, m) for m in range(2, 9) for n in range(1, m)]
 SCALES = [1.0, 5.0, 10.0, 30.0, 150.0]
 TWO_OF_FOUR = NMPattern(2, 4)
 BY_QUADRATURE = NMPattern(9, 18)
-# The documented error of the quadrature.
+# The documented error of the score's quadrature, and what lies left of inclusion's first node.
 QUADRATURE = 1e-6
+QUADRATURE_OF_INCLUSION = math.exp(-18)
 
-every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+
+def patterns(*several: NMPattern | str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("pattern", [NMPattern.parse(p) for p in several], ids=str)
+
+
+every_pattern = patterns(*PATTERNS)
 every_scale = pytest.mark.parametrize("scale", SCALES)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-
-
-def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
 
 
 def every_set(pattern: NMPattern, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -38,10 +41,15 @@ def every_set(pattern: NMPattern, scale: float, dtype: torch.dtype) -> tuple[Ten
     return random(*kept_GM.shape, scale=scale, dtype=dtype), kept_GM
 
 
-def some_sets(pattern: NMPattern, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Logits and kept sets, (24, M), of a pattern with too many sets to go through."""
-    order_GM = random(24, pattern.m).argsort(-1)
-    return random(24, pattern.m, scale=scale, dtype=dtype), order_GM < pattern.n
+def some_sets(pattern: NMPattern, scale: float) -> tuple[Tensor, Tensor]:
+    """Logits and kept sets, (24, M), for patterns with too many sets to go through."""
+    logits_GM, other_GM = random(2, 24, pattern.m)
+    return scale * logits_GM, other_GM.argsort(-1) < pattern.n
+
+
+def at_every_scale(m: int) -> Tensor:
+    """One group of logits for each scale, (5, M)."""
+    return random(len(SCALES), m) * torch.tensor(SCALES)[:, None]
 
 
 def eps_of(logits: Tensor) -> float:
@@ -68,15 +76,26 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, check_dtype=False)
 
 
+def assert_log_prob_and_score_are_the_oracles(
+    logits_GM: Tensor, kept_GM: Tensor, pattern: NMPattern, quadrature: float = 0.0
+) -> None:
+    tolerance = log_prob_tolerance(logits_GM, pattern.n) + quadrature
+    expected_G = oracle.log_prob(logits_GM, kept_GM)
+    assert_near(log_prob(logits_GM, kept_GM, pattern), expected_G, tolerance)
+    tolerance = score_tolerance(logits_GM, pattern.n) + quadrature
+    expected_GM = oracle.score(logits_GM, kept_GM)
+    assert_near(score(logits_GM, kept_GM, pattern), expected_GM, tolerance)
+
+
 # --- sampling -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_m", [(1, 4), (2, 4), (3, 4), (3, 5), (4, 8)])
-def test_masks_are_sampled_with_the_enumerated_probabilities(n_m: tuple[int, int]) -> None:
-    n, m = n_m
-    draws, logits_M = 200_000, random(m)
+@patterns("1:4", "2:4", "3:4", "3:5", "4:8")
+def test_masks_are_sampled_with_the_enumerated_probabilities(pattern: NMPattern) -> None:
+    n, m, draws = pattern.n, pattern.m, 200_000
+    logits_M = random(m, scale=0.7)
     noise_GM = exponential(key_of("frequencies"), torch.tensor(0), torch.arange(draws), m)
-    kept_GM = sample(logits_M.expand(draws, m), noise_GM, NMPattern(n, m))
+    kept_GM = sample(logits_M.expand(draws, m), noise_GM, pattern)
     number_M = 2 ** torch.arange(m)
     numbers_G, numbers_C = (kept_GM * number_M).sum(-1), (oracle.sets(n, m) * number_M).sum(-1)
     counts_C = (numbers_G[:, None] == numbers_C).sum(0)
@@ -87,14 +106,6 @@ def test_masks_are_sampled_with_the_enumerated_probabilities(n_m: tuple[int, int
     # Laurent and Massart (2000): P(chi^2_k >= k + 2 sqrt(k x) + 2x) <= e^-x, here one in a million.
     k, x = len(counts_C) - 1, math.log(1e6)
     assert chi_square < k + 2 * math.sqrt(k * x) + 2 * x
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@every_pattern
-def test_samples_keep_exactly_n(pattern: NMPattern, dtype: torch.dtype) -> None:
-    noise_GM = exponential(key_of("exactly n"), torch.tensor(0), torch.arange(200), pattern.m)
-    kept_GM = sample(random(200, pattern.m, dtype=dtype), noise_GM, pattern)
-    assert oracle.keeps_exactly(pattern.n, pattern.m, kept_GM)
 
 
 @every_pattern
@@ -114,36 +125,22 @@ def test_the_mode_of_a_scaled_mask_is_the_mask(pattern: NMPattern, c: float) -> 
 # --- log_prob and score -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern", [p for p in PATTERNS if p.n <= 4], ids=str)
+@patterns(*(p for p in PATTERNS if p.n <= 4))
 def test_the_oracle_sums_over_all_orders(pattern: NMPattern) -> None:
     logits_GM, kept_GM = every_set(pattern, 3.0, torch.float64)
     rows = zip(logits_GM[:20].tolist(), kept_GM[:20].tolist(), strict=True)
     by_orders = [oracle.log_prob_by_orders(logits, kept) for logits, kept in rows]
-    assert_near(oracle.log_prob(logits_GM, kept_GM)[:20], torch.tensor(by_orders).double(), 1e-12)
+    assert_near(oracle.log_prob(logits_GM, kept_GM)[:20], torch.tensor(by_orders), 1e-12)
 
 
 @both_dtypes
 @every_scale
 @every_pattern
-def test_log_prob_is_the_sum_over_all_orders(
+def test_log_prob_sums_over_all_orders_and_score_is_its_gradient(
     pattern: NMPattern, scale: float, dtype: torch.dtype
 ) -> None:
     logits_GM, kept_GM = every_set(pattern, scale, dtype)
-    expected_G = oracle.log_prob(logits_GM, kept_GM)
-    tolerance = log_prob_tolerance(logits_GM, pattern.n)
-    assert_near(log_prob(logits_GM, kept_GM, pattern), expected_G, tolerance)
-
-
-@both_dtypes
-@every_scale
-@every_pattern
-def test_score_is_the_gradient_of_log_prob(
-    pattern: NMPattern, scale: float, dtype: torch.dtype
-) -> None:
-    logits_GM, kept_GM = every_set(pattern, scale, dtype)
-    expected_GM = oracle.score(logits_GM, kept_GM)
-    tolerance = score_tolerance(logits_GM, pattern.n)
-    assert_near(score(logits_GM, kept_GM, pattern), expected_GM, tolerance)
+    assert_log_prob_and_score_are_the_oracles(logits_GM, kept_GM, pattern)
 
 
 @given(data=st.data(), m=st.integers(2, 6))
@@ -153,10 +150,7 @@ def test_log_prob_and_score_are_the_oracles_for_any_logits(data: st.DataObject, 
     logit = st.floats(-60, 60, width=32) | st.sampled_from([0.0, 10.0])
     logits_M = torch.tensor(data.draw(st.lists(logit, min_size=m, max_size=m)))
     kept_M = torch.tensor(data.draw(st.permutations(range(m)))) < pattern.n
-    expected, tolerance = oracle.log_prob(logits_M, kept_M), log_prob_tolerance(logits_M, pattern.n)
-    assert_near(log_prob(logits_M, kept_M, pattern), expected, tolerance)
-    expected_M, tolerance = oracle.score(logits_M, kept_M), score_tolerance(logits_M, pattern.n)
-    assert_near(score(logits_M, kept_M, pattern), expected_M, tolerance)
+    assert_log_prob_and_score_are_the_oracles(logits_M, kept_M, pattern)
 
 
 @every_pattern
@@ -172,16 +166,16 @@ def test_probabilities_sum_to_one_and_the_expected_score_to_zero(pattern: NMPatt
 
 
 @every_scale
-@pytest.mark.parametrize("pattern", [*PATTERNS, BY_QUADRATURE], ids=str)
+@patterns(*PATTERNS, BY_QUADRATURE)
 def test_score_sums_to_zero_over_a_group(pattern: NMPattern, scale: float) -> None:
-    logits_GM, kept_GM = some_sets(pattern, scale, torch.float32)
+    logits_GM, kept_GM = some_sets(pattern, scale)
     sums_G = score(logits_GM, kept_GM, pattern).sum(-1)
     assert_near(sums_G, torch.zeros(24), score_tolerance(logits_GM, pattern.n))
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS, BY_QUADRATURE], ids=str)
+@patterns(*PATTERNS, BY_QUADRATURE)
 def test_a_shift_of_all_logits_changes_nothing(pattern: NMPattern) -> None:
-    logits_GM, kept_GM = some_sets(pattern, 5.0, torch.float32)
+    logits_GM, kept_GM = some_sets(pattern, 5.0)
     logits_GM = (256 * logits_GM).round() / 256  # so that the shift is exact, and the law too
     for law in (log_prob, score):
         expected = law(logits_GM, kept_GM, pattern)
@@ -201,7 +195,7 @@ def test_score_of_a_confident_group_keeps_its_digits(logits: list[float]) -> Non
 
 
 @pytest.mark.parametrize("ahead", [15.0, 30.0, 150.0])
-@pytest.mark.parametrize("pattern", [*PATTERNS, BY_QUADRATURE], ids=str)
+@patterns(*PATTERNS, BY_QUADRATURE)
 def test_score_of_a_settled_group_is_zero(pattern: NMPattern, ahead: float) -> None:
     kept_M = torch.arange(pattern.m) < pattern.n
     gradient_M = score(ahead * kept_M, kept_M, pattern)
@@ -212,7 +206,7 @@ def test_score_of_a_settled_group_is_zero(pattern: NMPattern, ahead: float) -> N
 
 @both_dtypes
 @pytest.mark.parametrize("ahead", [30.0, 150.0, 1000.0])
-@pytest.mark.parametrize("pattern", [*PATTERNS, BY_QUADRATURE], ids=str)
+@patterns(*PATTERNS, BY_QUADRATURE)
 def test_a_set_against_all_odds_has_a_finite_log_prob_and_score(
     pattern: NMPattern, ahead: float, dtype: torch.dtype
 ) -> None:
@@ -224,4 +218,119 @@ def test_a_set_against_all_odds_has_a_finite_log_prob_and_score(
     actual = float(log_prob(logits_M, kept_M, pattern))
     assert actual == pytest.approx(expected, abs=log_prob_tolerance(logits_M, n) + QUADRATURE)
     expected_M = torch.where(kept_M, 1.0, -n / rest)
-    assert_near(score(logits_M, kept_M, pattern), expected_M, score_tolerance(logits_M, n) + QUADRATURE)
+    assert_near(
+        score(logits_M, kept_M, pattern), expected_M, score_tolerance(logits_M, n) + QUADRATURE
+    )
+
+
+# --- quadrature, beyond N = 8 -------------------------------------------------------------------
+
+
+@every_scale
+@patterns("8:16", BY_QUADRATURE)
+def test_large_patterns_have_the_oracles_log_prob_and_score(
+    pattern: NMPattern, scale: float
+) -> None:
+    logits_GM, kept_GM = some_sets(pattern, scale)
+    for logits in (logits_GM, logits_GM.double()):
+        assert_log_prob_and_score_are_the_oracles(logits, kept_GM, pattern, QUADRATURE)
+
+
+@every_scale
+@patterns("1:4", "3:5", "4:8", "7:8")
+def test_quadrature_and_orders_agree(
+    pattern: NMPattern, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits_GM, kept_GM = every_set(pattern, scale, torch.float64)
+    by_orders = [law(logits_GM, kept_GM, pattern) for law in (log_prob, score)]
+    monkeypatch.setattr(distribution, "_LARGEST_N_BY_ORDERS", 0)
+    by_quadrature = [law(logits_GM, kept_GM, pattern) for law in (log_prob, score)]
+    for orders, quadrature in zip(by_orders, by_quadrature, strict=True):
+        assert not torch.equal(orders, quadrature)  # or the same was computed twice
+        assert_near(quadrature, orders, QUADRATURE)
+
+
+# --- inclusion and entropy ----------------------------------------------------------------------
+
+
+@patterns(*PATTERNS, "3:12")
+def test_inclusion_is_the_enumerated_probability_and_sums_to_n(pattern: NMPattern) -> None:
+    logits_GM = at_every_scale(pattern.m)
+    expected_GM = torch.stack([oracle.inclusion(logits_M, pattern.n) for logits_M in logits_GM])
+    # A sum over nodes of products of at most M probabilities.
+    tolerance = pattern.m * eps_of(logits_GM) + QUADRATURE_OF_INCLUSION
+    actual_GM = inclusion(logits_GM, pattern)
+    assert_near(actual_GM, expected_GM, tolerance)
+    assert_near(actual_GM.sum(-1), torch.full((len(SCALES),), pattern.n), pattern.n * tolerance)
+
+
+@patterns("1:4", "2:4", "3:5", "4:6")
+def test_the_gradient_of_inclusion_is_the_oracles(pattern: NMPattern) -> None:
+    logits_GM = at_every_scale(pattern.m).double().requires_grad_()
+    value_M = torch.arange(pattern.m).double()
+    expected_G = [oracle.inclusion(logits_M, pattern.n) @ value_M for logits_M in logits_GM]
+    (expected_GM,) = torch.autograd.grad(sum(expected_G), logits_GM)
+    (actual_GM,) = torch.autograd.grad((inclusion(logits_GM, pattern) @ value_M).sum(), logits_GM)
+    assert_near(actual_GM, expected_GM, float(value_M.sum()) * QUADRATURE_OF_INCLUSION)
+
+
+@every_pattern
+def test_entropy_is_the_enumerated_one_and_at_most_log_c(pattern: NMPattern) -> None:
+    logits_GM = at_every_scale(pattern.m)
+    expected_G = torch.stack([oracle.entropy(logits_M, pattern.n) for logits_M in logits_GM])
+    log_c = math.log(pattern.num_sets)
+    # -p log p moves by at most (1 - log p) p times what log p moves by.
+    tolerance_G = [(1 + log_c) * log_prob_tolerance(row[None], pattern.n) for row in logits_GM]
+    actual_G = entropy(logits_GM, pattern)
+    for actual, expected, tolerance in zip(actual_G, expected_G, tolerance_G, strict=True):
+        assert_near(actual, expected, tolerance)
+        assert actual < log_c
+    uniform = entropy(torch.zeros(pattern.m), pattern)
+    assert float(uniform) == pytest.approx(log_c, abs=tolerance_G[0])
+
+
+@pytest.mark.parametrize("ahead", [30.0, 150.0, 1000.0])
+@every_pattern
+def test_entropy_of_a_settled_group_is_zero(pattern: NMPattern, ahead: float) -> None:
+    logits_CM = ahead * oracle.sets(pattern.n, pattern.m)
+    tolerance = log_prob_tolerance(logits_CM, pattern.n)
+    assert_near(entropy(logits_CM, pattern), torch.zeros(len(logits_CM)), tolerance)
+
+
+# --- every function -----------------------------------------------------------------------------
+
+
+def every_function(logits_GM: Tensor, kept_GM: Tensor, pattern: NMPattern) -> list[Tensor]:
+    noise_GM = random(*logits_GM.shape).abs()
+    return [
+        log_prob(logits_GM, kept_GM, pattern),
+        score(logits_GM, kept_GM, pattern),
+        inclusion(logits_GM, pattern),
+        entropy(logits_GM, pattern),
+        sample(logits_GM, noise_GM, pattern),
+        mode(logits_GM, pattern),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@patterns("1:4", "2:4", "3:5")
+def test_half_precision_logits_are_computed_with_in_float32(
+    pattern: NMPattern, dtype: torch.dtype
+) -> None:
+    logits_GM, kept_GM = some_sets(pattern, 5.0)
+    half_GM = logits_GM.to(dtype)
+    in_half = every_function(half_GM, kept_GM, pattern)
+    in_float32 = every_function(half_GM.float(), kept_GM, pattern)
+    for actual, expected in zip(in_half, in_float32, strict=True):
+        assert torch.equal(actual, expected)
+        assert actual.dtype in (torch.float32, torch.bool)
+
+
+@patterns("1:4", "2:4", "3:5")
+def test_all_leading_dimensions_count_groups(pattern: NMPattern) -> None:
+    logits_GM, kept_GM = some_sets(pattern, 5.0)
+    shape = (2, 3, 4)
+    flat = every_function(logits_GM, kept_GM, pattern)
+    folded = every_function(logits_GM.unflatten(0, shape), kept_GM.unflatten(0, shape), pattern)
+    for actual, expected in zip(folded, flat, strict=True):
+        assert torch.equal(actual, expected.unflatten(0, shape))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import random
 from torch import Tensor
 
 from maskpro_lightning.pattern import NMPattern
@@ -17,7 +18,18 @@ TWO_OF_FOUR = NMPattern(2, 4)
 # The last four are too large for counting rivals and are sorted.
 PATTERNS = [
     NMPattern(*n_m)
-    for n_m in [(1, 2), (1, 4), (2, 4), (3, 4), (8, 16), (15, 16), (1, 17), (9, 18), (16, 32), (31, 32)]
+    for n_m in [
+        (1, 2),
+        (1, 4),
+        (2, 4),
+        (3, 4),
+        (8, 16),
+        (15, 16),
+        (1, 17),
+        (9, 18),
+        (16, 32),
+        (31, 32),
+    ]
 ]
 REAL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INTEGER_DTYPES = [torch.int64, torch.int32, torch.int8, torch.uint8]
@@ -31,10 +43,6 @@ LAYERS = [
 
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 every_layer = pytest.mark.parametrize(("shape", "input_dim"), LAYERS)
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def top_of(weight: Tensor, input_dim: int) -> Tensor:
