@@ -8,31 +8,30 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-from numpy.typing import NDArray
+from matplotlib.ticker import MaxNLocator
 
 _Rows = Sequence[Mapping[str, float]]
+_Layers = Mapping[str, Mapping[str, float]]
 
 _INK, _GREY, _BLUE, _GREEN, _ORANGE = "#797979", "#868686", "#0b76b8", "#0a9670", "#d55e00"
-# The shares of groups by key: colour and meaning.
+# By key: colour, what a share is of, name and meaning.
 _SHARES = {
-    "changed": (_BLUE, "groups whose most likely mask is not the initial one"),
-    "entropy": (_GREEN, "how undecided the groups are, 100 % = all masks equally likely"),
-    "churn": (_ORANGE, "groups whose mask the last draw changed"),
+    "changed": (_BLUE, "of groups", "Left the initial mask", "another is the most likely now"),
+    "entropy": (_GREEN, "of log C(M, N)", "Undecided (entropy)", "at 100% all masks are as likely"),
+    "churn": (_ORANGE, "of groups", "Redrawn (churn)", "the latest two draws differ"),
 }
 _AVERAGED = 0.06  # width of the moving average, as a share of all steps
 _MOST_LAYERS = 40
 _LONGEST_NAME = 32
 
 
-def figures(rows: _Rows, layers: Mapping[str, Mapping[str, float]]) -> dict[str, Figure]:
+def figures(rows: _Rows, layers: _Layers) -> dict[str, Figure]:
     """Draw what a run logged.
 
     Args:
@@ -42,15 +41,13 @@ def figures(rows: _Rows, layers: Mapping[str, Mapping[str, float]]) -> dict[str,
 
     Returns:
         By name: "loss", the drawn masks against the initial one; "exploration", how much masks
-        move; "signal", what each draw taught and cost; "layers", where masks changed. Without rows
-        only the last, without layers all but it. Each series is a line whose gid is its key.
+        move; "signal", what draws taught and cost; "layers", where masks changed. The first three
+        need rows, the last layers. A series is a line, or bars, whose gid is its key.
     """
-    drawn = {}
+    drawn: dict[str, Figure] = {}
     if rows:
         drawn |= {"loss": _loss(rows), "exploration": _exploration(rows), "signal": _signal(rows)}
-    if layers:
-        drawn["layers"] = _layers(layers)
-    return drawn
+    return drawn | ({"layers": _layers(layers)} if layers else {})
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
@@ -67,27 +64,31 @@ def _loss(rows: _Rows) -> Figure:
     )
     baseline = _series(top, rows, "baseline", _GREY, light=True, average=True)
     loss = _series(top, rows, "loss", _BLUE, light=True, average=True)
-    _label(top, baseline, f"initial mask\n{baseline:.4g}", _GREY, below=baseline <= loss)
-    _label(top, loss, f"drawn masks\n{loss:.4g}", _BLUE, below=loss < baseline)
+    near = abs(loss - baseline) < 0.25 * np.ptp(top.get_ylim())
+    lower, upper = ("top", "bottom") if near else ("center", "center")
+    _label(
+        top, baseline, f"initial mask\n{baseline:.4g}", _GREY, upper if loss < baseline else lower
+    )
+    _label(top, loss, f"drawn masks\n{loss:.4g}", _BLUE, lower if loss < baseline else upper)
     top.set_ylabel("loss")
-    bottom.axhline(0, color=_GREY, linewidth=1, linestyle=(0, (5, 3)))
+    _zero(bottom)
     _series(bottom, rows, "residual", _BLUE, light=True)
     delta = _series(bottom, rows, "delta", _BLUE)
-    _label(bottom, delta, f"tracker δ\n{delta:+.3g}", _BLUE)
+    _label(bottom, delta, f"tracker δ\n{delta:.3g}", _BLUE)
     bottom.set_ylabel("difference")
-    bottom.set_xlabel("step (light: single batches, solid: averages)")
+    bottom.set_xlabel("step (light: single steps, solid: averages)")
     return figure
 
 
 def _exploration(rows: _Rows) -> Figure:
-    figure, panels = _over_steps(
-        *(f"{name.capitalize()}: {meaning}" for name, (_, meaning) in _SHARES.items())
-    )
-    for axes, (name, (colour, _)) in zip(panels, _SHARES.items(), strict=True):
-        last = _series(axes, rows, name, colour)
-        _label(axes, last, f"{last:.2%}", colour)
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    titles = [f"{name}: {meaning}" for _, _, name, meaning in _SHARES.values()]
+    figure, panels = _over_steps(*titles, heights=(1, 1, 1))
+    for axes, (key, (colour, unit, _, _)) in zip(panels, _SHARES.items(), strict=True):
+        last = _series(axes, rows, key, colour)
+        _label(axes, last, _percent(last), colour)
+        axes.yaxis.set_major_formatter(_percent)
         axes.set_ylim(bottom=0)
+        axes.set_ylabel(unit)
     panels[-1].set_xlabel("step")
     return figure
 
@@ -95,36 +96,38 @@ def _exploration(rows: _Rows) -> Figure:
 def _signal(rows: _Rows) -> Figure:
     figure, (top, bottom) = _over_steps(
         "Advantage: above zero, a drawn mask was worse than expected and becomes less likely",
-        "Baselines that were remembered; the others cost a forward pass each",
+        "Initial mask's losses that were remembered; each of the others cost a forward pass",
         heights=(2, 1),
     )
-    top.axhline(0, color=_GREY, linewidth=1, linestyle=(0, (5, 3)))
+    _zero(top)
     _series(top, rows, "advantage", _BLUE, light=True, average=True)
     top.set_ylabel("running spreads\n(loss, if not normalized)")
     rate = _series(bottom, rows, "baseline_hit_rate", _GREEN)
-    _label(bottom, rate, f"{rate:.1%}", _GREEN)
-    bottom.yaxis.set_major_formatter(PercentFormatter(1))
+    _label(bottom, rate, _percent(rate), _GREEN)
+    bottom.yaxis.set_major_formatter(_percent)
     bottom.set_ylim(0, 1.05)
-    bottom.set_xlabel("step")
+    bottom.set_ylabel("of batches so far")
+    bottom.set_xlabel("step (light: single steps, solid: averages)")
     return figure
 
 
-def _layers(layers: Mapping[str, Mapping[str, float]]) -> Figure:
+def _layers(layers: _Layers) -> Figure:
     names = dict(zip(layers, _shortened(list(layers)), strict=True))
     title = f"Where the masks changed: {len(layers)} layers in the model's order"
     if len(layers) > _MOST_LAYERS:
-        ranks = {layer: found.get("changed", math.nan) for layer, found in layers.items()}
-        ranked = sorted(layers, key=lambda layer: (math.isnan(ranks[layer]), -ranks[layer]))
+        title = f"Where the masks changed: the {_MOST_LAYERS} of {len(layers)} layers that did most"
+        ranked = sorted(layers, key=lambda layer: -np.nan_to_num(layers[layer].get("changed", 0)))
         names = {layer: names[layer] for layer in ranked[:_MOST_LAYERS]}
-        title = f"The {_MOST_LAYERS} of {len(layers)} layers whose masks changed most"
-    figure = _figure(height=1.2 + 0.13 * len(names))
-    panels = figure.subplots(1, len(_SHARES), sharey=True)
+    figure = Figure((8, 1.2 + 0.13 * len(names)), 150, "none", layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=9, fontweight="bold")
-    for axes, (name, (colour, _)) in zip(panels, _SHARES.items(), strict=True):
+    panels = figure.subplots(1, len(_SHARES), sharey=True)
+    for axes, (key, (colour, unit, name, _)) in zip(panels, _SHARES.items(), strict=True):
         _dress(axes, name)
-        values = [layers[layer].get(name, math.nan) for layer in names]
-        axes.barh(range(len(names)), values, color=colour, height=0.7, gid=name)
-        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        shares = [layers[layer].get(key, math.nan) for layer in names]
+        axes.barh(range(len(names)), shares, color=colour, height=0.7, gid=key)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(_percent)
+        axes.set_xlabel(unit)
         axes.tick_params(axis="y", length=0, labelsize=6.5)
         axes.grid(visible=False, axis="y")
     panels[0].set_yticks(range(len(names)), list(names.values()))
@@ -135,26 +138,22 @@ def _layers(layers: Mapping[str, Mapping[str, float]]) -> Figure:
 def _shortened(names: Sequence[str]) -> list[str]:
     """Names without the parts that all begin or end with; of long ones a number and the end."""
     parts = [name.split(".") for name in names]
-    for end in (-1, 0):
-        while len(parts) > 1 and len({p[end] for p in parts}) == 1 and min(map(len, parts)) > 1:
-            parts = [p[1:] if end == 0 else p[:-1] for p in parts]
-    short = [".".join(p) for p in parts]
+    for end, rest in ((-1, slice(-1)), (0, slice(1, None))):
+        while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[end] for p in parts}) == 1:
+            parts = [p[rest] for p in parts]
     return [
-        name if len(name) <= _LONGEST_NAME else f"#{number} …{name[8 - _LONGEST_NAME :]}"
-        for number, name in enumerate(short)
+        short if len(short) <= _LONGEST_NAME else f"#{number} …{short[6 - _LONGEST_NAME :]}"
+        for number, short in enumerate(map(".".join, parts))
     ]
 
 
-def _figure(height: float = 4.5) -> Figure:
-    return Figure((8, height), dpi=150, layout="constrained", facecolor="none")
-
-
-def _over_steps(*titles: str, heights: Sequence[float] | None = None) -> tuple[Figure, list[Axes]]:
-    """Panels below each other, with one axis of steps."""
-    figure = _figure()
+def _over_steps(*titles: str, heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """A figure of panels below each other, with one axis of steps."""
+    figure = Figure((8, 4.5), 150, "none", layout="constrained")
     panels = list(figure.subplots(len(titles), sharex=True, height_ratios=heights))
     for axes, title in zip(panels, titles, strict=True):
         _dress(axes, title)
+        axes.margins(x=0.01)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure, panels
 
@@ -164,46 +163,41 @@ def _dress(axes: Axes, title: str) -> None:
     axes.set_facecolor("none")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_INK)
+    axes.ticklabel_format(useOffset=False)
     axes.tick_params(colors=_INK, labelsize=8)
     axes.grid(visible=True, color=_INK, alpha=0.2, linewidth=0.6)
-    axes.ticklabel_format(useOffset=False)
+    axes.set_axisbelow(True)
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set(color=_INK, fontsize=8)
 
 
 def _series(
-    axes: Axes, rows: _Rows, name: str, colour: str, light: bool = False, average: bool = False
+    axes: Axes, rows: _Rows, key: str, colour: str, light: bool = False, average: bool = False
 ) -> float:
-    """Draw a series, and its moving average if asked for; returns where the last drawn line ends."""
-    points = [(row["step"], row[name]) for row in rows if name in row]
+    """Draw a series, and its moving average if asked; the value at which the last line ends."""
+    points = [(row["step"], row[key]) for row in rows if key in row]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
-    few = "." if len(points) < 20 else None
     width, alpha = (0.7, 0.4) if light else (1.6, None)
-    axes.plot(steps, values, color=colour, linewidth=width, alpha=alpha, marker=few, gid=name)
+    marker = "." if len(points) < 20 else None
+    axes.plot(steps, values, color=colour, linewidth=width, alpha=alpha, marker=marker, gid=key)
     steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-    if average and len(steps):
+    if average and len(values):
         half = np.ptp(steps) * _AVERAGED / 2
-        bounds = zip(
-            np.searchsorted(steps, steps - half),
-            np.searchsorted(steps, steps + half, side="right"),
-            strict=True,
-        )
-        values = np.array([values[first:last].mean() for first, last in bounds])
+        values = np.array([values[abs(steps - step) <= half].mean() for step in steps])
         axes.plot(steps, values, color=colour, linewidth=1.6)
     return float(values[-1]) if len(values) else math.nan
 
 
-def _label(axes: Axes, y: float, text: str, colour: str, below: bool | None = None) -> None:
+def _label(axes: Axes, y: float, text: str, colour: str, align: str = "center") -> None:
     """Write at the end of a line, to the right of the axes."""
     if math.isfinite(y):
-        where = {None: "center", True: "top", False: "bottom"}[below]
-        axes.annotate(
-            text,
-            (1, y),
-            xycoords=("axes fraction", "data"),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va=where,
-            color=colour,
-            fontsize=8,
-        )
+        across = axes.get_yaxis_transform()
+        axes.text(1.01, y, text, transform=across, color=colour, fontsize=8, va=align)
+
+
+def _zero(axes: Axes) -> None:
+    axes.axhline(0, color=_GREY, linewidth=1, linestyle=(0, (5, 3)))
+
+
+def _percent(share: float, _: int | None = None) -> str:
+    return f"{100 * share:.3g}%"

@@ -62,7 +62,7 @@ def clamp_error(n: int) -> float:
 
 
 def log_prob_tolerance(logits_GM: Tensor, n: int) -> float:
-    """Two differences per kept weight, each rounded at the size of the logits' spread, and a sum."""
+    """Per kept weight two differences and a sum, each rounded at the size of the spread."""
     spread = float((logits_GM.amax(-1) - logits_GM.amin(-1)).max())
     return 2 * n * (1 + spread) * eps_of(logits_GM) + clamp_error(n)
 
@@ -130,7 +130,11 @@ def test_the_oracle_sums_over_all_orders(pattern: NMPattern) -> None:
     logits_GM, kept_GM = every_set(pattern, 3.0, torch.float64)
     rows = zip(logits_GM[:20].tolist(), kept_GM[:20].tolist(), strict=True)
     by_orders = [oracle.log_prob_by_orders(logits, kept) for logits, kept in rows]
-    assert_near(oracle.log_prob(logits_GM, kept_GM)[:20], torch.tensor(by_orders), 1e-12)
+    assert_near(
+        oracle.log_prob(logits_GM, kept_GM)[:20],
+        torch.tensor(by_orders, dtype=torch.float64),
+        1e-12,
+    )
 
 
 @both_dtypes
