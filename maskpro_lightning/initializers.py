@@ -13,7 +13,6 @@ columns of a block, ``T`` rows of input (tokens, positions), ``G`` groups, ``M``
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -27,7 +26,6 @@ from torch.utils.hooks import RemovableHandle
 from maskpro_lightning import philox
 from maskpro_lightning.pattern import NMPattern
 
-_log = logging.getLogger(__name__)
 # Groups, or rows of input, handled at once: bounds the memory of what is computed on the way.
 _GROUPS_AT_ONCE = 2**16
 _ROWS_AT_ONCE = 2**12
@@ -53,11 +51,11 @@ def random(
     ``key`` is two 32-bit words, see :func:`~maskpro_lightning.philox.key_of`. A group's mask is a
     function of the key and the group's number alone; of the weight only shape and device count.
     """
-    groups_G = torch.arange(pattern.group(weight, input_dim).shape[:-1].numel())
+    groups = pattern.group(weight, input_dim).shape[:-1].numel()
     step = torch.tensor(0, device=weight.device)
     kept = [
-        pattern.top(-philox.exponential(key, step, some_G.to(weight.device), pattern.m))
-        for some_G in groups_G.split(_GROUPS_AT_ONCE)
+        pattern.top(-philox.exponential(key, step, some_G, pattern.m))
+        for some_G in torch.arange(groups, device=weight.device).split(_GROUPS_AT_ONCE)
     ]
     return _laid_out(torch.cat(kept), weight, input_dim)
 
@@ -234,6 +232,8 @@ class InputStatistics:
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if not inputs.numel():
+            return  # an expert without tokens
         if not inputs.isfinite().all():
             raise ValueError(
                 f"The input of {name!r} holds NaN or infinity: look at the batch and at the layers "
@@ -243,15 +243,13 @@ class InputStatistics:
         exact = torch.autocast(inputs.device.type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), exact:
             for rows_CTK in _input_rows(module, inputs):
-                here = rows_CTK.shape[1]
-                self._rows[name] += here
-                new = here / max(1, self._rows[name])
+                self._rows[name] += rows_CTK.shape[1]
+                new = rows_CTK.shape[1] / self._rows[name]
                 if self._second_moments:
-                    scale = 2 / max(1, self._rows[name])
+                    scale = 2 / self._rows[name]
                     self._means[name].baddbmm_(rows_CTK.mT, rows_CTK, beta=1 - new, alpha=scale)
                 else:
-                    squares_CK = rows_CTK.square().sum(1) / max(1, here)
-                    self._means[name].lerp_(squares_CK, new)
+                    self._means[name].lerp_(rows_CTK.square().mean(1), new)
 
 
 def bytes_needed(module: nn.Module, second_moments: bool) -> int:
@@ -327,7 +325,7 @@ def _top(scores_GM: Tensor, pattern: NMPattern) -> Tensor:
 
 def _inverse_factor(hessian_CKK: Tensor, damping: float) -> Tensor:
     """The upper triangle U for which ``U^T U`` is the inverse of the damped Hessian."""
-    diagonal_CK = hessian_CKK.diagonal(dim1=1, dim2=2)
+    diagonal_CK, columns = hessian_CKK.diagonal(dim1=1, dim2=2), hessian_CKK.shape[1]
     for share in (damping, 10 * damping, 100 * damping):
         added_CK = share * diagonal_CK.mean(-1, keepdim=True) + (diagonal_CK == 0)
         # Factored from the last column to the first, H = R R^T with R upper. Then U is R^-1, and
@@ -335,14 +333,12 @@ def _inverse_factor(hessian_CKK: Tensor, damping: float) -> Tensor:
         damped_CKK = hessian_CKK + added_CK.diag_embed()
         flipped_CKK, failed_C = torch.linalg.cholesky_ex(damped_CKK.flip(1, 2))
         if not failed_C.any():
-            one_KK = torch.eye(hessian_CKK.shape[1]).to(hessian_CKK)
             factor_CKK: Tensor = torch.linalg.solve_triangular(
-                flipped_CKK.flip(1, 2), one_KK, upper=True
+                flipped_CKK.flip(1, 2), torch.eye(columns).to(hessian_CKK), upper=True
             )
             return factor_CKK
-        _log.warning("The Hessian is not positive definite with damping %g.", share)
     raise RuntimeError(
-        f"The Hessian of {hessian_CKK.shape[1]} inputs is not positive definite, even with 100 "
+        f"The Hessian of {columns} inputs is not positive definite, even with 100 "
         f"times the damping of {damping}: calibrate on more batches or set a larger damping."
     )
 

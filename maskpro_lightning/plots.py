@@ -57,57 +57,40 @@ def read_history(path: Path) -> list[dict[str, float]]:
 
 
 def _loss(rows: _Rows) -> Figure:
-    figure, (top, bottom) = _over_steps(
-        "Training loss of the drawn masks and, on the same batches, of the initial mask",
-        "Drawn minus initial: below zero, the drawn masks are better",
-        heights=(2, 1),
-    )
+    title = "Training loss of the drawn masks and, on the same batches, of the initial mask"
+    below = "Drawn minus initial: below zero, the drawn masks are better"
+    figure, (top, bottom) = _over_steps({title: "loss", below: "difference"}, (2, 1))
     baseline = _series(top, rows, "baseline", _GREY, light=True, average=True)
     loss = _series(top, rows, "loss", _BLUE, light=True, average=True)
     near = abs(loss - baseline) < 0.25 * np.ptp(top.get_ylim())
     lower, upper = ("top", "bottom") if near else ("center", "center")
-    _label(
-        top, baseline, f"initial mask\n{baseline:.4g}", _GREY, upper if loss < baseline else lower
-    )
-    _label(top, loss, f"drawn masks\n{loss:.4g}", _BLUE, lower if loss < baseline else upper)
-    top.set_ylabel("loss")
-    _zero(bottom)
+    under, over = (lower, upper) if loss < baseline else (upper, lower)
+    _label(top, baseline, f"initial mask\n{baseline:.4g}", _GREY, over)
+    _label(top, loss, f"drawn masks\n{loss:.4g}", _BLUE, under)
+    bottom.axhline(0, color=_GREY, linewidth=1, linestyle="--")
     _series(bottom, rows, "residual", _BLUE, light=True)
     delta = _series(bottom, rows, "delta", _BLUE)
     _label(bottom, delta, f"tracker δ\n{delta:.3g}", _BLUE)
-    bottom.set_ylabel("difference")
-    bottom.set_xlabel("step (light: single steps, solid: averages)")
     return figure
 
 
 def _exploration(rows: _Rows) -> Figure:
-    titles = [f"{name}: {meaning}" for _, _, name, meaning in _SHARES.values()]
-    figure, panels = _over_steps(*titles, heights=(1, 1, 1))
-    for axes, (key, (colour, unit, _, _)) in zip(panels, _SHARES.items(), strict=True):
-        last = _series(axes, rows, key, colour)
-        _label(axes, last, _percent(last), colour)
-        axes.yaxis.set_major_formatter(_percent)
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel(unit)
-    panels[-1].set_xlabel("step")
+    titles = {f"{name}: {meaning}": unit for _, unit, name, meaning in _SHARES.values()}
+    figure, panels = _over_steps(titles, (1, 1, 1))
+    for axes, (key, (colour, *_)) in zip(panels, _SHARES.items(), strict=True):
+        _share(axes, rows, key, colour)
     return figure
 
 
 def _signal(rows: _Rows) -> Figure:
-    figure, (top, bottom) = _over_steps(
-        "Advantage: above zero, a drawn mask was worse than expected and becomes less likely",
-        "Initial mask's losses that were remembered; each of the others cost a forward pass",
-        heights=(2, 1),
-    )
-    _zero(top)
+    title = "Advantage: above zero, a drawn mask was worse than expected and becomes less likely"
+    below = "Initial mask's losses that were remembered; each of the others cost a forward pass"
+    unit = "running spreads\n(loss, if not normalized)"
+    figure, (top, bottom) = _over_steps({title: unit, below: "of batches so far"}, (2, 1))
+    top.axhline(0, color=_GREY, linewidth=1, linestyle="--")
     _series(top, rows, "advantage", _BLUE, light=True, average=True)
-    top.set_ylabel("running spreads\n(loss, if not normalized)")
-    rate = _series(bottom, rows, "baseline_hit_rate", _GREEN)
-    _label(bottom, rate, _percent(rate), _GREEN)
-    bottom.yaxis.set_major_formatter(_percent)
-    bottom.set_ylim(0, 1.05)
-    bottom.set_ylabel("of batches so far")
-    bottom.set_xlabel("step (light: single steps, solid: averages)")
+    _share(bottom, rows, "baseline_hit_rate", _GREEN)
+    bottom.set_ylim(top=1.05)
     return figure
 
 
@@ -118,7 +101,7 @@ def _layers(layers: _Layers) -> Figure:
         title = f"Where the masks changed: the {_MOST_LAYERS} of {len(layers)} layers that did most"
         ranked = sorted(layers, key=lambda layer: -np.nan_to_num(layers[layer].get("changed", 0)))
         names = {layer: names[layer] for layer in ranked[:_MOST_LAYERS]}
-    figure = Figure((8, 1.2 + 0.13 * len(names)), 150, "none", layout="constrained")
+    figure = Figure((8, 1.2 + 0.13 * len(names)), dpi=150, facecolor="none", layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=9, fontweight="bold")
     panels = figure.subplots(1, len(_SHARES), sharey=True)
     for axes, (key, (colour, unit, name, _)) in zip(panels, _SHARES.items(), strict=True):
@@ -147,14 +130,16 @@ def _shortened(names: Sequence[str]) -> list[str]:
     ]
 
 
-def _over_steps(*titles: str, heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
-    """A figure of panels below each other, with one axis of steps."""
-    figure = Figure((8, 4.5), 150, "none", layout="constrained")
+def _over_steps(titles: Mapping[str, str], heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """A figure of panels below each other, given as titles and units, with one axis of steps."""
+    figure = Figure((8, 4.5), dpi=150, facecolor="none", layout="constrained")
     panels = list(figure.subplots(len(titles), sharex=True, height_ratios=heights))
-    for axes, title in zip(panels, titles, strict=True):
+    for axes, (title, unit) in zip(panels, titles.items(), strict=True):
         _dress(axes, title)
+        axes.set_ylabel(unit)
         axes.margins(x=0.01)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1].set_xlabel("step (light: single steps, solid: averages)")
     return figure, panels
 
 
@@ -163,7 +148,6 @@ def _dress(axes: Axes, title: str) -> None:
     axes.set_facecolor("none")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_INK)
-    axes.ticklabel_format(useOffset=False)
     axes.tick_params(colors=_INK, labelsize=8)
     axes.grid(visible=True, color=_INK, alpha=0.2, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -188,15 +172,18 @@ def _series(
     return float(values[-1]) if len(values) else math.nan
 
 
+def _share(axes: Axes, rows: _Rows, key: str, colour: str) -> None:
+    last = _series(axes, rows, key, colour)
+    _label(axes, last, _percent(last), colour)
+    axes.yaxis.set_major_formatter(_percent)
+    axes.set_ylim(bottom=0)
+
+
 def _label(axes: Axes, y: float, text: str, colour: str, align: str = "center") -> None:
     """Write at the end of a line, to the right of the axes."""
     if math.isfinite(y):
-        across = axes.get_yaxis_transform()
-        axes.text(1.01, y, text, transform=across, color=colour, fontsize=8, va=align)
-
-
-def _zero(axes: Axes) -> None:
-    axes.axhline(0, color=_GREY, linewidth=1, linestyle=(0, (5, 3)))
+        transform = axes.get_yaxis_transform()
+        axes.text(1.01, y, text, transform=transform, color=colour, fontsize=8, va=align)
 
 
 def _percent(share: float, _: int | None = None) -> str:

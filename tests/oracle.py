@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 
-def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+def random(
+    *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Tensor:
     """Normal numbers, the same at every call."""
-    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(shape, generator=generator)).to(dtype)
 
 
 def top(scores: Sequence[float], n: int) -> list[bool]:
@@ -38,7 +41,7 @@ def sets(n: int, m: int) -> Tensor:
     return torch.tensor([mask for mask in product((True, False), repeat=m) if sum(mask) == n])
 
 
-def log_prob_by_orders(logits: Sequence[float], kept: Sequence[bool]) -> float:
+def log_prob_by_orders(logits: Sequence[float], kept: Sequence[bool]) -> Tensor:
     """The definition: every order in which the kept weights can leave the urn, one by one."""
     pi = torch.tensor(logits, dtype=torch.float64)
     orders = []
@@ -49,7 +52,7 @@ def log_prob_by_orders(logits: Sequence[float], kept: Sequence[bool]) -> float:
             log_p = log_p + pi[i] - pi[left].logsumexp(0)
             left.remove(i)
         orders.append(log_p)
-    return float(torch.stack(orders).logsumexp(0))
+    return torch.stack(orders).logsumexp(0)
 
 
 def log_prob(logits_GM: Tensor, kept_GM: Tensor) -> Tensor:
