@@ -79,7 +79,7 @@ def _calibrated(
     second_moments = method == "sparsegpt"
     masks: dict[str, Tensor] = {}
     for some in _passes(targets, second_moments):
-        modules = {target.name: target.module for target in some}
+        modules = {target.name: target.module for target in some.values()}
         with initializers.InputStatistics(modules, second_moments=second_moments) as statistics:
             forward()
         if reduce is not None:

@@ -244,12 +244,11 @@ class InputStatistics:
         with torch.inference_mode(False), torch.no_grad(), exact:
             for rows_CTK in _input_rows(module, inputs):
                 self._rows[name] += rows_CTK.shape[1]
-                new = rows_CTK.shape[1] / self._rows[name]
+                old, new = 1 - rows_CTK.shape[1] / self._rows[name], 1 / self._rows[name]
                 if self._second_moments:
-                    scale = 2 / self._rows[name]
-                    self._means[name].baddbmm_(rows_CTK.mT, rows_CTK, beta=1 - new, alpha=scale)
+                    self._means[name].baddbmm_(rows_CTK.mT, rows_CTK, beta=old, alpha=2 * new)
                 else:
-                    self._means[name].lerp_(rows_CTK.square().mean(1), new)
+                    self._means[name].mul_(old).add_(rows_CTK.square().sum(1), alpha=new)
 
 
 def bytes_needed(module: nn.Module, second_moments: bool) -> int:

@@ -20,11 +20,12 @@ _Rows = Sequence[Mapping[str, float]]
 _Layers = Mapping[str, Mapping[str, float]]
 
 _INK, _GREY, _BLUE, _GREEN, _ORANGE = "#797979", "#868686", "#0b76b8", "#0a9670", "#d55e00"
-# By key: colour, what a share is of, name and meaning.
+_COLOURS = {"baseline": _GREY, "entropy": _GREEN, "churn": _ORANGE, "baseline_hit_rate": _GREEN}
+# By key: name, meaning, what it is a share of.
 _SHARES = {
-    "changed": (_BLUE, "of groups", "Left the initial mask", "another is the most likely now"),
-    "entropy": (_GREEN, "of log C(M, N)", "Undecided (entropy)", "at 100% all masks are as likely"),
-    "churn": (_ORANGE, "of groups", "Redrawn (churn)", "the latest two draws differ"),
+    "changed": ("Left the initial mask", "another is the most likely now", "of groups"),
+    "entropy": ("Undecided (entropy)", "at 100% all masks are as likely", "of log C(M, N)"),
+    "churn": ("Redrawn (churn)", "the latest two draws differ", "of groups"),
 }
 _AVERAGED = 0.06  # width of the moving average, as a share of all steps
 _MOST_LAYERS = 40
@@ -44,9 +45,8 @@ def figures(rows: _Rows, layers: _Layers) -> dict[str, Figure]:
         move; "signal", what draws taught and cost; "layers", where masks changed. The first three
         need rows, the last layers. A series is a line, or bars, whose gid is its key.
     """
-    drawn: dict[str, Figure] = {}
-    if rows:
-        drawn |= {"loss": _loss(rows), "exploration": _exploration(rows), "signal": _signal(rows)}
+    over_steps = {"loss": _loss, "exploration": _exploration, "signal": _signal}
+    drawn = {name: draw(rows) for name, draw in over_steps.items() if rows}
     return drawn | ({"layers": _layers(layers)} if layers else {})
 
 
@@ -60,25 +60,24 @@ def _loss(rows: _Rows) -> Figure:
     title = "Training loss of the drawn masks and, on the same batches, of the initial mask"
     below = "Drawn minus initial: below zero, the drawn masks are better"
     figure, (top, bottom) = _over_steps({title: "loss", below: "difference"}, (2, 1))
-    baseline = _series(top, rows, "baseline", _GREY, light=True, average=True)
-    loss = _series(top, rows, "loss", _BLUE, light=True, average=True)
+    baseline = _series(top, rows, "baseline", light=True, mean=True)
+    loss = _series(top, rows, "loss", light=True, mean=True)
     near = abs(loss - baseline) < 0.25 * np.ptp(top.get_ylim())
-    lower, upper = ("top", "bottom") if near else ("center", "center")
-    under, over = (lower, upper) if loss < baseline else (upper, lower)
-    _label(top, baseline, f"initial mask\n{baseline:.4g}", _GREY, over)
-    _label(top, loss, f"drawn masks\n{loss:.4g}", _BLUE, under)
+    over, under = ("bottom", "top") if loss < baseline else ("top", "bottom")
+    _label(top, "baseline", baseline, f"initial mask\n{baseline:.4g}", over if near else "center")
+    _label(top, "loss", loss, f"drawn masks\n{loss:.4g}", under if near else "center")
     bottom.axhline(0, color=_GREY, linewidth=1, linestyle="--")
-    _series(bottom, rows, "residual", _BLUE, light=True)
-    delta = _series(bottom, rows, "delta", _BLUE)
-    _label(bottom, delta, f"tracker δ\n{delta:.3g}", _BLUE)
+    _series(bottom, rows, "residual", light=True)
+    delta = _series(bottom, rows, "delta")
+    _label(bottom, "delta", delta, f"tracker δ\n{delta:.3g}")
     return figure
 
 
 def _exploration(rows: _Rows) -> Figure:
-    titles = {f"{name}: {meaning}": unit for _, unit, name, meaning in _SHARES.values()}
+    titles = {f"{name}: {meaning}": unit for name, meaning, unit in _SHARES.values()}
     figure, panels = _over_steps(titles, (1, 1, 1))
-    for axes, (key, (colour, *_)) in zip(panels, _SHARES.items(), strict=True):
-        _share(axes, rows, key, colour)
+    for axes, key in zip(panels, _SHARES, strict=True):
+        _share(axes, rows, key)
     return figure
 
 
@@ -88,9 +87,8 @@ def _signal(rows: _Rows) -> Figure:
     unit = "running spreads\n(loss, if not normalized)"
     figure, (top, bottom) = _over_steps({title: unit, below: "of batches so far"}, (2, 1))
     top.axhline(0, color=_GREY, linewidth=1, linestyle="--")
-    _series(top, rows, "advantage", _BLUE, light=True, average=True)
-    _share(bottom, rows, "baseline_hit_rate", _GREEN)
-    bottom.set_ylim(top=1.05)
+    _series(top, rows, "advantage", light=True, mean=True)
+    _share(bottom, rows, "baseline_hit_rate")
     return figure
 
 
@@ -104,10 +102,10 @@ def _layers(layers: _Layers) -> Figure:
     figure = Figure((8, 1.2 + 0.13 * len(names)), dpi=150, facecolor="none", layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=9, fontweight="bold")
     panels = figure.subplots(1, len(_SHARES), sharey=True)
-    for axes, (key, (colour, unit, name, _)) in zip(panels, _SHARES.items(), strict=True):
+    for axes, (key, (name, _, unit)) in zip(panels, _SHARES.items(), strict=True):
         _dress(axes, name)
         shares = [layers[layer].get(key, math.nan) for layer in names]
-        axes.barh(range(len(names)), shares, color=colour, height=0.7, gid=key)
+        axes.barh(range(len(names)), shares, color=_COLOURS.get(key, _BLUE), gid=key)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(_percent)
         axes.set_xlabel(unit)
@@ -155,36 +153,34 @@ def _dress(axes: Axes, title: str) -> None:
         axis.label.set(color=_INK, fontsize=8)
 
 
-def _series(
-    axes: Axes, rows: _Rows, key: str, colour: str, light: bool = False, average: bool = False
-) -> float:
+def _series(axes: Axes, rows: _Rows, key: str, light: bool = False, mean: bool = False) -> float:
     """Draw a series, and its moving average if asked; the value at which the last line ends."""
     points = [(row["step"], row[key]) for row in rows if key in row]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+    colour, marker = _COLOURS.get(key, _BLUE), "." if len(points) < 20 else None
     width, alpha = (0.7, 0.4) if light else (1.6, None)
-    marker = "." if len(points) < 20 else None
     axes.plot(steps, values, color=colour, linewidth=width, alpha=alpha, marker=marker, gid=key)
     steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-    if average and len(values):
+    if mean and len(values):
         half = np.ptp(steps) * _AVERAGED / 2
         values = np.array([values[abs(steps - step) <= half].mean() for step in steps])
         axes.plot(steps, values, color=colour, linewidth=1.6)
     return float(values[-1]) if len(values) else math.nan
 
 
-def _share(axes: Axes, rows: _Rows, key: str, colour: str) -> None:
-    last = _series(axes, rows, key, colour)
-    _label(axes, last, _percent(last), colour)
+def _share(axes: Axes, rows: _Rows, key: str) -> None:
+    last = _series(axes, rows, key)
+    _label(axes, key, last, _percent(last))
     axes.yaxis.set_major_formatter(_percent)
     axes.set_ylim(bottom=0)
 
 
-def _label(axes: Axes, y: float, text: str, colour: str, align: str = "center") -> None:
+def _label(axes: Axes, key: str, y: float, text: str, align: str = "center") -> None:
     """Write at the end of a line, to the right of the axes."""
     if math.isfinite(y):
-        transform = axes.get_yaxis_transform()
-        axes.text(1.01, y, text, transform=transform, color=colour, fontsize=8, va=align)
+        style = {"color": _COLOURS.get(key, _BLUE), "fontsize": 8, "va": align}
+        axes.text(1.01, y, text, style, transform=axes.get_yaxis_transform())
 
 
-def _percent(share: float, _: int | None = None) -> str:
+def _percent(share: float, _: float = 0) -> str:
     return f"{100 * share:.3g}%"

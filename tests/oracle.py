@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 
 
-def random(
-    *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Tensor:
+def random(*shape: int, seed: int = 0) -> Tensor:
     """Normal numbers, the same at every call."""
-    generator = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(shape, generator=generator)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def top(scores: Sequence[float], n: int) -> list[bool]:

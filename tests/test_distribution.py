@@ -92,7 +92,7 @@ def assert_log_prob_and_score_are_the_oracles(
 @patterns("1:4", "2:4", "3:4", "3:5", "4:8")
 def test_masks_are_sampled_with_the_enumerated_probabilities(pattern: NMPattern) -> None:
     n, m, draws = pattern.n, pattern.m, 200_000
-    logits_M = random(m, scale=0.7)
+    logits_M = 0.7 * random(m)
     noise_GM = exponential(key_of("frequencies"), torch.tensor(0), torch.arange(draws), m)
     kept_GM = sample(logits_M.expand(draws, m), noise_GM, pattern)
     number_M = 2 ** torch.arange(m)
