@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from os import PathLike
 from typing import Any
@@ -34,6 +35,8 @@ from maskpro_lightning.tracking import OnError, Tracking
 
 _log = logging.getLogger(__name__)
 
+# A trainer or a logger is of either of two Lightnings, whose classes of a name are not the same.
+Trainer = Any
 Init = str | PathLike[str] | Mapping[str, Tensor]
 _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 
@@ -89,13 +92,14 @@ class MaskProCallback(pl.Callback):
         log_distributions: bool = True,
         on_logger_error: OnError = "warn",
     ) -> None:
+        self.log: Callable[..., None]  # the Trainer's gift
         self.pattern = NMPattern.parse(pattern)
         self.include = include
         self.exclude = exclude
         self.init = init
         self.calibration_batches = calibration_batches
         self.lr_scheduler = lr_scheduler
-        self.rule = {
+        self.rule: dict[str, Any] = {
             "lr": lr,
             "logit_scale": logit_scale,
             "momentum": momentum,
@@ -116,7 +120,7 @@ class MaskProCallback(pl.Callback):
 
     # Entering and leaving the fit
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self._refuse_unsupported(trainer, pl_module)
@@ -136,21 +140,21 @@ class MaskProCallback(pl.Callback):
         self._patch(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward", True)
         self._fitting = True
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         self._journal.open(self._tracking_.folder(), trainer.is_global_zero)
         self._tracking_.parameters(self._parameters(pl_module))
         if self._optimizer.begun:
             self._tracking_.resume()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         self._optimizer.write("mode")
         self._journal.close(self._optimizer, self._tracking_)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._leave()
 
     def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+        self, trainer: Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         if self._fitting and self.optimizer is not None:
             self.optimizer.write("dense")
@@ -160,7 +164,7 @@ class MaskProCallback(pl.Callback):
     # Training under drawn masks
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._optimizer.begun:
             return
@@ -215,7 +219,7 @@ class MaskProCallback(pl.Callback):
 
     def on_train_batch_end(
         self,
-        trainer: pl.Trainer,
+        trainer: Trainer,
         pl_module: pl.LightningModule,
         outputs: Any,
         batch: Any,
@@ -224,20 +228,24 @@ class MaskProCallback(pl.Callback):
         if not self._optimizer.last:
             return
         values = self._optimizer.last | {"delta": self._optimizer.tracker["delta"]}
-        self.log_dict({f"maskpro/{name}": value for name, value in values.items()})
+        self._log(values)
         if trainer.global_step % trainer.log_every_n_steps == 0:
             found = mask_metrics(self._optimizer)[""]
             found["baseline_hit_rate"] = self._baselines.hit_rate
-            self.log_dict({f"maskpro/{name}": value for name, value in found.items()})
+            self._log(found)
             self._journal.step(trainer.global_step, values | found)
+
+    def _log(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            self.log(f"maskpro/{name}", value, prog_bar=name in ("residual", "changed"))
 
     # Validation and checkpoints under the most likely mask
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         if self._fitting:
             self._optimizer.write("mode")
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         if not self._fitting:
             return
         if self._optimizer.begun:
@@ -255,9 +263,8 @@ class MaskProCallback(pl.Callback):
 
     def _state_dict(self) -> dict[str, Any]:
         """Stands in for the strategy's state dict: the most likely mask's weights."""
-        if self.optimizer is None or not self.optimizer.begun:
-            return self._state_dict_inside()
-        with self.optimizer.applied("mode"):
+        state: dict[str, Any]
+        with self.optimizer.applied("mode") if self.optimizer is not None else nullcontext():
             masked = {target.parameter.data_ptr() for target in self._targets}
             state = self._state_dict_inside()
             for name, value in state.items():
@@ -273,13 +280,13 @@ class MaskProCallback(pl.Callback):
         self._journal.load_state_dict(state_dict["journal"])
 
     def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self._fitting and self.log_distributions and self._optimizer.begun:
             self._journal.distributions(self._optimizer, self._tracking_, trainer.global_step)
 
     def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self.state_key not in checkpoint.get("callbacks", {}):
             # Written by a training without this callback: its weights are what we start from.
@@ -309,7 +316,7 @@ class MaskProCallback(pl.Callback):
         return {"optimizer": self.optimizer, "lr_scheduler": scheduler}
 
     def _initial_masks(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+        self, trainer: Trainer, pl_module: pl.LightningModule
     ) -> Mapping[str, Tensor]:
         if isinstance(self.init, Mapping):
             return self.init
@@ -331,9 +338,7 @@ class MaskProCallback(pl.Callback):
             reduce=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"),
         )
 
-    def _calibration_data(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> Iterable[Any]:
+    def _calibration_data(self, trainer: Trainer, pl_module: pl.LightningModule) -> Iterable[Any]:
         """The first training batches, as the training loop would hand them to the step."""
         # A loader with persistent workers has one iterator, and the training loop is using it.
         loader = copy.copy(trainer.train_dataloader)
@@ -363,7 +368,7 @@ class MaskProCallback(pl.Callback):
             "masked_share": round(masked / total, 4),
         }
 
-    def _refuse_unsupported(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _refuse_unsupported(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         module, strategy = type(pl_module).__name__, type(trainer.strategy).__name__
         if sum(isinstance(callback, MaskProCallback) for callback in trainer.callbacks) > 1:
             raise ValueError("The Trainer has more than one MaskProCallback: keep one of them.")
@@ -411,4 +416,5 @@ def _loss_of(output: Any) -> Tensor | None:
     """The loss in what a training step returned, the same way as Lightning finds it."""
     if isinstance(output, Mapping):
         output = output["loss"]
-    return output
+    loss: Tensor | None = output
+    return loss

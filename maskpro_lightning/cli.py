@@ -14,7 +14,7 @@ from rich.console import Console
 
 from maskpro_lightning.callback import MaskProCallback
 from maskpro_lightning.catalog import recipes
-from maskpro_lightning.compare import compare, table, write_csv
+from maskpro_lightning.compare import callback_of, compare, table, write_csv
 from maskpro_lightning.export import export_sparse
 from maskpro_lightning.tracking import Tracking
 
@@ -26,7 +26,7 @@ _USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
   export    write a checkpoint's sparse model for others to load
 
 RECIPE is a YAML file or one of: {recipes}.
-Every value of a recipe can be overridden: maskpro fit --config quickstart --trainer.max_steps 100"""
+Every value can be overridden: maskpro fit --config quickstart --trainer.max_steps 100"""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -35,14 +35,17 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: The arguments; those of the process by default.
     """
-    arguments = list(sys.argv[1:] if args is None else args)
+    arguments = _named(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else "--help"
+    after_fit = {"compare": _compare, "export": _export}
+    # LightningCLI reads them there; given as its args, it warns of mixing them up with these.
+    sys.argv[1:] = arguments[1:] if command in after_fit else arguments
     if command in ("-h", "--help"):
         print(_USAGE.format(recipes=", ".join(recipes())))
-    elif command in ("compare", "export"):
-        {"compare": _compare, "export": _export}[command](_named(arguments[1:]))
+    elif command in after_fit:
+        after_fit[command]()
     else:
-        LightningCLI(save_config_callback=SaveConfig, args=_named(arguments))
+        LightningCLI(save_config_callback=SaveConfig)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -67,8 +70,8 @@ class SaveConfig(SaveConfigCallback):
 class _AfterFit(LightningCLI):
     """Builds model, data and trainer from a recipe and runs nothing."""
 
-    def __init__(self, args: list[str], **kwargs: Any) -> None:
-        super().__init__(run=False, save_config_callback=SaveConfig, args=args, **kwargs)
+    def __init__(self) -> None:
+        super().__init__(run=False, save_config_callback=SaveConfig)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--output", type=str, default="sparse-model", help="Folder to write.")
@@ -76,23 +79,25 @@ class _AfterFit(LightningCLI):
 
     @property
     def callback(self) -> MaskProCallback:
-        found = [c for c in self.trainer.callbacks if isinstance(c, MaskProCallback)]
-        if len(found) != 1:
-            raise SystemExit(f"The recipe has {len(found)} MaskProCallbacks; it needs one.")
-        return found[0]
+        return callback_of(self.trainer)
 
     def export(self) -> Path:
         callback, output = self.callback, self.config["output"]
-        options = {"include": callback.include, "exclude": callback.exclude}
-        folder = export_sparse(self.model, output, callback.pattern, **options)
+        folder = export_sparse(
+            self.model,
+            output,
+            callback.pattern,
+            include=callback.include,
+            exclude=callback.exclude,
+        )
         tokenizer = getattr(self.datamodule, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return folder.absolute()
 
 
-def _compare(arguments: list[str]) -> None:
-    cli = _AfterFit(arguments)
+def _compare() -> None:
+    cli = _AfterFit()
     console = Console()
     rows = compare(cli.trainer, cli.model, cli.datamodule)
     folder = cli.export()
@@ -103,8 +108,8 @@ def _compare(arguments: list[str]) -> None:
     _tell_mlflow(cli, console)
 
 
-def _export(arguments: list[str]) -> None:
-    cli = _AfterFit(arguments)
+def _export() -> None:
+    cli = _AfterFit()
     checkpoint = cli.config["ckpt_path"]
     if checkpoint is None:
         raise SystemExit("maskpro export needs --ckpt_path, a checkpoint of the fit.")

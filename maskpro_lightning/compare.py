@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from rich.table import Table
@@ -38,7 +39,7 @@ class Row:
 
 
 def compare(
-    trainer: pl.Trainer,
+    trainer: Any,
     module: pl.LightningModule,
     data: pl.LightningDataModule,
     methods: Sequence[calibration.Method] = ("magnitude", "wanda", "sparsegpt"),
@@ -55,7 +56,7 @@ def compare(
     Raises:
         ValueError: the trainer has no callback, or more than one device.
     """
-    callback = _callback_of(trainer)
+    callback = callback_of(trainer)
     if trainer.world_size > 1:
         raise ValueError(f"A comparison runs on one device, not {trainer.world_size}.")
     targets = find_targets(module, callback.pattern, callback.include, callback.exclude)
@@ -82,6 +83,18 @@ def compare(
     seconds = time.perf_counter() - start
     rows.append(_row("maskpro", trainer, module, data, targets, seconds))
     return rows
+
+
+def callback_of(trainer: Any) -> MaskProCallback:
+    """The one :class:`MaskProCallback` of a trainer.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    callbacks = [c for c in trainer.callbacks if isinstance(c, MaskProCallback)]
+    if len(callbacks) != 1:
+        raise ValueError(f"The Trainer needs one MaskProCallback, but has {len(callbacks)}.")
+    return callbacks[0]
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
@@ -112,18 +125,9 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
             writer.writerow([row.mask, *row.metrics.values(), row.sparsity, row.seconds])
 
 
-def _callback_of(trainer: pl.Trainer) -> MaskProCallback:
-    callbacks = [c for c in trainer.callbacks if isinstance(c, MaskProCallback)]
-    if len(callbacks) != 1:
-        raise ValueError(
-            f"A comparison needs one MaskProCallback in the Trainer, found {len(callbacks)}."
-        )
-    return callbacks[0]
-
-
 def _row(
     mask: str,
-    trainer: pl.Trainer,
+    trainer: Any,
     module: pl.LightningModule,
     data: pl.LightningDataModule,
     targets: Sequence[Target],
@@ -140,12 +144,10 @@ def _row(
 
 
 def _calibrate(
-    trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, count: int
+    trainer: Any, module: pl.LightningModule, data: pl.LightningDataModule, count: int
 ) -> None:
     batches = islice(data.train_dataloader(), count)
     with traceless(trainer, module):
-        for number, batch in enumerate(
-            tqdm(batches, desc="Calibrating", total=count, leave=False)
-        ):
+        for number, batch in enumerate(tqdm(batches, desc="Calibrating", total=count, leave=False)):
             on_device = trainer.strategy.batch_to_device(batch)
             module.training_step(on_device, number)

@@ -64,7 +64,8 @@ def log_prob(logits_GM: Tensor, kept_GM: Tensor, pattern: NMPattern) -> Tensor:
     """
     log_ratio_GM, _ = _against_the_rest(_real(logits_GM), kept_GM)
     if pattern.n > _LARGEST_N_BY_ORDERS:
-        return torch.stack([value_G for _, value_G in _race(log_ratio_GM, kept_GM, pattern)]).logsumexp(0)
+        nodes = _race(log_ratio_GM, kept_GM, pattern)
+        return torch.stack([value_G for _, value_G in nodes]).logsumexp(0)
     ahead, _ = _orders(_kept_ratios(log_ratio_GM, kept_GM, pattern.n))
     return logsigmoid(log_ratio_GM).masked_fill(~kept_GM, 0).sum(-1) + ahead[-1].log()
 
@@ -179,11 +180,12 @@ def _orders(ratio_GN: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         remains[drawn] = remains[drawn | 1 << next_] + ratios[next_]
     ahead = [torch.ones_like(ratios[0])] * (everything + 1)
     for drawn in range(1, everything + 1):
-        ahead[drawn] = sum(
+        before = [
             ahead[drawn ^ 1 << i] * (1 + ratio) / remains[drawn ^ 1 << i]
             for i, ratio in enumerate(ratios)
             if drawn >> i & 1
-        )
+        ]
+        ahead[drawn] = torch.stack(before).sum(0)
     return ahead, remains
 
 

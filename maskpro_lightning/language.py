@@ -147,11 +147,12 @@ class TextData(pl.LightningDataModule):
         batches = self._sets["train"][: len(self._sets["train"]) // size * size].unflatten(
             0, (-1, size)
         )
-        sampler = None
+        dataset = TensorDataset(batches)
+        sampler: DistributedSampler[Any] | None = None
         if self.trainer is None or self.trainer.world_size == 1:
-            sampler = DistributedSampler(batches, 1, 0, seed=self.hparams["seed"])  # type: ignore
+            sampler = DistributedSampler(dataset, 1, 0, seed=self.hparams["seed"])
         return ResumableLoader(
-            TensorDataset(batches),
+            dataset,
             batch_size=None,
             shuffle=sampler is None,
             sampler=sampler,

@@ -89,8 +89,10 @@ def mask_metrics(optimizer: MaskPro) -> dict[str, dict[str, float]]:
     for groups in optimizer.groups():
         if groups.name not in metrics:
             metrics[groups.name] = (MaskEntropy(), MaskChange(), MaskChange())
+            for metric in metrics[groups.name]:
+                metric.to(groups.logits_GM.device)
         mode_GM = distribution.mode(groups.logits_GM, groups.pattern)
-        entropy, changed, churn = (m.to(mode_GM.device) for m in metrics[groups.name])
+        entropy, changed, churn = metrics[groups.name]
         entropy.update(groups.logits_GM, groups.drawn_GM, groups.pattern)
         changed.update(mode_GM, groups.initial_GM)
         churn.update(groups.drawn_GM, groups.previous_GM)

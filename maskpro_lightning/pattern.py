@@ -79,7 +79,8 @@ class NMPattern:
     def sets(self, device: torch.device | None = None) -> Tensor:
         """Every mask of one group in lexicographic order, bool of shape (C(M, N), M)."""
         kept = torch.tensor(list(combinations(range(self.m), self.n)), device=device)
-        return torch.zeros(len(kept), self.m, dtype=torch.bool, device=device).scatter(1, kept, True)
+        nothing = torch.zeros(len(kept), self.m, dtype=torch.bool, device=device)
+        return nothing.scatter(1, kept, value=True)
 
     def group(self, tensor: Tensor, input_dim: int = -1) -> Tensor:
         """View a weight as groups: ``(..., inputs, ...)`` to ``(..., inputs / M, M)``.
@@ -99,7 +100,8 @@ class NMPattern:
             raise ValueError(
                 f"A dimension of {size} cannot be cut into groups of {self.m} (pattern {self})."
             )
-        return tensor.movedim(input_dim, -1).unflatten(-1, (size // self.m, self.m))
+        groups: Tensor = tensor.movedim(input_dim, -1).unflatten(-1, (size // self.m, self.m))
+        return groups
 
     def top(self, scores_GM: Tensor) -> Tensor:
         """The N highest scores of each group, as a bool mask; of equal scores the first is kept.

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 _Rows = Sequence[Mapping[str, float]]
 _Layers = Mapping[str, Mapping[str, float]]
@@ -23,13 +23,11 @@ _INK, _GREY, _BLUE, _GREEN, _ORANGE = "#797979", "#868686", "#0b76b8", "#0a9670"
 _COLOURS = {"baseline": _GREY, "entropy": _GREEN, "churn": _ORANGE, "baseline_hit_rate": _GREEN}
 # By key: name, meaning, what it is a share of.
 _SHARES = {
-    "changed": ("Left the initial mask", "another is the most likely now", "of groups"),
-    "entropy": ("Undecided (entropy)", "at 100% all masks are as likely", "of log C(M, N)"),
+    "changed": ("Left the initial mask", "another one is the most likely now", "of groups"),
+    "entropy": ("Undecided (entropy)", "at 100% all masks are equally likely", "of log C(M, N)"),
     "churn": ("Redrawn (churn)", "the latest two draws differ", "of groups"),
 }
-_AVERAGED = 0.06  # width of the moving average, as a share of all steps
 _MOST_LAYERS = 40
-_LONGEST_NAME = 32
 
 
 def figures(rows: _Rows, layers: _Layers) -> dict[str, Figure]:
@@ -60,16 +58,14 @@ def _loss(rows: _Rows) -> Figure:
     title = "Training loss of the drawn masks and, on the same batches, of the initial mask"
     below = "Drawn minus initial: below zero, the drawn masks are better"
     figure, (top, bottom) = _over_steps({title: "loss", below: "difference"}, (2, 1))
-    baseline = _series(top, rows, "baseline", light=True, mean=True)
-    loss = _series(top, rows, "loss", light=True, mean=True)
-    near = abs(loss - baseline) < 0.25 * np.ptp(top.get_ylim())
-    over, under = ("bottom", "top") if loss < baseline else ("top", "bottom")
-    _label(top, "baseline", baseline, f"initial mask\n{baseline:.4g}", over if near else "center")
-    _label(top, "loss", loss, f"drawn masks\n{loss:.4g}", under if near else "center")
+    _series(top, rows, "baseline", "initial mask\n{:.4g}", mean=True)
+    _series(top, rows, "loss", "drawn masks\n{:.4g}", mean=True)
+    labels = sorted(top.texts, key=lambda text: text.get_position()[1])
+    for label, align in zip(labels, ("top", "bottom"), strict=False):
+        label.set(va=align)  # not over each other, however close the lines end
     bottom.axhline(0, color=_GREY, linewidth=1, linestyle="--")
-    _series(bottom, rows, "residual", light=True)
-    delta = _series(bottom, rows, "delta")
-    _label(bottom, "delta", delta, f"tracker δ\n{delta:.3g}")
+    _series(bottom, rows, "residual")
+    _series(bottom, rows, "delta", "tracker δ\n{:.3g}")
     return figure
 
 
@@ -78,6 +74,7 @@ def _exploration(rows: _Rows) -> Figure:
     figure, panels = _over_steps(titles, (1, 1, 1))
     for axes, key in zip(panels, _SHARES, strict=True):
         _share(axes, rows, key)
+    panels[-1].set_xlabel("step")
     return figure
 
 
@@ -87,16 +84,16 @@ def _signal(rows: _Rows) -> Figure:
     unit = "running spreads\n(loss, if not normalized)"
     figure, (top, bottom) = _over_steps({title: unit, below: "of batches so far"}, (2, 1))
     top.axhline(0, color=_GREY, linewidth=1, linestyle="--")
-    _series(top, rows, "advantage", light=True, mean=True)
+    _series(top, rows, "advantage", mean=True)
     _share(bottom, rows, "baseline_hit_rate")
     return figure
 
 
 def _layers(layers: _Layers) -> Figure:
     names = dict(zip(layers, _shortened(list(layers)), strict=True))
-    title = f"Where the masks changed: {len(layers)} layers in the model's order"
+    title = "Where the masks changed, by layer in the model's order"
     if len(layers) > _MOST_LAYERS:
-        title = f"Where the masks changed: the {_MOST_LAYERS} of {len(layers)} layers that did most"
+        title = f"The {_MOST_LAYERS} of {len(layers)} layers whose masks changed most"
         ranked = sorted(layers, key=lambda layer: -np.nan_to_num(layers[layer].get("changed", 0)))
         names = {layer: names[layer] for layer in ranked[:_MOST_LAYERS]}
     figure = Figure((8, 1.2 + 0.13 * len(names)), dpi=150, facecolor="none", layout="constrained")
@@ -107,7 +104,7 @@ def _layers(layers: _Layers) -> Figure:
         shares = [layers[layer].get(key, math.nan) for layer in names]
         axes.barh(range(len(names)), shares, color=_COLOURS.get(key, _BLUE), gid=key)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(_percent)
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.set_xlabel(unit)
         axes.tick_params(axis="y", length=0, labelsize=6.5)
         axes.grid(visible=False, axis="y")
@@ -122,10 +119,8 @@ def _shortened(names: Sequence[str]) -> list[str]:
     for end, rest in ((-1, slice(-1)), (0, slice(1, None))):
         while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[end] for p in parts}) == 1:
             parts = [p[rest] for p in parts]
-    return [
-        short if len(short) <= _LONGEST_NAME else f"#{number} …{short[6 - _LONGEST_NAME :]}"
-        for number, short in enumerate(map(".".join, parts))
-    ]
+    shorts = enumerate(map(".".join, parts))
+    return [short if len(short) <= 32 else f"#{n} …{short[-26:]}" for n, short in shorts]
 
 
 def _over_steps(titles: Mapping[str, str], heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
@@ -134,53 +129,42 @@ def _over_steps(titles: Mapping[str, str], heights: Sequence[float]) -> tuple[Fi
     panels = list(figure.subplots(len(titles), sharex=True, height_ratios=heights))
     for axes, (title, unit) in zip(panels, titles.items(), strict=True):
         _dress(axes, title)
-        axes.set_ylabel(unit)
-        axes.margins(x=0.01)
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(ylabel=unit, xmargin=0.01)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panels[-1].set_xlabel("step (light: single steps, solid: averages)")
     return figure, panels
 
 
 def _dress(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", color=_INK, fontsize=9, fontweight="bold")
-    axes.set_facecolor("none")
+    axes.set(facecolor="none", axisbelow=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_INK)
     axes.tick_params(colors=_INK, labelsize=8)
     axes.grid(visible=True, color=_INK, alpha=0.2, linewidth=0.6)
-    axes.set_axisbelow(True)
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set(color=_INK, fontsize=8)
 
 
-def _series(axes: Axes, rows: _Rows, key: str, light: bool = False, mean: bool = False) -> float:
-    """Draw a series, and its moving average if asked; the value at which the last line ends."""
+def _series(axes: Axes, rows: _Rows, key: str, label: str = "", mean: bool = False) -> None:
+    """Draw a series, or its average over a tenth of the steps on top, and label where it ends."""
     points = [(row["step"], row[key]) for row in rows if key in row]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
     colour, marker = _COLOURS.get(key, _BLUE), "." if len(points) < 20 else None
-    width, alpha = (0.7, 0.4) if light else (1.6, None)
+    width, alpha = (1.6, None) if label and not mean else (0.7, 0.4)
     axes.plot(steps, values, color=colour, linewidth=width, alpha=alpha, marker=marker, gid=key)
     steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
     if mean and len(values):
-        half = np.ptp(steps) * _AVERAGED / 2
+        half = 0.05 * np.ptp(steps)
         values = np.array([values[abs(steps - step) <= half].mean() for step in steps])
-        axes.plot(steps, values, color=colour, linewidth=1.6)
-    return float(values[-1]) if len(values) else math.nan
+        axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker)
+    if label and len(values):
+        style = {"color": colour, "fontsize": 8, "va": "center"}
+        text = label.format(values[-1]).replace("-", "\N{MINUS SIGN}")
+        axes.text(1.01, values[-1], text, style, transform=axes.get_yaxis_transform())
 
 
 def _share(axes: Axes, rows: _Rows, key: str) -> None:
-    last = _series(axes, rows, key)
-    _label(axes, key, last, _percent(last))
-    axes.yaxis.set_major_formatter(_percent)
+    _series(axes, rows, key, "{:.2%}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylim(bottom=0)
-
-
-def _label(axes: Axes, key: str, y: float, text: str, align: str = "center") -> None:
-    """Write at the end of a line, to the right of the axes."""
-    if math.isfinite(y):
-        style = {"color": _COLOURS.get(key, _BLUE), "fontsize": 8, "va": align}
-        axes.text(1.01, y, text, style, transform=axes.get_yaxis_transform())
-
-
-def _percent(share: float, _: float = 0) -> str:
-    return f"{100 * share:.3g}%"

@@ -152,7 +152,7 @@ def _input_dim(module: nn.Module, name: str, parameter: nn.Parameter) -> int | N
 
 def _left_out_by_default(model: nn.Module) -> set[int]:
     """Parameters of embeddings and output embeddings, which tied weights are as well."""
-    left_out = set()
+    left_out: set[int] = set()
     for name, module in model.named_modules():
         output = getattr(module, "get_output_embeddings", lambda: None)()
         for layer in (module, output):
@@ -172,7 +172,7 @@ def _refuse_idle_globs(model: nn.Module, globs: Iterable[str]) -> None:
         if not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(
                 f"{glob!r} matches no layer or parameter of {type(model).__name__}; its layers "
-                f"are named like {sorted(names, key=len)[-1]!r}."
+                f"are named like {max(names, key=len)!r}."
             )
 
 

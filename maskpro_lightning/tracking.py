@@ -59,9 +59,7 @@ class Tracking:
         folder = f"maskpro/{subfolder}".rstrip("/")
         for logger in self._trainer.loggers:
             if type(logger).__name__ == "MLFlowLogger":
-                self._send(
-                    logger, logger.experiment.log_artifact, logger.run_id, str(path), folder
-                )
+                self._send(logger, logger.experiment.log_artifact, logger.run_id, str(path), folder)
 
     def figure(self, path: Path, figure: Any) -> None:
         """Save a matplotlib figure and hand it to the loggers that show figures."""
@@ -69,8 +67,8 @@ class Tracking:
         self.file(path)
         for logger in self._trainer.loggers:
             if type(logger).__name__ == "TensorBoardLogger":
-                step = self._trainer.global_step
-                self._send(logger, logger.experiment.add_figure, f"maskpro/{path.stem}", figure, step)
+                add, step = logger.experiment.add_figure, self._trainer.global_step
+                self._send(logger, add, f"maskpro/{path.stem}", figure, step)
             elif type(logger).__name__ == "WandbLogger":
                 self._send(logger, logger.log_image, f"maskpro/{path.stem}", [str(path)])
 

@@ -13,11 +13,23 @@ from maskpro_lightning import NMPattern, find_targets
 from maskpro_lightning.catalog import recipes, resolve
 from maskpro_lightning.cli import main
 
-SHORT = (
-    "--data.train_sequences=8 --data.val_sequences=4 --data.length=16 --data.batch_size=4 "
-    "--trainer.max_steps=4 --trainer.val_check_interval=2 --trainer.log_every_n_steps=1 "
-    "--trainer.enable_progress_bar=false --trainer.enable_model_summary=false"
-).split()
+SHORT = [
+    "--data.train_sequences=8",
+    "--data.val_sequences=4",
+    "--data.length=16",
+    "--data.batch_size=4",
+    "--trainer.max_steps=4",
+    "--trainer.val_check_interval=2",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``main`` changes the process's arguments."""
+    monkeypatch.setattr(sys, "argv", ["maskpro"])
 
 
 @pytest.fixture

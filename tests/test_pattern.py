@@ -28,7 +28,7 @@ PATTERNS = [
         (1, 17),
         (9, 18),
         (16, 32),
-        (31, 32),
+        (2, 300),
     ]
 ]
 REAL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -213,7 +213,7 @@ def test_patterns_that_keep_nothing_or_everything_are_refused(text: str) -> None
         NMPattern.parse(text)
 
 
-@pytest.mark.parametrize("text", ["2/4", "", "2:4:8", "-1:4", "2:", "2.0:4", "two:four", "²:4"])
+@pytest.mark.parametrize("text", ["2/4", "", "2:4:8", "-1:4", "2:", "2.0:4", "two:four", "٢:٤"])
 def test_strings_of_another_form_are_refused(text: str) -> None:
     message = (
         f"{text!r} is not an N:M pattern: write kept weights, a colon and the group size, "

@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import lightning as L
+import lightning as L  # noqa: N812
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
-        exec(block, names)  # noqa: S102
+        exec(block, names)
     assert (tmp_path / "sparse-model" / "model.safetensors").exists()
     for network in (module.model, model):
         for layer in (network[0], network[2]):
@@ -62,12 +62,12 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_options_that_the_readme_names_exist() -> None:
     for call in re.findall(r"`(MaskProCallback\([^`]*\))`", README):
-        assert isinstance(eval(call), MaskProCallback)  # noqa: S307
+        assert isinstance(eval(call), MaskProCallback)
 
 
 def test_the_test_command_is_what_ci_runs() -> None:
     assert "    python -m tox run\n" in README
-    assert '-m tox run\n' in (ROOT / ".ci" / "run").read_text()
+    assert "-m tox run\n" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_the_install_line_states_the_packages_own_lower_bounds() -> None:

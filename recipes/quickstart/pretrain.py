@@ -45,10 +45,13 @@ class Split(NamedTuple):
 class Pretraining(lightning.LightningModule):
     """Next-token training of a causal language model, the held-out loss kept by step."""
 
-    def __init__(self, model: LlamaForCausalLM, learning_rate: float, steps: int) -> None:
+    def __init__(
+        self, model: LlamaForCausalLM, learning_rate: float, weight_decay: float, steps: int
+    ) -> None:
         super().__init__()
         self.model = model
         self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
         self.steps = steps
         self.warm_up = max(1, steps // 20)
         self.held_out_losses: dict[int, float] = {}
@@ -79,7 +82,10 @@ class Pretraining(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = AdamW(
-            self.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+            self.parameters(),
+            lr=self.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=self.weight_decay,
         )
         schedule = LambdaLR(optimizer, self.learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -150,9 +156,10 @@ def parse_arguments() -> argparse.Namespace:
     """Returns the command line's arguments; the defaults make the committed model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=FOLDER / "model")
-    parser.add_argument("--steps", type=int, default=7_500)
+    parser.add_argument("--steps", type=int, default=5_000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=6e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -169,7 +176,7 @@ def main() -> None:
     tokenizer = train_tokenizer(train_texts)
     train_tokens, held_out_tokens = pack(tokenizer, train_texts), pack(tokenizer, held_out_texts)
     model = new_model(tokenizer)
-    module = Pretraining(model, args.learning_rate, args.steps)
+    module = Pretraining(model, args.learning_rate, args.weight_decay, args.steps)
 
     windows = sequences(train_tokens, stride=1)
     sampler = RandomSampler(windows, replacement=True, num_samples=args.steps * args.batch_size)

@@ -1,0 +1,67 @@
+"""Cases and shorthands that the tests of MaskPro share."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from maskpro_lightning import MaskPro, NMPattern
+
+# Pattern, shape of a weight with two groups of inputs, and the dimension of its inputs.
+CASES = [
+    pytest.param("2:4", (6, 8), -1, id="2:4 Linear [out, in]"),
+    pytest.param("2:4", (8, 6), 0, id="2:4 Conv1D [in, out]"),
+    pytest.param("2:4", (3, 8, 2, 2), 1, id="2:4 Conv2d [out, in, kh, kw]"),
+    pytest.param("2:4", (2, 3, 8), -1, id="2:4 experts [E, out, in]"),
+    pytest.param("2:4", (2, 8, 3), -2, id="2:4 experts [E, in, out]"),
+    pytest.param("1:4", (8, 6), 0, id="1:4 Conv1D"),
+    pytest.param("3:5", (3, 10, 2, 2), 1, id="3:5 Conv2d"),
+    pytest.param("4:8", (2, 3, 16), -1, id="4:8 experts"),
+    pytest.param("8:16", (6, 32), -1, id="8:16 Linear"),
+]
+every_case = pytest.mark.parametrize(("pattern", "shape", "input_dim"), CASES)
+Shape = tuple[int, ...]
+
+
+def one_weight(weight: Tensor, pattern: str = "2:4", input_dim: int = -1, **rule: float) -> MaskPro:
+    """A MaskPro of one weight named "w"."""
+    group = {"params": [("w", weight)], "input_dim": input_dim}
+    return MaskPro([group], pattern, **rule)  # type: ignore[arg-type]
+
+
+def step(optimizer: MaskPro, loss: float, baseline: float = 0.0) -> None:
+    """One step that is told its losses."""
+    optimizer.step(lambda: torch.tensor(loss), torch.tensor(baseline))
+
+
+def logits_of(optimizer: MaskPro) -> Tensor:
+    return optimizer.logits()["w"].clone()
+
+
+def drawn_of(optimizer: MaskPro) -> Tensor:
+    return optimizer.masks("drawn")["w"]
+
+
+def grouped(tensor: Tensor, pattern: str, input_dim: int) -> Tensor:
+    return NMPattern.parse(pattern).group(tensor, input_dim)
+
+
+def top_of(scores: Tensor, pattern: str, input_dim: int) -> Tensor:
+    """The oracle's mask of the highest scores, in their shape."""
+    rows, n = grouped(scores, pattern, input_dim), NMPattern.parse(pattern).n
+    mask = torch.zeros(scores.shape, dtype=torch.bool)
+    kept = [oracle.top(row, n) for row in rows.flatten(0, -2).tolist()]
+    grouped(mask, pattern, input_dim)[:] = torch.tensor(kept).view_as(rows)
+    return mask
+
+
+def bits(tensor: Tensor) -> Tensor:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().clone().view(integer[tensor.element_size()])
+
+
+def assert_holds(weight: Tensor, dense: Tensor, mask: Tensor) -> None:
+    """Kept weights are the dense ones to the bit; the others are +0.0, all of whose bits are 0."""
+    assert torch.equal(bits(weight), bits(dense) * mask)

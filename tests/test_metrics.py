@@ -1,0 +1,152 @@
+"""Laws of the statistics of masks, held against enumeration."""
+
+from __future__ import annotations
+
+import math
+
+import oracle
+import pytest
+import torch
+from optimizer_cases import step
+from oracle import random
+from torch import Tensor, nn
+
+from maskpro_lightning import MaskPro, NMPattern
+from maskpro_lightning import optimizer as optimizer_module
+from maskpro_lightning.metrics import MaskChange, MaskEntropy, mask_metrics
+
+EXACT = [NMPattern(*n_m) for n_m in [(1, 2), (1, 4), (2, 4), (3, 4), (3, 5), (4, 8), (1, 100)]]
+ESTIMATED = [NMPattern(5, 10), NMPattern(2, 18)]
+NOT_USED = torch.zeros(0)
+# What float32 and log-probabilities of a few nats leave, far below any statistic that matters.
+ROUNDING = 1e-5
+
+
+def oracle_entropies(logits_GM: Tensor, pattern: NMPattern) -> Tensor:
+    """Entropy of each group in units of log C(M, N), (G,)."""
+    nats_G = torch.stack([oracle.entropy(logits_M.double(), pattern.n) for logits_M in logits_GM])
+    return nats_G / math.log(pattern.num_sets)
+
+
+def drawn(logits_GM: Tensor, pattern: NMPattern) -> Tensor:
+    """Masks drawn from the enumerated probabilities."""
+    generator = torch.Generator().manual_seed(0)
+    sets_CM = oracle.sets(pattern.n, pattern.m)
+    numbers = [
+        oracle.probabilities(logits_M, pattern.n).multinomial(1, generator=generator)
+        for logits_M in logits_GM
+    ]
+    return sets_CM[torch.cat(numbers)]
+
+
+# --- the metrics --------------------------------------------------------------------------------
+
+
+def test_change_is_the_share_of_groups_that_differ_anywhere() -> None:
+    one = torch.tensor([[[1, 1, 0, 0], [1, 0, 1, 0]], [[0, 0, 1, 1], [0, 1, 0, 1]]]).bool()
+    other = one.clone()
+    other[0, 1] = torch.tensor([0, 1, 0, 1]).bool()  # four places, one group
+    change = MaskChange()
+    change.update(one, other)
+    assert change.compute() == 1 / 4
+    change.update(one[:1, :1], other[:1, :1])
+    assert change.compute() == 1 / 5
+    change.update(~other, other)
+    assert change.compute() == 5 / 9
+
+
+@pytest.mark.parametrize("pattern", EXACT, ids=str)
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_entropy_is_the_oracles_where_masks_are_few(pattern: NMPattern, scale: float) -> None:
+    logits_GM = random(6, pattern.m, scale=scale)
+    entropy = MaskEntropy()
+    for block_GM in (logits_GM[:2], logits_GM[2:]):
+        entropy.update(block_GM, NOT_USED, pattern)
+    expected = oracle_entropies(logits_GM, pattern).mean()
+    assert float(entropy.compute()) == pytest.approx(float(expected), abs=ROUNDING)
+
+
+@pytest.mark.parametrize("pattern", [*EXACT, *ESTIMATED], ids=str)
+def test_entropy_is_one_undecided_and_zero_decided(pattern: NMPattern) -> None:
+    kept_GM = oracle.sets(pattern.n, pattern.m)[:7]
+    for scale, expected in ((0.0, 1.0), (50.0, 0.0)):
+        entropy = MaskEntropy()
+        entropy.update(scale * kept_GM, kept_GM, pattern)
+        assert float(entropy.compute()) == pytest.approx(expected, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("pattern", ESTIMATED, ids=str)
+def test_entropy_is_estimated_from_draws_where_masks_are_many(pattern: NMPattern) -> None:
+    groups = 400
+    logits_GM = random(pattern.m).repeat(groups, 1)
+    entropy = MaskEntropy()
+    entropy.update(logits_GM, drawn(logits_GM, pattern), pattern)
+    # The mean of G draws of -log P, whose variance is enumerated: five standard deviations.
+    p_C = oracle.probabilities(logits_GM[0].double(), pattern.n)
+    nats_C = -p_C.log() / math.log(pattern.num_sets)
+    mean = float(p_C @ nats_C)
+    deviation = float((p_C @ (nats_C - mean) ** 2).sqrt()) / math.sqrt(groups)
+    assert 0 < 5 * deviation < 0.1 * mean  # or the law would say nothing
+    assert abs(float(entropy.compute()) - mean) < 5 * deviation
+
+
+# --- what a run shows ---------------------------------------------------------------------------
+
+
+def trained() -> MaskPro:
+    """Three weights of different sizes, patterns and layouts after a few steps."""
+    weights = {"small": (2, 8), "large": (16, 16), "conv": (4, 8, 3)}
+    groups = [
+        {
+            "params": [(name, nn.Parameter(random(*shape)))],
+            "input_dim": 1,
+            "pattern": "2:4" if name != "large" else "4:8",
+        }
+        for name, shape in weights.items()
+    ]
+    optimizer = MaskPro(groups, lr=1.0, logit_scale=1.0)
+    for residual in (1.0, -2.0, 3.0):
+        step(optimizer, residual)
+    return optimizer
+
+
+def test_each_weight_has_the_statistics_of_its_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_module, "_BLOCK", 3)
+    optimizer = trained()
+    before = optimizer.masks("drawn")
+    step(optimizer, -1.0)
+    initial, now, mode = (optimizer.masks(v) for v in ("initial", "drawn", "mode"))
+    found = mask_metrics(optimizer)
+    assert found.keys() == {"small", "large", "conv", ""}
+    for name, logits in optimizer.logits().items():
+        pattern = NMPattern(4, 8) if name == "large" else NMPattern(2, 4)
+
+        def share(one: Tensor, other: Tensor, pattern: NMPattern = pattern) -> float:
+            differs = pattern.group(one != other, 1).any(-1)
+            return float(differs.double().mean())
+
+        rows_GM = pattern.group(logits, 1).reshape(-1, pattern.m)
+        assert found[name] == {
+            "entropy": pytest.approx(float(oracle_entropies(rows_GM, pattern).mean()), abs=1e-5),
+            "changed": pytest.approx(share(mode[name], initial[name]), abs=ROUNDING),
+            "churn": pytest.approx(share(now[name], before[name]), abs=ROUNDING),
+        }
+        assert 0 < found[name]["changed"] < found[name]["churn"] < 1
+
+
+def test_the_statistics_of_all_count_every_group_alike() -> None:
+    optimizer = trained()
+    found = mask_metrics(optimizer)
+    groups = {"small": 2 * 8 // 4, "large": 16 * 16 // 8, "conv": 4 * 8 * 3 // 4}
+    for statistic in ("entropy", "changed", "churn"):
+        values = {name: found[name][statistic] for name in groups}
+        assert len(set(values.values())) == 3
+        mean = sum(groups[name] * values[name] for name in groups) / sum(groups.values())
+        assert found[""][statistic] == pytest.approx(mean, abs=ROUNDING)
+        assert abs(mean - sum(values.values()) / 3) > 100 * ROUNDING  # weighted or not matters
+
+
+def test_nothing_has_changed_before_the_first_step() -> None:
+    optimizer = MaskPro([("w", nn.Parameter(random(64, 8)))], logit_scale=1.0)
+    optimizer.begin()
+    assert mask_metrics(optimizer)["w"]["changed"] == 0

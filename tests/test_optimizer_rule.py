@@ -1,0 +1,249 @@
+"""Laws of the update: how the logits move with the losses, and that they learn."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import oracle
+import pytest
+import torch
+from optimizer_cases import (
+    Shape,
+    assert_holds,
+    drawn_of,
+    every_case,
+    grouped,
+    logits_of,
+    one_weight,
+    step,
+    top_of,
+)
+from oracle import random
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from maskpro_lightning import MaskPro, NMPattern
+
+EPS = torch.finfo(torch.float32).eps
+
+
+# --- the published rule -------------------------------------------------------------------------
+
+
+def assert_moves_as_published(
+    optimizer: MaskPro, residual: float, lr: float, pattern: str, input_dim: int
+) -> None:
+    """One step is pi - lr (r - delta) grad log P, and delta an average that r enters after it."""
+    pi, drawn = logits_of(optimizer).double(), drawn_of(optimizer)
+    alpha, delta = optimizer.param_groups[0]["momentum"], float(optimizer.tracker["delta"])
+    step(optimizer, loss=4.0 + residual, baseline=4.0)
+    rows, kept = (grouped(tensor, pattern, input_dim) for tensor in (pi, drawn))
+    rows.sub_(lr * (residual - delta) * oracle.score(rows, kept))
+    # The score's tolerance is test_distribution's; then come a product and a difference.
+    move, n = lr * abs(residual - delta), NMPattern.parse(pattern).n
+    tolerance = move * (4 * n * EPS + n * math.exp(-27)) + EPS * (move + float(pi.abs().max()))
+    torch.testing.assert_close(logits_of(optimizer).double(), pi, rtol=0, atol=tolerance)
+    expected = pytest.approx(alpha * delta + (1 - alpha) * residual, abs=4 * EPS)
+    assert float(optimizer.tracker["delta"]) == expected
+    assert float(optimizer.last["residual"]) == residual
+
+
+@every_case
+def test_a_published_step_is_the_papers_update(pattern: str, shape: Shape, input_dim: int) -> None:
+    weight, lr = nn.Parameter(random(*shape)), 0.5
+    rule = {"lr": lr, "momentum": 0.75, "normalize": False, "logit_scale": 2.0}
+    optimizer = one_weight(weight, pattern, input_dim, **rule)
+    optimizer.begin()
+    for residual in (2.5, -1.0, 0.5):
+        assert_moves_as_published(optimizer, residual, lr, pattern, input_dim)
+
+
+def test_a_scheduler_sets_the_step_size() -> None:
+    optimizer = one_weight(nn.Parameter(random(8, 8)), lr=1.0, normalize=False)
+    optimizer.begin()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    for lr in (1.0, 0.5, 0.25):
+        assert_moves_as_published(optimizer, residual=2.0, lr=lr, pattern="2:4", input_dim=-1)
+        scheduler.step()  # warns, which is an error here, unless it sees the optimizer's step
+
+
+# --- the normalised rule ------------------------------------------------------------------------
+
+
+def advantage_of_the_last(residuals: list[float], alpha: float) -> float:
+    """Its deviation from the mean of those before, over the root mean square of deviations.
+
+    In both means a residual counts alpha times as much as the next one.
+    """
+
+    def mean(values: list[float]) -> float:
+        weights = [alpha**age for age in reversed(range(len(values)))]
+        return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+
+    deviations = [r - mean(residuals[:t] or [r]) for t, r in enumerate(residuals)]
+    spread = math.sqrt(mean([deviation**2 for deviation in deviations]))
+    return deviations[-1] / spread if spread else 0.0
+
+
+def test_an_advantage_is_a_deviation_in_units_of_the_spread() -> None:
+    alpha, residuals = 0.9, random(20).tolist()
+    optimizer = one_weight(nn.Parameter(random(8, 8)), momentum=alpha)
+    for t, residual in enumerate(residuals, start=1):
+        step(optimizer, residual)
+        # t averages of four roundings each, divided by 1 - alpha^t >= 1 - alpha, as in Adam.
+        expected = advantage_of_the_last(residuals[:t], alpha)
+        assert float(optimizer.last["advantage"]) == pytest.approx(expected, abs=40 * t * EPS)
+    assert expected != 0
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.99])
+def test_advantages_are_bounded_and_outliers_reach_the_bound(alpha: float) -> None:
+    optimizer = one_weight(nn.Parameter(random(8, 8)), momentum=alpha)
+    residuals = [*(random(60).tan() ** 3).tolist(), 1e12, -1e18]
+    sizes = []
+    for residual in residuals:
+        step(optimizer, residual)
+        sizes.append(abs(float(optimizer.last["advantage"])))
+    bound = 1 / math.sqrt(1 - alpha)
+    steps = len(residuals)
+    assert max(sizes) <= bound * (1 + 8 * EPS / (1 - alpha))
+    # A single residual that dwarfs all others has weight 1 - alpha of 1 - alpha^t.
+    assert sizes[-1] == pytest.approx(bound * math.sqrt(1 - alpha**steps), rel=1e-4)
+
+
+def test_the_unit_of_the_loss_does_not_matter() -> None:
+    trajectories = []
+    for unit in (1.0, 2.0**10, 2.0**-10):  # powers of two, so that no rounding differs
+        optimizer = one_weight(nn.Parameter(random(8, 8)), lr=0.3)
+        for residual in random(20).tolist():
+            step(optimizer, unit * residual)
+        trajectories.append(logits_of(optimizer))
+    assert torch.equal(trajectories[0], trajectories[1])
+    assert torch.equal(trajectories[0], trajectories[2])
+    assert not torch.equal(trajectories[0], 4.0 * optimizer.masks("initial")["w"])
+
+
+def test_the_first_step_has_nothing_to_compare_and_leaves_the_logits() -> None:
+    optimizer = one_weight(nn.Parameter(random(8, 8)))
+    optimizer.begin()
+    before = logits_of(optimizer)
+    step(optimizer, 1.7)
+    assert torch.equal(logits_of(optimizer), before)
+    step(optimizer, 1.8)
+    assert not torch.equal(logits_of(optimizer), before)
+
+
+ROUNDING = pytest.mark.xfail(reason="the spread of rounding errors passes for a spread")
+
+
+@pytest.mark.parametrize(
+    "residual", [0.0, *(pytest.param(r, marks=ROUNDING) for r in (1.0, 3.7, -0.3))]
+)
+@pytest.mark.parametrize("alpha", [0.9, 0.99])
+def test_equal_residuals_leave_the_logits(residual: float, alpha: float) -> None:
+    optimizer = one_weight(nn.Parameter(random(8, 8)), momentum=alpha)
+    optimizer.begin()
+    before = logits_of(optimizer)
+    for _ in range(20):
+        step(optimizer, residual)
+    assert torch.equal(logits_of(optimizer), before)
+
+
+# --- the losses ---------------------------------------------------------------------------------
+
+
+def test_the_closure_sees_the_initial_mask_then_the_drawn_one() -> None:
+    weight, dense = nn.Parameter(random(16, 8)), random(16, 8)
+    optimizer = one_weight(weight, logit_scale=0.5)
+    optimizer.begin()
+    masks = [optimizer.masks(version)["w"] for version in ("initial", "drawn")]
+    assert not torch.equal(*masks)
+    seen: list[Tensor] = []
+
+    def closure() -> Tensor:
+        assert not torch.is_grad_enabled()
+        seen.append(weight.detach().clone())
+        return weight.sum()
+
+    loss = optimizer.step(closure)
+    assert len(seen) == 2
+    for held, mask in zip(seen, masks, strict=True):
+        assert_holds(held, dense, mask)
+    baseline, drawn = (held.sum() for held in seen)
+    assert loss == optimizer.last["loss"] == drawn
+    assert optimizer.last["baseline"] == baseline
+    assert optimizer.last["residual"] == drawn - baseline != 0
+
+
+def test_identical_masks_leave_no_residual_under_dropout() -> None:
+    weight = nn.Parameter(random(16, 8))
+    # Another draw than the initial mask has a probability below e^-990.
+    optimizer = one_weight(weight, logit_scale=1e3)
+    losses = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        losses.add(float(optimizer.step(lambda: dropout(weight, 0.5).sum())))
+        after = torch.rand(())
+        assert optimizer.last["residual"] == 0
+        torch.manual_seed(seed)
+        dropout(weight, 0.5)
+        assert torch.rand(()) == after  # as if the closure had been called once
+    assert len(losses) == 3
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("place", ["loss", "baseline"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_teaches_nothing(bad: float, place: str, normalize: bool) -> None:
+    weight = nn.Parameter(random(8, 8))
+    optimizer = one_weight(weight, normalize=normalize)
+    for residual in (1.0, 2.0):
+        step(optimizer, residual)
+    logits, tracker = logits_of(optimizer), optimizer.tracker
+    step(optimizer, **{"loss": 1.0, place: bad})
+    assert torch.equal(logits_of(optimizer), logits)
+    assert optimizer.tracker == tracker
+    assert optimizer.last["advantage"] == 0
+    step(optimizer, 5.0)
+    assert optimizer.tracker["count"] == 3
+    assert logits_of(optimizer).isfinite().all()
+    assert not torch.equal(logits_of(optimizer), logits)
+    assert_holds(weight, random(8, 8), drawn_of(optimizer))
+
+
+# --- learning -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_it_learns_most_of_the_way_from_a_random_mask_to_the_best(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    w = nn.Parameter(torch.randn(4, 16, generator=generator))
+    x = torch.randn(64, 16, generator=generator)
+    y = x @ w.detach().T
+    scores = torch.rand(4, 16, generator=generator)
+
+    def losses(weight: Tensor) -> Tensor:
+        """Mean square error of each output."""
+        return (x @ weight.T - y).square().mean(0)
+
+    # Outputs have losses of their own, and 6^4 masks each.
+    sets_CM = oracle.sets(2, 4)
+    masks = torch.stack([torch.cat(four) for four in product(sets_CM, repeat=4)])
+    best = sum(
+        float(losses_of.min())
+        for losses_of in (
+            (x @ (row * masks).T - target[:, None]).square().mean(0)
+            for row, target in zip(w.detach(), y.T, strict=True)
+        )
+    )
+    optimizer = one_weight(w, lr=0.1, logit_scale=1.0, seed=seed)  # type: ignore[arg-type]
+    optimizer.begin({"w": top_of(scores, "2:4", -1)})
+    for _ in range(200):
+        optimizer.step(lambda: losses(w).mean())
+    with torch.no_grad(), optimizer.applied("initial"):
+        initial = float(losses(w).sum())
+    with torch.no_grad(), optimizer.applied("mode"):
+        learned = float(losses(w).sum())
+    assert best <= learned < initial
+    assert initial - learned > 0.5 * (initial - best)

@@ -1,0 +1,370 @@
+"""What a run's figures show, and that they can be read on any page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib as mpl
+import matplotlib.style
+import numpy as np
+import pytest
+import torch
+from matplotlib import colors, image
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from maskpro_lightning import MaskPro, plots
+from maskpro_lightning.journal import Journal
+from maskpro_lightning.metrics import mask_metrics
+from maskpro_lightning.tracking import Tracking
+
+KEYS = ("loss", "baseline", "residual", "advantage", "delta")
+KEYS += ("entropy", "changed", "churn", "baseline_hit_rate")
+KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+
+
+def history(count: int) -> list[dict[str, float]]:
+    noise = np.random.default_rng(0)
+    return [{"step": 10.0 * n} | {key: noise.random() for key in KEYS} for n in range(1, count + 1)]
+
+
+def llama(blocks: int) -> dict[str, dict[str, float]]:
+    noise = np.random.default_rng(0)
+    return {
+        f"model.layers.{block}.{kind}.weight": {
+            key: noise.random() for key in ("entropy", "changed", "churn")
+        }
+        for block in range(blocks)
+        for kind in KINDS
+    }
+
+
+def lines(figures: Mapping[str, Figure]) -> dict[str, Line2D]:
+    found = [line for figure in figures.values() for axes in figure.axes for line in axes.lines]
+    series = [line for line in found if line.get_gid() is not None]
+    assert len({line.get_gid() for line in series}) == len(series)
+    return {str(line.get_gid()): line for line in series}
+
+
+def panel(figure: Figure, key: str) -> Axes:
+    return next(axes for axes in figure.axes if key in {line.get_gid() for line in axes.lines})
+
+
+def average(figure: Figure, key: str) -> Line2D:
+    """The line in the colour of a series that is not the series."""
+    axes, series = panel(figure, key), lines({"": figure})[key]
+    others = [line for line in axes.lines if line.get_color() == series.get_color()]
+    return next(line for line in others if line is not series)
+
+
+def bars(figure: Figure, key: str) -> list[float]:
+    found = [bar for axes in figure.axes for bar in axes.patches if bar.get_gid() == key]
+    return [bar.get_width() for bar in sorted(found, key=lambda bar: bar.get_y())]
+
+
+def layer_names(figure: Figure) -> list[str]:
+    return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """A figure as RGBA in [0, 1], (height, width, 4)."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", facecolor="none", edgecolor="none")
+    file.seek(0)
+    return image.imread(file)
+
+
+def contrast(rgb: np.ndarray, background: str) -> np.ndarray:
+    """The contrast ratio of WCAG 2.2, in [1, 21]."""
+
+    def luminance(rgb: np.ndarray) -> np.ndarray:
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        return linear @ np.array([0.2126, 0.7152, 0.0722])
+
+    pair = np.stack(
+        np.broadcast_arrays(luminance(rgb), luminance(np.array(colors.to_rgb(background))))
+    )
+    return (pair.max(0) + 0.05) / (pair.min(0) + 0.05)
+
+
+def test_each_logged_value_is_a_point_of_its_line() -> None:
+    rows = history(300)
+    found = lines(plots.figures(rows, {}))
+    assert set(found) == set(KEYS)
+    for key, line in found.items():
+        assert list(line.get_xdata()) == [row["step"] for row in rows]
+        assert list(line.get_ydata()) == [row[key] for row in rows]
+
+
+def test_each_layer_has_a_bar_in_the_models_order() -> None:
+    layers = llama(7)
+    figure = plots.figures([], layers)["layers"]
+    for key in ("changed", "entropy", "churn"):
+        assert bars(figure, key) == [found[key] for found in layers.values()]
+    assert layer_names(figure) == [f"{block}.{kind}" for block in range(7) for kind in KINDS]
+    low, high = figure.axes[0].get_ylim()
+    assert low > high, "the first layer is on top"
+
+
+def test_of_many_layers_those_that_changed_most_are_shown_and_the_title_says_so() -> None:
+    layers = llama(50)
+    layers["model.layers.0.self_attn.q_proj.weight"]["changed"] = float("nan")
+    del layers["model.layers.0.self_attn.o_proj.weight"]["changed"]
+    figure = plots.figures([], layers)["layers"]
+    known = [found["changed"] for found in list(layers.values())[2:]]
+    assert bars(figure, "changed") == sorted(known, reverse=True)[:40]
+    assert figure.get_suptitle().startswith("The 40 of 200 layers")
+    assert len(layer_names(figure)) == 40
+
+
+@pytest.mark.parametrize(
+    ("rows", "layers", "drawn"),
+    [
+        ([], {}, set()),
+        (history(3), {}, {"loss", "exploration", "signal"}),
+        ([], llama(1), {"layers"}),
+        (history(3), llama(1), {"loss", "exploration", "signal", "layers"}),
+    ],
+)
+def test_what_was_not_logged_has_no_figure(
+    rows: Sequence[Mapping[str, float]], layers: Mapping[str, Mapping[str, float]], drawn: set[str]
+) -> None:
+    assert set(plots.figures(rows, layers)) == drawn
+
+
+@pytest.mark.parametrize("missing", KEYS)
+def test_a_row_without_a_value_is_no_point(missing: str) -> None:
+    rows = history(10)
+    for row in rows[::2]:
+        del row[missing]
+    found = lines(plots.figures(rows, {}))
+    assert list(found[missing].get_xdata()) == [row["step"] for row in rows[1::2]]
+    assert list(found[missing].get_ydata()) == [row[missing] for row in rows[1::2]]
+
+
+@pytest.mark.parametrize("missing", KEYS)
+def test_a_value_that_was_never_logged_leaves_its_line_empty(missing: str) -> None:
+    rows = [{key: value for key, value in row.items() if key != missing} for row in history(10)]
+    figures = plots.figures(rows, {})
+    found = lines(figures)
+    assert {key: len(line.get_xdata()) for key, line in found.items()} == {
+        key: 0 if key == missing else 10 for key in KEYS
+    }
+    for figure in figures.values():
+        if missing in lines({"": figure}):
+            figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_is_a_gap_which_averages_leave_out(number: float) -> None:
+    rows = history(40)
+    for row in (rows[7], rows[-1]):
+        row |= dict.fromkeys(KEYS, number)
+    figures = plots.figures(rows, {})
+    drawn = lines(figures)["loss"].get_ydata()
+    np.testing.assert_array_equal(drawn, [row["loss"] for row in rows])
+    smooth = average(figures["loss"], "loss")
+    assert list(smooth.get_xdata()) == [row["step"] for row in (*rows[:7], *rows[8:-1])]
+    assert np.isfinite(smooth.get_ydata()).all()
+    entropy = panel(figures["exploration"], "entropy").texts[0]
+    assert entropy.get_text() == f"{rows[-2]['entropy']:.2%}"
+    for figure in figures.values():
+        figure.draw_without_rendering()
+
+
+def test_nothing_finite_is_drawn_without_complaint() -> None:
+    rows = [row | dict.fromkeys(KEYS, float("nan")) for row in history(3)]
+    layers = {"a": dict.fromkeys(("entropy", "changed", "churn"), float("nan"))}
+    for figure in plots.figures(rows, layers).values():
+        figure.draw_without_rendering()
+
+
+def test_an_average_covers_a_tenth_of_the_steps_however_the_rows_lie() -> None:
+    # As Journal thins a long history: its older rows are farther apart than its newer ones.
+    steps = [*range(0, 400, 20), *range(400, 1001, 10)]
+    spike = 300
+    rows = [{"step": step, "loss": float(step == spike)} for step in steps]
+    smooth = average(plots.figures(rows, {})["loss"], "loss")
+    inside = [step for step in steps if abs(step - spike) <= 50]
+    assert [x for x, y in zip(*smooth.get_data(), strict=True) if y > 0] == inside
+    # Around the spike, 250 to 350 in steps of 20, lie five rows.
+    assert smooth.get_ydata()[steps.index(spike)] == 1 / 5
+
+
+def test_an_average_of_a_constant_is_that_constant_up_to_both_ends() -> None:
+    rows = [{"step": step, "loss": 2.5} for step in range(100)]
+    smooth = average(plots.figures(rows, {})["loss"], "loss")
+    assert list(smooth.get_xdata()) == list(range(100))
+    assert set(smooth.get_ydata()) == {2.5}
+
+
+@pytest.mark.parametrize("gap", [-0.5, -1e-3, 0.0, 1e-3, 0.5])
+def test_lines_that_end_close_together_keep_their_labels_apart(gap: float) -> None:
+    rows = [{"step": n, "baseline": 3 + n % 2, "loss": 3 + n % 2 + gap} for n in range(40)]
+    figure = plots.figures(rows, {})["loss"]
+    figure.draw_without_rendering()
+    boxes = {text.get_text().split()[0]: text.get_window_extent() for text in figure.axes[0].texts}
+    lower, upper = sorted(boxes, key=lambda name: boxes[name].y0)
+    assert boxes[lower].y1 <= boxes[upper].y0
+    if gap:
+        assert lower == ("drawn" if gap < 0 else "initial")
+
+
+def test_the_tracker_is_drawn_with_the_residuals_over_a_line_at_zero() -> None:
+    figure = plots.figures(history(30), {})["loss"]
+    axes = panel(figure, "delta")
+    assert axes is panel(figure, "residual")
+    assert axes is not panel(figure, "loss")
+    (zero,) = (line for line in axes.lines if list(line.get_ydata()) == [0, 0])
+    assert zero.get_xdata() == [0, 1]
+    assert zero.get_transform() == axes.get_yaxis_transform("grid")
+
+
+def test_labels_give_the_values_at_which_lines_end() -> None:
+    rows = [dict.fromkeys(("step", *KEYS), 0.0), dict.fromkeys(KEYS, 0.0) | {"step": 100.0}]
+    rows[-1] |= {"loss": 3.25, "baseline": 4, "delta": -0.75, "changed": 0.0625, "entropy": 0.5}
+    figures = plots.figures(rows, {})
+    texts = {
+        t.get_text() for figure in figures.values() for axes in figure.axes for t in axes.texts
+    }
+    assert texts == {
+        "drawn masks\n3.25",
+        "initial mask\n4",
+        "tracker δ\n\N{MINUS SIGN}0.75",
+        "6.25%",
+        "50.00%",
+        "0.00%",
+    }
+
+
+def test_shares_have_axes_in_percent_that_start_at_zero() -> None:
+    figures = plots.figures(history(30), llama(2))
+    for key, name in [("baseline_hit_rate", "signal")] + [
+        (key, "exploration") for key in ("changed", "entropy", "churn")
+    ]:
+        axes = panel(figures[name], key)
+        assert axes.get_ylim()[0] == 0
+        assert axes.yaxis.get_major_formatter()(0.25).startswith("25")
+    for axes in figures["layers"].axes:
+        assert axes.get_xlim()[0] == 0
+        assert axes.xaxis.get_major_formatter()(0.25).startswith("25")
+
+
+def test_every_panel_says_what_it_shows_and_in_which_unit() -> None:
+    figures = plots.figures(history(30), llama(2))
+    layers = figures.pop("layers")
+    for axes in layers.axes:
+        assert axes.get_title(loc="left")
+        assert axes.get_xlabel().startswith("of ")
+    for figure in figures.values():
+        assert figure.axes[-1].get_xlabel().startswith("step")
+        for axes in figure.axes:
+            assert axes.get_title(loc="left")
+            assert axes.get_ylabel()
+
+
+def test_a_single_row_and_a_single_layer_are_seen() -> None:
+    figures = plots.figures(history(1), {"fc.weight": dict.fromkeys(("entropy", "changed"), 0.5)})
+    for key, line in lines(figures).items():
+        assert line.get_marker() == ".", key
+    assert layer_names(figures["layers"]) == ["fc.weight"]
+    for figure in figures.values():
+        figure.draw_without_rendering()
+    ticks = figures["loss"].axes[-1].get_xticks()
+    assert list(ticks) == list(ticks.round())
+
+
+@pytest.mark.parametrize(
+    ("names", "shortened"),
+    [
+        (["fc.weight"], ["fc.weight"]),
+        (["0", "1"], ["0", "1"]),
+        (["net.0.weight", "net.2.weight"], ["0", "2"]),
+        (["a.weight", "a.b.weight"], ["a", "a.b"]),
+        (["weight", "a.weight"], ["weight", "a.weight"]),
+        (["q.weight", "q.bias"], ["weight", "bias"]),
+        (["m.attention.q.weight", "m.attention2.q.weight"], ["attention", "attention2"]),
+        (
+            [f"m.{'x' * 40}.{n}.{'long_name' * 4}" for n in "ab"] + ["m.c"],
+            [f"#{n} …{('long_name' * 4)[-26:]}" for n in (0, 1)] + ["c"],
+        ),
+    ],
+)
+def test_names_lose_the_parts_that_all_have_in_common(
+    names: list[str], shortened: list[str]
+) -> None:
+    layers = {name: {"changed": 0.1} for name in names}
+    assert layer_names(plots.figures([], layers)["layers"]) == shortened
+
+
+def test_shortened_names_stay_different() -> None:
+    parts = ("a", "b", "weight", "x" * 40)
+    words = [
+        ".".join(p) for n in (1, 2) for p in np.stack(np.meshgrid(*[parts] * n), -1).reshape(-1, n)
+    ]
+    words += ["a.b.a.weight", "a.a.b.weight", "b.b.a.weight"]
+    count = 0
+    for size in (1, 2, 3):
+        for names in combinations(words, size):
+            short = plots._shortened(names)
+            assert len(set(short)) == size, names
+            assert max(map(len, short)) <= 32
+            count += 1
+    assert count == 23 + 253 + 1771
+
+
+@pytest.mark.parametrize("style", ["default", "dark_background"])
+@pytest.mark.parametrize("name", ["loss", "exploration", "signal", "layers"])
+def test_everything_drawn_stands_out_on_light_and_dark_pages(name: str, style: str) -> None:
+    with matplotlib.style.context(style):
+        rgba = pixels(plots.figures(history(60), llama(7))[name])
+    assert rgba.shape[1] == 1200
+    assert not rgba[[0, 0, -1, -1], [0, -1, 0, -1], 3].any(), "the page shines through"
+    solid = rgba[rgba[..., 3] == 1]
+    assert len(solid) > 5000
+    # 3:1 is what WCAG 2.2 asks of graphics and of large text.
+    for page in ("#ffffff", "#0d1117"):
+        assert contrast(solid[:, :3], page).min() >= 3, page
+
+
+def test_the_contrast_is_the_one_of_wcag() -> None:
+    assert contrast(np.array([0.0, 0.0, 0.0]), "#ffffff") == pytest.approx(21)
+    assert contrast(np.array([1.0, 1.0, 1.0]), "#ffffff") == pytest.approx(1)
+    # https://www.w3.org/TR/WCAG22: the grey that just reaches 4.5:1 on white
+    assert contrast(np.array([0x76, 0x76, 0x76]) / 255, "#ffffff") == pytest.approx(4.54, abs=0.005)
+
+
+def test_drawing_leaves_pyplot_and_settings_alone() -> None:
+    before = dict(mpl.rcParams)
+    for figure in plots.figures(history(5), llama(2)).values():
+        pixels(figure)
+    assert plt.get_fignums() == []
+    assert dict(mpl.rcParams) == before
+
+
+def test_the_history_that_a_journal_wrote_is_read_back_and_drawn_in_full(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)))
+    optimizer = MaskPro([("fc.weight", weight)])
+    journal, rows = Journal(), []
+    journal.open(tmp_path, writes=True)
+    for step in range(1, 6):
+        optimizer.step(lambda: weight.square().mean())
+        values = optimizer.last | {"delta": optimizer.tracker["delta"]}
+        values |= mask_metrics(optimizer)[""] | {"baseline_hit_rate": 0.5}
+        if step == 2:
+            del values["delta"]
+            values["loss"] = torch.tensor(torch.inf)
+        journal.step(step, values)
+        rows.append({"step": float(step)} | {key: float(value) for key, value in values.items()})
+    journal.layers(mask_metrics(optimizer))
+    journal.close(optimizer, Tracking(SimpleNamespace(loggers=[], global_step=5), "raise"))
+    assert plots.read_history(tmp_path / "history.csv") == rows
+    assert set(lines(plots.figures(rows, {}))) == {key for row in rows for key in row} - {"step"}
+    for name in ("loss", "exploration", "signal", "layers"):
+        assert image.imread(tmp_path / f"{name}.png").shape[2] == 4
