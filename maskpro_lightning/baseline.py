@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import random
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 
@@ -49,17 +54,20 @@ class BaselineCache:
         """Share of lookups that were answered, in [0, 1]."""
         return self.hits / max(1, self.lookups)
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """The baselines as plain numbers. Under DDP a collective call: every rank's, united."""
         losses = {key: float(loss) for key, loss in self._losses.items()}
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             everyone: list[dict[str, float]] = [{}] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(everyone, losses)
             losses = {key: loss for one in everyone for key, loss in one.items()}
-        return losses
+        return {"losses": losses, "hits": self.hits, "lookups": self.lookups}
 
-    def load_state_dict(self, losses: Mapping[str, float]) -> None:
-        self._losses = OrderedDict((key, torch.tensor(loss)) for key, loss in losses.items())
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue with saved baselines."""
+        losses = state["losses"].items()
+        self._losses = OrderedDict((key, torch.tensor(loss)) for key, loss in losses)
+        self.hits, self.lookups = state["hits"], state["lookups"]
 
 
 def fingerprint(batch: Any) -> str | None:
@@ -133,14 +141,52 @@ def _metric_state(metric: Metric) -> dict[str, Any]:
 
 @contextmanager
 def notices_random_numbers() -> Iterator[list[bool]]:
-    """Tell whether PyTorch's generators were used; the list yielded holds the answer at the end."""
+    """Tell whether a generator of PyTorch, numpy or Python was used.
+
+    Yields:
+        A list that holds the answer once the block has ended.
+    """
     used: list[bool] = []
     before = _generator_states()
     yield used
-    after = _generator_states()
-    used.append(any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+    used.append(before != _generator_states())
 
 
-def _generator_states() -> list[Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *cuda]
+def _generator_states() -> list[Any]:
+    torch_states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        torch_states += torch.cuda.get_rng_state_all()
+    numpy_state = [str(part) for part in np.random.get_state()]  # noqa: NPY002
+    return [[bytes(s.numpy()) for s in torch_states], numpy_state, random.getstate()]
+
+
+@contextmanager
+def fresh_batches(loader: CombinedLoader) -> Iterator[Iterator[Any]]:
+    """The batches of a loader that a training loop is using, from the start, and no trace of it.
+
+    Its iterators and random number generators are as before when the block ends. What an iterable
+    data set itself changes when it is read is out of reach.
+    """
+    generators = {
+        generator
+        for inner in loader.flattened
+        for owner in (inner, getattr(inner, "sampler", None))
+        if isinstance(generator := getattr(owner, "generator", None), torch.Generator)
+    }
+    states = [(generator, generator.get_state()) for generator in generators]
+    copies = iter([_copy_of(inner) for inner in loader.flattened])
+    again = CombinedLoader(tree_map(lambda _: next(copies), loader.iterables), loader._mode)
+    try:
+        yield (batch for batch, _, _ in again)
+    finally:
+        again.reset()
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _copy_of(loader: Any) -> Any:
+    # A loader with persistent workers has one iterator, and the training loop is using it.
+    loader = copy.copy(loader)
+    if hasattr(loader, "_iterator"):
+        loader._iterator = None
+    return loader

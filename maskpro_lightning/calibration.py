@@ -20,14 +20,22 @@ _log = logging.getLogger(__name__)
 _STATISTICS_BYTES = 2**33
 
 
-def needs_batches(method: str) -> bool:
-    """Whether a method looks at what flows through the layers."""
-    return method in ("wanda", "sparsegpt")
+def check_method(method: str) -> None:
+    """Refuse a method that :func:`initial_masks` does not know.
+
+    Raises:
+        ValueError: names the methods that there are.
+    """
+    if method not in get_args(Method):
+        raise ValueError(
+            f"init is one of {', '.join(get_args(Method))}, a .safetensors file of masks, or masks "
+            f"by parameter name; got {method!r}."
+        )
 
 
 @torch.no_grad()
 def initial_masks(
-    method: Method,
+    method: str,
     targets: Sequence[Target],
     pattern: NMPattern,
     *,
@@ -50,9 +58,8 @@ def initial_masks(
     Raises:
         ValueError: an unknown method, or one that needs ``forward`` without it.
     """
-    if method not in get_args(Method):
-        raise ValueError(f"init is one of {get_args(Method)}, got {method!r}.")
-    if needs_batches(method):
+    check_method(method)
+    if method in ("wanda", "sparsegpt"):
         if forward is None:
             raise ValueError(f"init={method!r} needs batches to calibrate on.")
         return _calibrated(method, targets, pattern, forward, reduce)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
@@ -15,20 +15,21 @@ import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from tqdm import tqdm
 
 from maskpro_lightning import calibration
 from maskpro_lightning.baseline import (
     BaselineCache,
     fingerprint,
+    fresh_batches,
     notices_random_numbers,
     traceless,
 )
 from maskpro_lightning.export import load_masks
 from maskpro_lightning.journal import Journal
 from maskpro_lightning.metrics import mask_metrics
-from maskpro_lightning.optimizer import MaskPro
+from maskpro_lightning.optimizer import Estimator, MaskPro, Version
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.targets import Target, describe, find_targets, parameter_groups
 from maskpro_lightning.tracking import OnError, Tracking
@@ -57,10 +58,14 @@ class MaskProCallback(pl.Callback):
         init: Initial masks: "magnitude", "wanda", "sparsegpt", "random", "nonzeros" (the model is
             sparse already), the path of a mask file, or masks by parameter name.
         calibration_batches: Training batches that "wanda" and "sparsegpt" look at.
+        estimator: "policy" learns from the loss alone, without a backward pass;
+            "straight_through" from gradients, and gets further on the same compute.
         lr: Step size of the logits, see :class:`MaskPro`.
         lr_scheduler: Makes a learning rate scheduler, stepped every training step, from the
-            optimizer; as in ``LightningCLI``.
+            optimizer; as in ``LightningCLI``. By default the rate falls to 0, linearly, over the
+            fit; with the published rule, or where the fit has no end, it is constant.
         logit_scale: Initial logit of a kept weight, see :class:`MaskPro`.
+        sharpness: How much draws sharpen while the rate falls, see :class:`MaskPro`.
         momentum: Decay of the tracker of residuals.
         normalize: Scale residuals by their running spread; False is the published rule.
         seed: Seed of all draws.
@@ -82,9 +87,11 @@ class MaskProCallback(pl.Callback):
         exclude: Sequence[str] = (),
         init: Init = "magnitude",
         calibration_batches: int = 16,
-        lr: float = 0.03,
+        estimator: Estimator = "policy",
+        lr: float | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
-        logit_scale: float = 4.0,
+        logit_scale: float | None = None,
+        sharpness: float | None = None,
         momentum: float = 0.99,
         normalize: bool = True,
         seed: int = 0,
@@ -96,12 +103,17 @@ class MaskProCallback(pl.Callback):
         self.pattern = NMPattern.parse(pattern)
         self.include = include
         self.exclude = exclude
-        self.init = init
+        self.init = init if isinstance(init, Mapping) else str(init)
+        if isinstance(self.init, str) and not _is_file(self.init):
+            calibration.check_method(self.init)
+        self.baseline_cache = baseline_cache
         self.calibration_batches = calibration_batches
         self.lr_scheduler = lr_scheduler
         self.rule: dict[str, Any] = {
+            "estimator": estimator,
             "lr": lr,
             "logit_scale": logit_scale,
+            "sharpness": sharpness,
             "momentum": momentum,
             "normalize": normalize,
             "seed": seed,
@@ -109,14 +121,16 @@ class MaskProCallback(pl.Callback):
         self.log_distributions = log_distributions
         self.on_logger_error = on_logger_error
         self.optimizer: MaskPro | None = None
-        self._baselines = BaselineCache(baseline_cache)
-        self._journal = Journal()
+        self._deployed: Version = "mode"
         self._fitting = False
-        self._window: list[tuple[Tensor, Tensor]] = []
+        self._stepped = False
+        self._window: list[Tensor] = []
         self._targets: list[Target] = []
         self._patches: list[tuple[Any, str, Any]] = []
         self._tracking: Tracking | None = None
-        MaskPro([nn.Parameter(torch.zeros(self.pattern.m))], self.pattern, **self.rule)  # checks
+        # Made for its checks, and for the defaults that it fills in.
+        trial = MaskPro([nn.Parameter(torch.zeros(self.pattern.m))], self.pattern, **self.rule)
+        self.rule = {name: trial.defaults[name] for name in self.rule}
 
     # Entering and leaving the fit
 
@@ -124,12 +138,10 @@ class MaskProCallback(pl.Callback):
         if stage != "fit":
             return
         self._refuse_unsupported(trainer, pl_module)
-        self._unpatch()
-        if self._tracking is not None:
-            self._tracking.release()
         self._tracking = Tracking(trainer, self.on_logger_error)
+        self._baselines = BaselineCache(self.baseline_cache)
+        self._journal = Journal()
         self.optimizer = None
-        self._window.clear()
         self._trainer, self._module = trainer, pl_module
         self._patch(pl_module, "configure_optimizers", self._configure_optimizers)
         self._patch(pl_module, "optimizer_step", self._optimizer_step)
@@ -137,11 +149,18 @@ class MaskProCallback(pl.Callback):
         self._patch(trainer.strategy, "training_step", self._training_step)
         self._state_dict_inside = trainer.strategy.lightning_module_state_dict
         self._patch(trainer.strategy, "lightning_module_state_dict", self._state_dict)
-        self._patch(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward", True)
+        # Lightning's last call on the way out, after a fit that failed as well.
+        self._teardown_inside = trainer.strategy.teardown
+        self._patch(trainer.strategy, "teardown", self._leave)
+        if self._forward_only:
+            loop = trainer.fit_loop.epoch_loop.automatic_optimization
+            self._patch(loop, "_skip_backward", True)
+        self._deployed = "mode"
         self._fitting = True
 
     def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
-        self._journal.open(self._tracking_.folder(), trainer.is_global_zero)
+        writes = trainer.is_global_zero and bool(trainer.loggers) and not trainer.fast_dev_run
+        self._journal.open(self._tracking_.folder(), writes)
         self._tracking_.parameters(self._parameters(pl_module))
         if self._optimizer.begun:
             self._tracking_.resume()
@@ -150,16 +169,31 @@ class MaskProCallback(pl.Callback):
         self._optimizer.write("mode")
         self._journal.close(self._optimizer, self._tracking_)
 
-    def teardown(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._leave()
-
     def on_exception(
         self, trainer: Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        if self._fitting and self.optimizer is not None:
-            self.optimizer.write("dense")
         # A checkpoint on exception is written after this, and holds the mode's mask as always.
-        self._leave(keep="lightning_module_state_dict")
+        self._deployed = "dense"
+        if self._fitting and self.optimizer is not None:
+            self.optimizer.write(self._deployed)
+
+    def _leave(self) -> None:
+        """Stands in for the strategy's teardown: everything of the user's is theirs again."""
+        if self.optimizer is not None:
+            self.optimizer.write(self._deployed)
+        teardown = self._teardown_inside
+        for owner, name, before in reversed(self._patches):
+            if before is None:
+                vars(owner).pop(name, None)
+            else:
+                vars(owner)[name] = before
+        self._patches.clear()
+        self._window.clear()
+        self._fitting = False
+        for name in [name for name in vars(self) if name.endswith("_inside")]:
+            del vars(self)[name]
+        del self._trainer, self._module
+        teardown()
 
     # Training under drawn masks
 
@@ -172,15 +206,19 @@ class MaskProCallback(pl.Callback):
         masks = self._initial_masks(trainer, pl_module)
         self._optimizer.begin(masks)
 
-    @torch.no_grad()
+    @property
+    def _forward_only(self) -> bool:
+        return bool(self.rule["estimator"] == "policy")
+
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the strategy's training step: baseline, then the drawn mask."""
-        baseline = self._baseline(*args, **kwargs)
-        self._optimizer.write("drawn")
-        output = self._training_step_inside(*args, **kwargs)
+        with torch.set_grad_enabled(not self._forward_only):
+            baseline = self._baseline(*args, **kwargs) if self._forward_only else None
+            output = self._training_step_inside(*args, **kwargs)
         loss = _loss_of(output)
-        if loss is not None and baseline is not None:
-            self._window.append((loss.detach().float(), baseline))
+        if loss is not None:
+            losses = [loss] if baseline is None else [loss, baseline]
+            self._window.append(torch.stack([value.detach().float() for value in losses]))
         return output
 
     def _baseline(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -208,14 +246,16 @@ class MaskProCallback(pl.Callback):
     def _optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any]
     ) -> None:
-        """Stands in for the module's optimizer_step: no clipping, no scaler, no gradients."""
+        """Stands in for the module's optimizer_step: no clipping, no scaler."""
         optimizer_closure()
         if not self._window:
             return
-        losses = torch.stack([torch.stack(pair) for pair in self._window]).mean(0)
+        losses = torch.stack(self._window).mean(0)
         self._window.clear()
-        loss, baseline = self._trainer.strategy.reduce(losses, reduce_op="mean")
-        self._optimizer.step(lambda: loss, baseline)
+        loss, *baseline = self._trainer.strategy.reduce(losses, reduce_op="mean")
+        self._optimizer.step(lambda: loss, *baseline)
+        self._module.zero_grad()
+        self._stepped = True
 
     def on_train_batch_end(
         self,
@@ -225,13 +265,18 @@ class MaskProCallback(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if not self._optimizer.last:
+        every = trainer.log_every_n_steps
+        if not self._stepped or not every:
             return
-        values = self._optimizer.last | {"delta": self._optimizer.tracker["delta"]}
+        self._stepped = False
+        values = dict(self._optimizer.last)
+        if self._forward_only:
+            values["delta"] = self._optimizer.tracker["delta"]
         self._log(values)
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % every == 0:
             found = mask_metrics(self._optimizer)[""]
-            found["baseline_hit_rate"] = self._baselines.hit_rate
+            if self._forward_only:
+                found["baseline_hit_rate"] = self._baselines.hit_rate
             self._log(found)
             self._journal.step(trainer.global_step, values | found)
 
@@ -310,19 +355,25 @@ class MaskProCallback(pl.Callback):
         self._targets = find_targets(module, self.pattern, self.include, self.exclude)
         self.optimizer = MaskPro(parameter_groups(self._targets), self.pattern, **self.rule)
         _log.info(describe(module, self._targets, self.pattern))
-        if self.lr_scheduler is None:
+        steps = self._trainer.estimated_stepping_batches
+        if self.lr_scheduler is not None:
+            scheduler = self.lr_scheduler(self.optimizer)
+        elif self.rule["normalize"] and 0 < steps < math.inf:
+            scheduler = LinearLR(self.optimizer, 1.0, 0.0, total_iters=int(steps))
+        else:
             return self.optimizer
-        scheduler = {"scheduler": self.lr_scheduler(self.optimizer), "interval": "step"}
-        return {"optimizer": self.optimizer, "lr_scheduler": scheduler}
+        return {
+            "optimizer": self.optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def _initial_masks(
         self, trainer: Trainer, pl_module: pl.LightningModule
     ) -> Mapping[str, Tensor]:
         if isinstance(self.init, Mapping):
             return self.init
-        method = str(self.init)
-        if method.endswith((".safetensors", ".npz")):
-            return load_masks(method, self.pattern)
+        if _is_file(self.init):
+            return load_masks(self.init, self.pattern)
 
         def forward() -> None:
             with traceless(trainer, pl_module):
@@ -330,7 +381,7 @@ class MaskProCallback(pl.Callback):
                     self._training_step_inside(batch, number)
 
         return calibration.initial_masks(
-            method,  # type: ignore[arg-type]
+            self.init,
             self._targets,
             self.pattern,
             seed=self.rule["seed"],
@@ -340,28 +391,25 @@ class MaskProCallback(pl.Callback):
 
     def _calibration_data(self, trainer: Trainer, pl_module: pl.LightningModule) -> Iterable[Any]:
         """The first training batches, as the training loop would hand them to the step."""
-        # A loader with persistent workers has one iterator, and the training loop is using it.
-        loader = copy.copy(trainer.train_dataloader)
-        if hasattr(loader, "_iterator"):
-            loader._iterator = None
-        batches = tqdm(
-            islice(loader, self.calibration_batches),
-            desc=f"Calibrating {self.init}",
-            total=self.calibration_batches,
-            leave=False,
-            disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
-        )
-        for batch in batches:
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        with fresh_batches(trainer.fit_loop._combined_loader) as loader:
+            batches = tqdm(
+                islice(loader, self.calibration_batches),
+                desc=f"Calibrating {self.init}",
+                total=self.calibration_batches,
+                leave=False,
+                disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
+            )
+            for batch in batches:
+                converted = trainer.precision_plugin.convert_input(batch)
+                converted = pl_module._on_before_batch_transfer(converted, dataloader_idx=0)
+                yield trainer.strategy.batch_to_device(converted, dataloader_idx=0)
 
     def _parameters(self, pl_module: nn.Module) -> dict[str, Any]:
         masked = sum(target.parameter.numel() for target in self._targets)
         total = sum(parameter.numel() for parameter in pl_module.parameters())
         return {
             "pattern": str(self.pattern),
-            "init": self.init if isinstance(self.init, str) else type(self.init).__name__,
+            "init": self.init if isinstance(self.init, str) else "masks",
             **self.rule,
             "layers": len(self._targets),
             "masked_weights": masked,
@@ -370,8 +418,6 @@ class MaskProCallback(pl.Callback):
 
     def _refuse_unsupported(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         module, strategy = type(pl_module).__name__, type(trainer.strategy).__name__
-        if sum(isinstance(callback, MaskProCallback) for callback in trainer.callbacks) > 1:
-            raise ValueError("The Trainer has more than one MaskProCallback: keep one of them.")
         if strategy not in _STRATEGIES:
             raise ValueError(
                 f"MaskProCallback is tested with {', '.join(_STRATEGIES)}, not with {strategy}: "
@@ -393,28 +439,14 @@ class MaskProCallback(pl.Callback):
         self._patches.append((owner, name, vars(owner).get(name)))
         vars(owner)[name] = value
 
-    def _unpatch(self, keep: str = "") -> None:
-        kept = [patch for patch in self._patches if patch[1] == keep]
-        for owner, name, before in reversed(self._patches):
-            if name == keep:
-                continue
-            if before is None:
-                vars(owner).pop(name, None)
-            else:
-                vars(owner)[name] = before
-        self._patches = kept
 
-    def _leave(self, keep: str = "") -> None:
-        self._unpatch(keep)
-        self._fitting = False
-        self._window.clear()
-        for name in ("_trainer", "_module", "_training_step_inside"):
-            vars(self).pop(name, None)
+def _is_file(init: str) -> bool:
+    return init.endswith(".safetensors")
 
 
 def _loss_of(output: Any) -> Tensor | None:
     """The loss in what a training step returned, the same way as Lightning finds it."""
     if isinstance(output, Mapping):
-        output = output["loss"]
+        output = output.get("loss")
     loss: Tensor | None = output
     return loss

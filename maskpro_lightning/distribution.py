@@ -104,11 +104,38 @@ def inclusion(logits_GM: Tensor, pattern: NMPattern) -> Tensor:
         return p_GM
     m = pattern.m
     if pattern.n == 2:
-        # Second draw given the first: the softmax over the others.
-        itself_MM = torch.eye(m, dtype=torch.bool, device=logits_GM.device)
-        second_GMM = logits_GM[..., None, :].masked_fill(itself_MM, -math.inf).softmax(-1)
-        return p_GM + (p_GM[..., None, :] @ second_GMM)[..., 0, :]
+        return p_GM + (p_GM[..., None, :] @ _second_draw(logits_GM))[..., 0, :]
     return torch.stack([_kept_probability(logits_GM, j, pattern.n) for j in range(m)], dim=-1)
+
+
+def inclusion_gradient(logits_GM: Tensor, values_GM: Tensor, pattern: NMPattern) -> Tensor:
+    """Gradient of the sum of values times :func:`inclusion` with respect to the logits, (..., M).
+
+    Args:
+        logits_GM: Real (..., M).
+        values_GM: What keeping each weight is worth, (..., M).
+        pattern: The pattern.
+    """
+    logits_GM, values_GM = _real(logits_GM), _real(values_GM)
+    if pattern.n > 2:
+        with torch.enable_grad():
+            leaf_GM = logits_GM.detach().requires_grad_()
+            worth = (inclusion(leaf_GM, pattern) * values_GM).sum()
+            (gradient_GM,) = torch.autograd.grad(worth, leaf_GM)
+        return gradient_GM
+    p_GM = logits_GM.softmax(-1)
+    gain_GM = values_GM
+    if pattern.n == 2:
+        # Of a first draw i: its value, and what the second draw is worth on average then.
+        second_GMM = _second_draw(logits_GM)
+        follows_GM = (second_GMM @ values_GM[..., None])[..., 0]
+        gain_GM = values_GM + follows_GM
+        rest_GMM = second_GMM * (values_GM[..., None, :] - follows_GM[..., None])
+        return (
+            p_GM * (gain_GM - (p_GM * gain_GM).sum(-1, keepdim=True))
+            + (p_GM[..., None, :] @ rest_GMM)[..., 0, :]
+        )
+    return p_GM * (gain_GM - (p_GM * gain_GM).sum(-1, keepdim=True))
 
 
 def entropy(logits_GM: Tensor, pattern: NMPattern) -> Tensor:
@@ -126,6 +153,12 @@ def entropy(logits_GM: Tensor, pattern: NMPattern) -> Tensor:
 
 def _real(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _second_draw(logits_GM: Tensor) -> Tensor:
+    """Probabilities of the second draw (columns) given the first (rows), (..., M, M)."""
+    itself_MM = torch.eye(logits_GM.shape[-1], dtype=torch.bool, device=logits_GM.device)
+    return logits_GM[..., None, :].masked_fill(itself_MM, -math.inf).softmax(-1)
 
 
 def _against_the_rest(logits_GM: Tensor, kept_GM: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,7 @@ def wanda(weight: Tensor, norm: Tensor, pattern: NMPattern, input_dim: int = -1)
     Raises:
         ValueError: the shapes do not fit, or there is NaN.
     """
-    rows_CRK = _rows(weight, norm, pattern, input_dim).to(_precise(weight))
+    rows_CRK = _rows(weight, norm, pattern, input_dim)
     scores_GM = pattern.group(rows_CRK.abs() * norm[:, None].to(weight.device))
     return _laid_out(_top(scores_GM, pattern), weight, input_dim)
 
@@ -137,7 +137,7 @@ def sparsegpt(
     if damping < 0:
         raise ValueError(f"damping is {damping}, but damping >= 0 must hold.")
     rows_CRK = _rows(weight, hessian.diagonal(dim1=-2, dim2=-1), pattern, input_dim)
-    hessian_CKK = hessian.to(weight.device, _precise(weight))
+    hessian_CKK = hessian.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
     for name, tensor in (("weight", weight), ("Hessian", hessian_CKK)):
         if not tensor.isfinite().all():
             raise ValueError(f"The {name} holds NaN or infinity: SparseGPT cannot work with it.")
@@ -228,6 +228,7 @@ class InputStatistics:
             self._means[name] = sum_(mean * (self._rows[name] / max(1, rows)))
             self._rows[name] = rows
 
+    @torch.no_grad()
     def _see(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -239,16 +240,14 @@ class InputStatistics:
                 f"The input of {name!r} holds NaN or infinity: look at the batch and at the layers "
                 f"before it."
             )
-        # Out of inference mode, so that a pass outside of it can go on with the same tensors.
-        exact = torch.autocast(inputs.device.type, enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), exact:
-            for rows_CTK in _input_rows(module, inputs):
-                self._rows[name] += rows_CTK.shape[1]
-                old, new = 1 - rows_CTK.shape[1] / self._rows[name], 1 / self._rows[name]
-                if self._second_moments:
-                    self._means[name].baddbmm_(rows_CTK.mT, rows_CTK, beta=old, alpha=2 * new)
-                else:
-                    self._means[name].mul_(old).add_(rows_CTK.square().sum(1), alpha=new)
+        for rows_CTK in _input_rows(module, inputs):
+            self._rows[name] += rows_CTK.shape[1]
+            old, new = 1 - rows_CTK.shape[1] / self._rows[name], 1 / self._rows[name]
+            # In place, and so beyond the reach of autocast.
+            if self._second_moments:
+                self._means[name].baddbmm_(rows_CTK.mT, rows_CTK, beta=old, alpha=2 * new)
+            else:
+                self._means[name].mul_(old).add_(rows_CTK.square().sum(1), alpha=new)
 
 
 def bytes_needed(module: nn.Module, second_moments: bool) -> int:
@@ -310,10 +309,6 @@ def _laid_out(values: Tensor, weight: Tensor, input_dim: int) -> Tensor:
     view = laid_out.movedim(input_dim, -1)
     view.copy_(values.reshape(view.shape))
     return laid_out
-
-
-def _precise(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _top(scores_GM: Tensor, pattern: NMPattern) -> Tensor:

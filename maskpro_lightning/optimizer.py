@@ -9,7 +9,12 @@ so the forward pass is left alone. One step, for the loss f, the drawn mask m an
     \pi &\leftarrow \pi - \eta \, (r - \delta) / \sigma \; \nabla_\pi \log P(m) \\
     \delta &\leftarrow \alpha \delta + (1 - \alpha) r
 
-with sigma the running spread of r - delta (1 in the published rule).
+with sigma the running spread of r - delta (1 in the published rule). That is the estimator
+"policy", which needs forward passes only. "straight_through" pays for a backward pass and learns
+from what keeping a weight does to the loss: with c the gradient with respect to the mask,
+
+.. math:: \pi \leftarrow \pi - \eta \, g / \mathrm{rms}(g), \quad
+          g = \nabla_\pi \sum_j c_j P(j \in S)
 """
 
 from __future__ import annotations
@@ -28,6 +33,13 @@ from maskpro_lightning import distribution, initializers, philox
 from maskpro_lightning.pattern import NMPattern
 
 Version = Literal["dense", "initial", "drawn", "mode"]
+Estimator = Literal["policy", "straight_through"]
+
+#: Step size, initial logit and final sharpness by estimator, where they are not given.
+DEFAULTS: dict[Estimator, dict[str, float]] = {
+    "policy": {"lr": 0.1, "logit_scale": 4.0, "sharpness": 1.0},
+    "straight_through": {"lr": 0.1, "logit_scale": 3.0, "sharpness": 4.0},
+}
 
 # One byte per weight holds three masks, a bit each.
 _INITIAL, _DRAWN, _PREVIOUS = 1, 2, 4
@@ -64,10 +76,16 @@ class MaskPro(Optimizer):
             and the weight's name. Parameter groups may set their own ``lr``, ``pattern`` and
             ``input_dim`` (the dimension groups lie along; the last by default).
         pattern: Weights kept of every M, such as "2:4".
-        lr: Step size of the logits, in units of logits.
+        estimator: "policy" learns from the loss alone, two forward passes a step (one if the
+            baseline is known); "straight_through" from gradients, a forward and a backward pass,
+            and gets further on the same compute.
+        lr: Step size of the logits, in units of logits; ``DEFAULTS`` holds what applies to each
+            estimator where this, ``logit_scale`` or ``sharpness`` is None.
         logit_scale: Initial logit of a kept weight, in units of logits; the others start at 0.
             The larger, the less is explored: the initial mask of a 2:4 group is drawn with
             probability 0.98 at 5 and 0.9999 at 10.
+        sharpness: Masks are drawn from softmax(k * logits), where k rises from 1 to this value as
+            a learning rate scheduler takes ``lr`` to 0; without a scheduler it stays 1.
         momentum: Decay of the tracker of residuals, alpha in [0, 1).
         normalize: Divide the advantage by its running spread, so that one ``lr`` fits models and
             losses of any size. False is the published rule (for Llama-2 7B: lr 50, logit_scale
@@ -84,15 +102,23 @@ class MaskPro(Optimizer):
         params: Iterable[Any],
         pattern: str | NMPattern = "2:4",
         *,
-        lr: float = 0.03,
-        logit_scale: float = 4.0,
+        estimator: Estimator = "policy",
+        lr: float | None = None,
+        logit_scale: float | None = None,
+        sharpness: float | None = None,
         momentum: float = 0.99,
         normalize: bool = True,
         seed: int = 0,
     ) -> None:
+        if estimator not in DEFAULTS:
+            raise ValueError(f"estimator is one of {', '.join(DEFAULTS)}; got {estimator!r}.")
+        lr = DEFAULTS[estimator]["lr"] if lr is None else lr
+        logit_scale = DEFAULTS[estimator]["logit_scale"] if logit_scale is None else logit_scale
+        sharpness = DEFAULTS[estimator]["sharpness"] if sharpness is None else sharpness
         for name, value, holds, rule in (
             ("lr", lr, lr > 0, "lr > 0"),
             ("logit_scale", logit_scale, logit_scale > 0, "logit_scale > 0"),
+            ("sharpness", sharpness, sharpness > 0, "sharpness > 0"),
             ("momentum", momentum, 0 <= momentum < 1, "0 <= momentum < 1"),
         ):
             if not holds:
@@ -100,8 +126,10 @@ class MaskPro(Optimizer):
         defaults = {
             "pattern": str(NMPattern.parse(pattern)),
             "input_dim": -1,
+            "estimator": estimator,
             "lr": lr,
             "logit_scale": logit_scale,
+            "sharpness": sharpness,
             "momentum": momentum,
             "normalize": normalize,
             "seed": seed,
@@ -111,6 +139,7 @@ class MaskPro(Optimizer):
         for group in self.param_groups:
             # The tracker of residuals; every group holds the same, since there is one loss.
             group.update({name: torch.zeros(()) for name in ("delta", "variance", "count")})
+            group["initial_lr"] = group["lr"]
             pattern = NMPattern.parse(group["pattern"])
             for name, parameter in _named(group):
                 if parameter.shape[group["input_dim"]] % pattern.m:
@@ -161,7 +190,7 @@ class MaskPro(Optimizer):
                 "logits": mask.float() * group["logit_scale"],
                 "masks": mask.to(torch.uint8) * _INITIAL,
             }
-        self._draw(advantage=None)
+        self._draw()
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -172,10 +201,12 @@ class MaskPro(Optimizer):
         """Evaluate the drawn mask, move the logits, draw the next mask.
 
         Args:
-            closure: Computes the loss, a scalar, on one batch; called without gradients. Without
-                a closure nothing is learned: the state is made if it is not there yet.
-            baseline: The initial mask's loss on the same batch. Left out, it is measured by
-                calling the closure under the initial mask, with the same random numbers.
+            closure: Computes the loss, a scalar, on one batch; called without gradients by the
+                estimator "policy", while that of "straight_through" calls ``loss.backward()``.
+                Without a closure nothing is learned: the state is made if it is not there yet.
+            baseline: The initial mask's loss on the same batch, for "policy". Left out, it is
+                measured by calling the closure under the initial mask, with the same random
+                numbers.
 
         Returns:
             The loss under the mask that was drawn.
@@ -184,6 +215,13 @@ class MaskPro(Optimizer):
             self.begin()
         if closure is None:
             return None
+        if self.defaults["estimator"] == "straight_through":
+            self.write("drawn")
+            with torch.enable_grad():
+                loss = closure()
+            self.last = {"loss": loss.detach()}
+            self._draw(learn=True)
+            return loss
         if baseline is None:
             with self.applied("initial"), torch.random.fork_rng(self._cuda_devices()):
                 baseline = closure()
@@ -197,7 +235,7 @@ class MaskPro(Optimizer):
             "residual": residual,
             "advantage": advantage,
         }
-        self._draw(advantage)
+        self._draw(advantage, learn=True)
         return loss
 
     @torch.no_grad()
@@ -328,30 +366,35 @@ class MaskPro(Optimizer):
             group.update({name: new[name].where(finite, kept[name]) for name in new})
         return advantage.where(finite, 0)
 
-    def _draw(self, advantage: Tensor | None) -> None:
-        """Move the logits along the score of the drawn masks, then draw the next ones."""
+    def _draw(self, advantage: Tensor | None = None, *, learn: bool = False) -> None:
+        """Move the logits, by an advantage or by gradients, then draw the next masks."""
         for group in self.param_groups:
-            group["step"] += advantage is not None
+            group["step"] += learn
         for group, name, parameter in self._parameters():
             pattern = NMPattern.parse(group["pattern"])
             key = philox.key_of(group["seed"], name)
+            sharpness = _sharpness(group)
             state = self.state[parameter]
             step = torch.tensor(group["step"], device=parameter.device)
-            for groups_G, weight, dense, logits, masks in _blocks(
-                group, parameter, state["dense"], state["logits"], state["masks"]
-            ):
+            tensors = [parameter, state["dense"], state["logits"], state["masks"]]
+            if learn and advantage is None:
+                tensors.append(_straight_through(group, name, parameter, state))
+            for groups_G, weight, dense, logits, masks, *moves in _blocks(group, *tensors):
                 logits_GM, masks_GM = _columns(logits), _columns(masks)
-                if advantage is not None:
+                if moves:
+                    logits_GM -= _columns(moves[0]) * group["lr"]
+                elif advantage is not None:
                     drawn_GM = (masks_GM & _DRAWN).bool()
-                    score_GM = distribution.score(logits_GM, drawn_GM, pattern)
+                    score_GM = distribution.score(logits_GM * sharpness, drawn_GM, pattern)
                     logits_GM -= score_GM * (group["lr"] * advantage)
-                    logits.copy_(logits_GM.view_as(logits))
+                logits.copy_(logits_GM.view_as(logits))
                 noise_GM = philox.exponential(key, step, groups_G, pattern.m)
-                drawn_GM = distribution.sample(logits_GM, noise_GM, pattern)
+                drawn_GM = distribution.sample(logits_GM * sharpness, noise_GM, pattern)
                 previous_GM = (masks_GM & _DRAWN) * (_PREVIOUS // _DRAWN)
                 masks_GM = masks_GM & _INITIAL | previous_GM | drawn_GM.to(torch.uint8) * _DRAWN
                 masks.copy_(masks_GM.view_as(masks))
                 weight.copy_(_masked(dense, drawn_GM.view_as(dense)))
+            parameter.grad = None
         self._holds = "drawn"
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
@@ -399,6 +442,39 @@ def _blocks(group: dict[str, Any], *tensors: Tensor) -> Iterator[tuple[Tensor, .
             start, start + block[0].numel() // pattern.m, device=views[0].device
         )
         yield numbers_G, *block
+
+
+def _sharpness(group: dict[str, Any]) -> float:
+    """1 at the start, the group's sharpness once a scheduler has taken ``lr`` to 0."""
+    done = 1 - group["lr"] / group["initial_lr"]
+    sharpness: float = 1 + (group["sharpness"] - 1) * done
+    return sharpness
+
+
+def _straight_through(
+    group: dict[str, Any], name: str, parameter: Tensor, state: dict[str, Tensor]
+) -> Tensor:
+    """The direction of a weight's logits, in the memory of its gradient, which it replaces.
+
+    Divided by its root mean square, so that one ``lr`` fits all; zero where the gradient is not
+    finite.
+    """
+    gradient = parameter.grad
+    if gradient is None:
+        raise RuntimeError(
+            f"No gradient has reached {name!r}: the closure has to call loss.backward(), and the "
+            f"weight needs requires_grad=True and a part in the loss."
+        )
+    pattern = NMPattern.parse(group["pattern"])
+    for _, values, dense, logits in _blocks(group, gradient, state["dense"], state["logits"]):
+        worth_GM = _columns(values).float() * _columns(dense).float()
+        direction_GM = distribution.inclusion_gradient(
+            _columns(logits) * _sharpness(group), worth_GM, pattern
+        )
+        values.copy_(direction_GM.view_as(values))
+    spread = gradient.float().square().mean().sqrt()
+    learns = spread.isfinite() & (spread > 0)
+    return gradient.div_(spread).where(learns, 0)
 
 
 def _columns(block: Tensor) -> Tensor:

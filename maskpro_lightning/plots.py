@@ -167,4 +167,4 @@ def _series(axes: Axes, rows: _Rows, key: str, label: str = "", mean: bool = Fal
 def _share(axes: Axes, rows: _Rows, key: str) -> None:
     _series(axes, rows, key, "{:.2%}")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])

@@ -31,16 +31,9 @@ class Tracking:
         self._trainer = trainer
         self._on_error = on_error
         self._broken: set[int] = set()
-        self._guarded: list[tuple[Any, str]] = []
         if on_error == "warn":
             for logger in trainer.loggers:
                 self._guard(logger)
-
-    def release(self) -> None:
-        """Put the loggers' own methods back."""
-        for logger, name in self._guarded:
-            logger.__dict__.pop(name, None)
-        self._guarded.clear()
 
     def parameters(self, parameters: Mapping[str, Any]) -> None:
         """Log hyperparameters under ``maskpro/``; a resumed run keeps those it has."""
@@ -103,9 +96,14 @@ class Tracking:
             method = getattr(type(logger), name, None)
             if method is not None and name not in vars(logger):
                 bound = getattr(logger, name)
-                guarded = functools.wraps(bound)(functools.partial(self._send, logger, bound))
-                vars(logger)[name] = guarded
-                self._guarded.append((logger, name))
+                send = self._finalize if name == "finalize" else self._send
+                vars(logger)[name] = functools.wraps(bound)(functools.partial(send, logger, bound))
+
+    def _finalize(self, logger: Any, finalize: Callable[..., Any], *args: Any) -> None:
+        """The last call of a fit, failed or not, also gives a logger its own methods back."""
+        self._send(logger, finalize, *args)
+        for name in _GUARDED:
+            vars(logger).pop(name, None)
 
     def _send(self, logger: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if id(logger) in self._broken:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,32 @@ def linear(width: int, seed: int) -> nn.Linear:
     return layer
 
 
+def dataset(rows: int = ROWS, width: int = WIDTH) -> TensorDataset:
+    return TensorDataset(oracle.random(rows, width, seed=20), oracle.random(rows, width, seed=21))
+
+
 def loader(rows: int = ROWS, width: int = WIDTH, **kwargs: Any) -> DataLoader[Any]:
     """Four batches of eight rows, in order, unless told otherwise."""
-    data = TensorDataset(oracle.random(rows, width, seed=20), oracle.random(rows, width, seed=21))
-    return DataLoader(data, **{"batch_size": BATCH} | kwargs)
+    return DataLoader(dataset(rows, width), **{"batch_size": BATCH} | kwargs)
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader that a fit resumes in the middle of an epoch; Lightning saves its state."""
+
+    taken = 0
+    skip = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.taken, self.skip = self.skip, 0
+        for batch in islice(super().__iter__(), self.taken, None):
+            self.taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skip = state["taken"] % len(self)
 
 
 def quiet_trainer(folder: Path, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
@@ -100,7 +123,7 @@ def quiet_trainer(folder: Path, *callbacks: pl.Callback, **kwargs: Any) -> pl.Tr
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
     }
-    return pl.Trainer(**{"callbacks": list(callbacks)} | defaults | kwargs)
+    return pl.Trainer(callbacks=list(callbacks), **defaults | kwargs)
 
 
 def fit(
@@ -108,13 +131,14 @@ def fit(
     *callbacks: pl.Callback,
     folder: Path,
     data: Any = None,
+    validate: bool = True,
     ckpt_path: Path | None = None,
     **kwargs: Any,
 ) -> pl.Trainer:
-    """Fit a module, with validation on the first half of the training data."""
+    """Fit a module, with validation on the first two batches."""
     trainer = quiet_trainer(folder, *callbacks, **kwargs)
-    train = loader() if data is None else data
-    trainer.fit(module, train, loader(ROWS // 2), ckpt_path=ckpt_path)
+    train, val = loader() if data is None else data, loader(2 * BATCH) if validate else None
+    trainer.fit(module, train, val, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -126,6 +150,32 @@ def learned(callback: MaskProCallback, version: Version = "mode") -> dict[str, T
 def logits(callback: MaskProCallback) -> dict[str, Tensor]:
     assert callback.optimizer is not None
     return callback.optimizer.logits()
+
+
+def everything(trainer: pl.Trainer, module: nn.Module, callback: MaskProCallback) -> dict[str, Any]:
+    """All that a resumed fit has to have in common with one that was not interrupted."""
+    assert callback.optimizer is not None
+    return {
+        "logits": logits(callback),
+        **{version: learned(callback, version) for version in ("initial", "drawn", "mode")},
+        "weights": dict(module.state_dict()),
+        "optimizer": callback.optimizer.state_dict(),
+        "schedulers": [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs],
+        "callback": callback.state_dict(),
+        "global_step": trainer.global_step,
+        "epoch": trainer.current_epoch,
+    }
+
+
+def identical(one: Any, other: Any) -> bool:
+    """Equal to the bit, all the way down."""
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and same_bits(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(identical(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(identical, one, other))
+    return bool(one == other)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -173,12 +223,12 @@ def traces(trainer: pl.Trainer, module: nn.Module) -> list[object]:
 def assert_masked(module: nn.Module, dense: nn.Module, pattern: str = "2:4") -> None:
     """Exactly N of M of the dense weights in every default target; all else as it was."""
     n, m = map(int, pattern.split(":"))
-    targets = {t.name: t.input_dim for t in find_targets(dense, pattern)}
+    input_dims = {id(t.parameter): t.input_dim for t in find_targets(module, pattern)}
     before = dict(dense.named_parameters())
     for name, weight in module.named_parameters():
         expected = before[name]
-        if name in targets:
+        if id(weight) in input_dims:
             kept = weight != 0
-            assert oracle.keeps_exactly(n, m, kept, targets[name]), name
+            assert oracle.keeps_exactly(n, m, kept, input_dims[id(weight)]), name
             expected = expected.where(kept, 0.0)
         assert same_bits(weight, expected), name

@@ -93,7 +93,8 @@ def inclusion(logits_M: Tensor, n: int) -> Tensor:
 
 def entropy(logits_M: Tensor, n: int) -> Tensor:
     """Entropy of the kept set in nats, a scalar."""
-    return torch.special.entr(probabilities(logits_M, n)).sum()
+    p_C = probabilities(logits_M, n)
+    return -torch.xlogy(p_C, p_C).sum()
 
 
 def philox(key: tuple[int, int], counter: Sequence[int]) -> list[int]:

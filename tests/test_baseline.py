@@ -1,30 +1,17 @@
-"""Laws of the baseline: measured without a trace, remembered by the batch's content alone."""
+"""Laws of remembered baselines: told by the batch's content alone, the oldest forgotten first."""
 
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
-from torch import Tensor, nn
-from torch.nn.functional import dropout
-from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import BinaryAccuracy, BinaryPrecision
+from torch import Tensor
 from transformers import BatchEncoding
 
-from maskpro_lightning.baseline import (
-    BaselineCache,
-    fingerprint,
-    notices_random_numbers,
-    traceless,
-)
+from maskpro_lightning.baseline import BaselineCache, fingerprint
 
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 INTEGER = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.bool]
@@ -165,7 +152,7 @@ def test_no_more_baselines_are_kept_than_asked_for(size: int) -> None:
     cache = BaselineCache(size)
     for number in range(10):
         cache.put(str(number), torch.tensor(float(number)))
-        assert len(cache.state_dict()) == min(size, number + 1)
+        assert len(cache.state_dict()["losses"]) == min(size, number + 1)
     newest = [None] * (10 - size) + [float(number) for number in range(10 - size, 10)]
     assert remembered(cache, *map(str, range(10))) == newest
 
@@ -184,192 +171,13 @@ def test_baselines_are_numbers_that_survive_a_checkpoint() -> None:
     cache, resumed = BaselineCache(size=2), BaselineCache(size=2)
     for key, loss in {"a": 0.1, "b": 1 / 3}.items():
         cache.put(key, torch.tensor(loss, requires_grad=True))
-    state = cache.state_dict()
-    assert {key: type(loss) for key, loss in state.items()} == {"a": float, "b": float}
-    resumed.load_state_dict(state)
-    resumed.put("c", torch.tensor(2.0))  # the order has survived too: a goes first
-    for found, expected in ((resumed.get("a"), None), (resumed.get("b"), torch.tensor(1 / 3))):
-        assert found == expected
     kept = cache.get("a")
     assert kept is not None
     assert not kept.requires_grad
-
-
-# --- without a trace ----------------------------------------------------------------------------
-
-
-class Recorder(DummyLogger):
-    """A logger that keeps what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[Any] = []
-
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
-        self.rows.append((args, kwargs))
-
-
-class Everything(pl.LightningModule):
-    """A training step that leaves every trace there is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(4)
-        self.mean, self.all = MeanMetric(), CatMetric()
-        self.scores = MetricCollection([BinaryAccuracy(), BinaryPrecision()])
-        self.register_buffer("counter", torch.zeros(2))
-
-    @torch.no_grad()
-    def training_step(self, x: Tensor) -> tuple[Tensor, float, float]:
-        y = self.norm(x)
-        self.counter += 1
-        self.mean.update(y.abs())
-        self.all.update(y[:, 0].detach())
-        self.scores.update(y.flatten().sigmoid(), (x > 0).flatten().int())
-        self.log("mean", self.mean(y.abs()))
-        self.log_dict({"loss": y.sum()})
-        for logger in self.trainer.loggers:
-            logger.log_metrics({"loss": 0.0})
-        return torch.rand(3), float(np.random.rand()), random.random()  # noqa: NPY002
-
-
-@pytest.fixture
-def module() -> Iterator[Everything]:
-    torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002
-    random.seed(0)
-    module = Everything()
-    module.trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=[Recorder(), Recorder()],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    module.log = module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    module.training_step(torch.randn(8, 4))  # so that there is something to lose
-    del module.log, module.log_dict
-    return module
-
-
-def observed(module: Everything) -> dict[str, Any]:
-    """Everything that a training step leaves behind, as things that can be compared."""
-    metrics = {
-        f"{name}.{attribute}": copy.deepcopy(getattr(metric, attribute))
-        for name, metric in module.named_modules()
-        if isinstance(metric, Metric)
-        for attribute in (*metric._defaults, "_update_count", "_computed", "_forward_cache")
-    }
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    generators = {
-        "torch": torch.get_rng_state(),
-        "numpy": repr(np.random.get_state()),  # noqa: NPY002
-        "python": random.getstate(),
-    }
-    loggers = {
-        "loggers": [id(logger) for logger in module.trainer.loggers],
-        "rows": [len(logger.rows) for logger in module.trainer.loggers],
-        "overridden": sorted({"log", "log_dict"} & vars(module).keys()),
-    }
-    return metrics | buffers | generators | loggers
-
-
-def differences(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
-    assert one.keys() == other.keys()
-    return {name for name in one if fingerprint([one[name]]) != fingerprint([other[name]])}
-
-
-def run(module: Everything, x: Tensor, *, fails: bool) -> Any:
-    with traceless(module.trainer, module):
-        result = module.training_step(x)
-        if fails:
-            raise ArithmeticError("in the step")
-        return result
-
-
-def test_a_training_step_leaves_traces_unless_it_is_traceless(module: Everything) -> None:
-    before = observed(module)
-    module.log = module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    module.training_step(torch.randn(8, 4))
-    assert differences(before, observed(module)) >= {
-        *("counter", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"),
-        *("mean.mean_value", "mean._update_count", "mean._forward_cache", "all.value"),
-        *("scores.BinaryAccuracy.tp", "scores.BinaryPrecision._update_count"),
-        *(*GENERATORS, "rows"),
-    }
-
-
-def test_nothing_is_left_of_a_traceless_step(module: Everything) -> None:
-    before = observed(module)
-    run(module, torch.ones(8, 4), fails=False)
-    assert differences(before, observed(module)) == set()
-
-
-GENERATORS = {"torch", "numpy", "python"}
-
-
-def test_nothing_is_left_of_a_traceless_step_that_failed(module: Everything) -> None:
-    before = observed(module)
-    with pytest.raises(ArithmeticError, match="in the step"):
-        run(module, torch.ones(8, 4), fails=True)
-    assert differences(before, observed(module)) <= GENERATORS
-
-
-@pytest.mark.xfail(reason="Lightning's isolate_rng puts nothing back when its body raises")
-def test_a_traceless_step_that_failed_used_no_random_numbers(module: Everything) -> None:
-    before = observed(module)
-    with pytest.raises(ArithmeticError, match="in the step"):
-        run(module, torch.ones(8, 4), fails=True)
-    assert not differences(before, observed(module)) & GENERATORS
-
-
-def test_the_next_step_sees_the_same_random_numbers_and_metrics(module: Everything) -> None:
-    x = torch.randn(8, 4)
-    first = run(module, x, fails=False)
-    after_first = copy.deepcopy(module.scores).compute()
-    assert fingerprint(run(module, x, fails=False)) == fingerprint(first)
-    module.log = module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    assert fingerprint(module.training_step(x)) == fingerprint(first)
-    assert fingerprint(module.scores.compute()) != fingerprint(after_first)
-
-
-def test_what_a_module_logs_with_is_given_back(module: Everything) -> None:
-    def log(*args: Any, **kwargs: Any) -> None: ...
-
-    module.log = log  # type: ignore[method-assign]
-    run(module, torch.randn(8, 4), fails=False)
-    assert module.log is log
-    assert "log_dict" not in vars(module)
-
-
-def test_a_trainer_without_loggers_gets_none(module: Everything) -> None:
-    module.trainer.loggers = []
-    with traceless(module.trainer, module):
-        assert module.trainer.loggers == []
-    assert module.trainer.loggers == []
-
-
-@pytest.mark.xfail(reason="the old tensor is restored, but the module holds the new one")
-def test_a_buffer_that_is_replaced_is_put_back(module: Everything) -> None:
-    before = observed(module)
-    with traceless(module.trainer, module):
-        module.counter = module.counter + 1
-    assert differences(before, observed(module)) == set()
-
-
-# --- random numbers -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("draw", "answer"),
-    [
-        pytest.param(lambda: torch.rand(1), True, id="torch"),
-        pytest.param(lambda: dropout(torch.ones(4), 0.5), True, id="dropout"),
-        pytest.param(lambda: dropout(torch.ones(4), 0.5, training=False), False, id="no dropout"),
-        pytest.param(lambda: torch.ones(4).sum(), False, id="none"),
-    ],
-)
-def test_random_numbers_are_noticed(draw: Any, answer: bool) -> None:
-    with notices_random_numbers() as used:
-        draw()
-    assert used == [answer]
+    state = cache.state_dict()
+    assert {key: type(loss) for key, loss in state["losses"].items()} == {"b": float, "a": float}
+    resumed.load_state_dict(state)
+    assert resumed.hit_rate == cache.hit_rate == 1
+    resumed.put("c", torch.tensor(2.0))  # the order has survived too: b goes first
+    assert remembered(resumed, "b", "c") == [None, 2]
+    assert resumed.get("a") == kept

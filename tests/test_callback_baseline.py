@@ -115,7 +115,9 @@ def test_a_remembered_baseline_is_the_one_that_would_be_measured(tmp_path: Path)
     remembering, measuring = (MaskProCallback(lr=FAST, baseline_cache=size) for size in (99, 0))
     for callback, name in ((remembering, "remembering"), (measuring, "measuring")):
         logging_fit(tmp_path / name, Net(), callback)
-    found, expected = (column(tmp_path / n, "maskpro/baseline") for n in ("remembering", "measuring"))
+    found, expected = (
+        column(tmp_path / n, "maskpro/baseline") for n in ("remembering", "measuring")
+    )
     assert found == expected
     assert set(column(tmp_path / "measuring", "maskpro/baseline_hit_rate")) == {0.0}
     assert equal(logits(remembering), logits(measuring))

@@ -39,6 +39,12 @@ CALLBACK_HOOKS = [
 ]
 
 
+saves_on_exception = pytest.mark.skipif(
+    "save_on_exception" not in inspect.signature(ModelCheckpoint).parameters,
+    reason="this Lightning does not save on exceptions",
+)
+
+
 class Fails(Net):
     """Raises in a step of its own, from the third update on."""
 
@@ -158,10 +164,8 @@ def test_a_trainer_fits_after_a_failure(tmp_path: Path) -> None:
     assert versions_held(module, callback) == {"mode"}
 
 
-@pytest.mark.skipif(
-    "save_on_exception" not in inspect.signature(ModelCheckpoint).parameters,
-    reason="this Lightning does not save on exceptions",
-)
+@saves_on_exception
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=repr)
 def test_a_checkpoint_on_exception_holds_masks_and_resumes(
@@ -199,10 +203,6 @@ class Odd(SingleDeviceStrategy):
     """A strategy that nobody has tested."""
 
 
-class Special(MaskProCallback):
-    """A callback with a key of its own in checkpoints."""
-
-
 @pytest.mark.parametrize(
     ("module", "kwargs", "message"),
     [
@@ -225,21 +225,13 @@ class Special(MaskProCallback):
             r"tested with SingleDeviceStrategy, DDPStrategy, not with Odd: choose Trainer\(",
             id="strategy",
         ),
-        pytest.param(
-            Net,
-            {"callbacks": [MaskProCallback(), Special()]},
-            r"more than one MaskProCallback: keep one of them",
-            id="two callbacks",
-        ),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(
     module: type[Net], kwargs: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     refused = module()
-    trainer = quiet_trainer(
-        tmp_path, max_steps=1, **{"callbacks": [MaskProCallback()]} | kwargs
-    )
+    trainer = quiet_trainer(tmp_path, MaskProCallback(), max_steps=1, **kwargs)
     with pytest.raises(ValueError, match=message):
         trainer.fit(refused, loader(), loader(16))
     assert same_weights(refused, Net())
@@ -256,6 +248,13 @@ def test_layers_that_the_pattern_does_not_fit_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'net\.0\.weight' has 16 input features, not a multiple"):
         fit(module, MaskProCallback("2:32"), folder=tmp_path, max_steps=1)
     assert "configure_optimizers" not in vars(module)
+
+
+@saves_on_exception
+def test_a_checkpoint_on_exception_does_not_hide_the_error(tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, save_on_exception=True)
+    with pytest.raises(ValueError, match=r"'net\.0\.weight' has 16 input features"):
+        fit(Net(), MaskProCallback("2:32"), save, folder=tmp_path, max_steps=1)
 
 
 def test_resuming_with_another_pattern_is_refused(tmp_path: Path) -> None:

@@ -188,10 +188,10 @@ def test_random_masks_are_uniform_and_functions_of_key_and_group(pattern: NMPatt
     weight = torch.zeros(groups // 4, 4 * pattern.m)
     mask = initializers.random(weight, pattern, key=KEY)
     assert torch.equal(initializers.random(weight[:50], pattern, key=KEY), mask[:50])
-    assert not torch.equal(mask[-50:], mask[:50])
     assert not torch.equal(initializers.random(weight, pattern, key=key_of(1)), mask)
     kinds = oracle.sets(pattern.n, pattern.m)
     drawn = mask.view(-1, pattern.m)
+    assert not torch.equal(drawn[2**16 :], drawn[:100])
     share = torch.stack([(drawn == kind).all(-1).double().mean() for kind in kinds])
     p = 1 / len(kinds)
     assert (share - p).abs().max() < 5 * (p * (1 - p) / groups) ** 0.5  # five sigma

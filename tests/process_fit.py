@@ -1,0 +1,96 @@
+"""Fits in processes of their own, for tests of ranks and of sudden ends.
+
+``python process_fit.py TASK FOLDER RANKS``; what each rank has to tell lies in ``FOLDER/RANK.pt``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import MLFlowLogger
+from modules import (
+    BATCH,
+    FAST,
+    Net,
+    ResumableLoader,
+    dataset,
+    everything,
+    loader,
+    quiet_trainer,
+)
+from torch.optim.lr_scheduler import LinearLR
+from torch.utils.data import DistributedSampler
+
+from maskpro_lightning import MaskProCallback
+
+
+def masks() -> MaskProCallback:
+    """The published rule, under which a rounding error stays one, with a changing step size."""
+    return MaskProCallback(
+        lr=FAST, normalize=False, lr_scheduler=lambda o: LinearLR(o, 1, 0.1, total_iters=16)
+    )
+
+
+def fit_ranks(folder: Path, ranks: int, epochs: int, ckpt_path: Path | None = None) -> Any:
+    """A fit whose every step sees the eight rows that one rank would see."""
+    save = ModelCheckpoint(folder / "checkpoints", "{epoch}", save_top_k=-1)
+    trainer = quiet_trainer(
+        folder,
+        callback := masks(),
+        save,
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        use_distributed_sampler=False,
+        max_epochs=epochs,
+    )
+    rank = trainer.global_rank
+    sampler = DistributedSampler(dataset(), num_replicas=ranks, rank=rank, shuffle=False)
+    data = loader(batch_size=BATCH // ranks, sampler=sampler)
+    module = Net()
+    trainer.fit(module, data, loader(16), ckpt_path=ckpt_path)
+    return rank, everything(trainer, module, callback)
+
+
+def resume(folder: Path, ranks: int) -> None:
+    rank, whole = fit_ranks(folder / "whole", ranks, epochs=4)
+    _, half = fit_ranks(folder / "half", ranks, epochs=2)
+    checkpoint = folder / "half" / "checkpoints" / "epoch=1.ckpt"
+    _, resumed = fit_ranks(folder / "resumed", ranks, epochs=4, ckpt_path=checkpoint)
+    torch.save({"whole": whole, "half": half, "resumed": resumed}, folder / f"{rank}.pt")
+
+
+def slow(folder: Path, ranks: int) -> None:
+    """Goes on until it is killed; saves every second step."""
+
+    class Slow(Net):
+        def on_train_batch_end(self, *_: Any) -> None:
+            time.sleep(0.05)
+
+    assert ranks == 1
+    save = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
+    trainer = quiet_trainer(folder, masks(), save, max_steps=-1)
+    trainer.fit(Slow(), ResumableLoader(dataset(), batch_size=BATCH), loader(16))
+
+
+def mlflow(folder: Path, ranks: int) -> None:
+    logger = MLFlowLogger("ranks", tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    trainer = quiet_trainer(
+        folder,
+        MaskProCallback(lr=FAST),
+        devices=ranks,
+        strategy="ddp",
+        max_steps=4,
+        log_every_n_steps=2,
+        logger=logger,
+    )
+    trainer.fit(Net(), loader(), loader(16))
+
+
+if __name__ == "__main__":
+    task = {"resume": resume, "slow": slow, "mlflow": mlflow}[sys.argv[1]]
+    task(Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,296 @@
+"""One law for many modules and Trainers: a fit takes its steps, moves every mask and keeps N of M."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from modules import FAST, Net, assert_masked, fit, learned, linear, loader, logits, quiet_trainer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau, StepLR
+from torchmetrics import MeanSquaredError
+
+from maskpro_lightning import MaskProCallback
+
+SCALE = 4.0
+
+
+def run(
+    module: pl.LightningModule, folder: Path, *callbacks: pl.Callback, **kwargs: Any
+) -> tuple[pl.Trainer, MaskProCallback]:
+    """Two epochs of four batches, unless told otherwise, after which every layer has learned."""
+    callback = MaskProCallback(lr=FAST, logit_scale=SCALE)
+    trainer = fit(module, callback, *callbacks, folder=folder, **{"max_epochs": 2} | kwargs)
+    for name, start in learned(callback, "initial").items():
+        assert not torch.equal(logits(callback)[name], SCALE * start), name
+    return trainer, callback
+
+
+def updates(callback: MaskProCallback) -> int:
+    assert callback.optimizer is not None
+    return callback.optimizer.param_groups[0]["step"]
+
+
+# --- modules ------------------------------------------------------------------------------------
+
+
+class Dict(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        return {"loss": self.loss(batch), "seen": batch[0]}
+
+
+class Sometimes(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        return None if batch_idx == 1 else self.loss(batch)
+
+
+class NotANumber(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch) * (float("nan") if batch_idx == 1 else 1)
+
+
+class Late(Net):
+    """Builds its layers when the Trainer asks for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.net = nn.Sequential(linear(16, 1), nn.ReLU(), linear(16, 2))
+
+
+class Metrics(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.error = MeanSquaredError()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.error(self.net(batch[0]), batch[1])
+        self.log("error", self.error, on_step=True, on_epoch=True)
+        return self.loss(batch)
+
+
+class Frozen(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+
+
+class Overriding(Net):
+    """Has opinions about gradients, of which there are none."""
+
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    def optimizer_step(self, *_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        raise AssertionError
+
+    def backward(self, *_: Any, **__: Any) -> None:
+        raise AssertionError
+
+
+def optimized(configure: Callable[[Net], Any]) -> type[Net]:
+    class Optimized(Net):
+        def configure_optimizers(self) -> Any:
+            return configure(self)
+
+    return Optimized
+
+
+def adam(net: Net) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(net.parameters(), 1.0)
+
+
+def on_plateau(net: Net) -> Any:
+    optimizer = adam(net)
+    plateau = {"scheduler": ReduceLROnPlateau(optimizer), "monitor": "val_loss"}
+    return {"optimizer": optimizer, "lr_scheduler": plateau}
+
+
+def by_step(net: Net) -> Any:
+    optimizer = adam(net)
+    return {"optimizer": optimizer, "lr_scheduler": StepLR(optimizer, 1), "monitor": "val_loss"}
+
+
+def two_lists(net: Net) -> Any:
+    optimizer = adam(net)
+    return [optimizer], [StepLR(optimizer, 1)]
+
+
+class Single(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch).reshape(1)
+
+
+MODULES: dict[str, Callable[[], Net]] = {
+    "tensor": Net,
+    "dict": Dict,
+    "one loss": Single,
+    "built in configure_model": Late,
+    "dropout": lambda: Net(nn.Dropout(0.5)),
+    "batch norm": lambda: Net(nn.BatchNorm1d(16)),
+    "torchmetrics": Metrics,
+    "frozen": Frozen,
+    "overriding": Overriding,
+    "no optimizer": optimized(lambda net: None),
+    "AdamW": optimized(adam),
+    "AdamW and scheduler": optimized(by_step),
+    "AdamW and plateau": optimized(on_plateau),
+    "two lists": optimized(two_lists),
+    "LBFGS": optimized(lambda net: torch.optim.LBFGS(net.parameters())),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+def test_every_kind_of_module_learns_masks(make: Callable[[], Net], tmp_path: Path) -> None:
+    module, dense = make(), make()
+    dense.configure_model()
+    trainer, callback = run(module, tmp_path)
+    assert trainer.global_step == updates(callback) == 8
+    assert_masked(module, dense)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_batches_without_a_loss_are_steps_without_an_update(tmp_path: Path) -> None:
+    module = Sometimes()
+    trainer, callback = run(module, tmp_path)
+    assert trainer.global_step == 8
+    assert updates(callback) == 6
+    assert_masked(module, Net())
+
+
+def test_losses_that_are_not_numbers_move_nothing(tmp_path: Path) -> None:
+    module = NotANumber()
+    _, callback = run(module, tmp_path)
+    assert callback.optimizer is not None
+    assert callback.optimizer.tracker["count"] == 6
+    assert all(values.isfinite().all() for values in logits(callback).values())
+    assert_masked(module, Net())
+
+
+# --- Trainers -----------------------------------------------------------------------------------
+
+TRAINERS: dict[str, tuple[dict[str, Any], int]] = {
+    "max_steps": ({"max_steps": 5, "max_epochs": -1}, 5),
+    "max_epochs": ({"max_epochs": 3}, 12),
+    "limit_train_batches": ({"limit_train_batches": 3}, 6),
+    "overfit_batches": ({"overfit_batches": 2}, 4),
+    "accumulate_grad_batches": ({"accumulate_grad_batches": 3}, 4),
+    "val_check_interval": ({"val_check_interval": 2}, 8),
+    "fast_dev_run": ({"fast_dev_run": 3}, 3),
+    "barebones": ({"barebones": True, "num_sanity_val_steps": None}, 8),
+    "no log_every_n_steps": ({"log_every_n_steps": 0}, 8),
+    "detect_anomaly": ({"detect_anomaly": True}, 8),
+    "gradient_clip_val": ({"gradient_clip_val": 1e-9}, 8),
+    "gradient_clip_algorithm": (
+        {"gradient_clip_val": 1e-9, "gradient_clip_algorithm": "value"},
+        8,
+    ),
+    "no validation": ({"limit_val_batches": 0}, 8),
+    "sanity check": ({"num_sanity_val_steps": 1}, 8),
+    "reload_dataloaders": ({"reload_dataloaders_every_n_epochs": 1}, 8),
+    "32-true": ({"precision": "32-true"}, 8),
+    "bf16-mixed": ({"precision": "bf16-mixed"}, 8),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:You are trying to `self.log:UserWarning",
+    "ignore:You requested to overfit:UserWarning",
+    "ignore:.*turned on.*detect_anomaly:UserWarning",
+)
+@pytest.mark.parametrize(("kwargs", "steps"), TRAINERS.values(), ids=TRAINERS)
+def test_every_kind_of_trainer_learns_masks(
+    kwargs: dict[str, Any], steps: int, tmp_path: Path
+) -> None:
+    module = Net()
+    trainer, callback = run(module, tmp_path, **kwargs)
+    assert trainer.global_step == updates(callback) == steps
+    assert_masked(module, Net())
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64)]
+)
+def test_weights_of_other_precisions_are_kept_to_the_bit(
+    precision: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    module = Net()
+    trainer, callback = run(module, tmp_path, precision=precision)
+    assert trainer.global_step == updates(callback) == 8
+    assert {weight.dtype for weight in module.parameters()} == {dtype}
+    assert {values.dtype for values in logits(callback).values()} == {torch.float32}
+    assert_masked(module, Net().to(dtype))
+
+
+def test_accumulated_batches_teach_what_one_large_batch_does(tmp_path: Path) -> None:
+    # The published rule, whose step is proportional to the residual: rounding stays rounding.
+    small, large = (MaskProCallback(lr=FAST, normalize=False) for _ in range(2))
+    sizes = {"max_epochs": 2, "limit_val_batches": 0}
+    data = loader(48, batch_size=8)
+    fit(Net(), small, folder=tmp_path, data=data, accumulate_grad_batches=3, **sizes)
+    fit(Net(), large, folder=tmp_path, data=loader(48, batch_size=24), **sizes)
+    assert updates(small) == updates(large) == 4
+    for name, values in logits(large).items():
+        # Two losses near 1 in float32, times lr, times a score of at most 1, in four updates.
+        torch.testing.assert_close(logits(small)[name], values, rtol=0, atol=4 * FAST * 2**-21)
+        assert not torch.equal(values, learned(large, "initial")[name] * SCALE)
+
+
+@pytest.mark.parametrize("loggers", [0, 1, 2])
+def test_any_number_of_loggers_gets_everything(loggers: int, tmp_path: Path) -> None:
+    logger = [CSVLogger(tmp_path / str(number)) for number in range(loggers)]
+    module = Net()
+    run(module, tmp_path, logger=logger, log_every_n_steps=4)
+    written = [path.read_text() for path in sorted(tmp_path.rglob("metrics.csv"))]
+    assert len(written) == loggers
+    assert len(set(written)) <= 1
+    for text in written:
+        assert "maskpro/residual" in text
+        assert "maskpro/entropy/net.0.weight" in text
+    assert_masked(module, Net())
+
+
+def test_the_learning_rate_follows_its_scheduler_and_monitor(tmp_path: Path) -> None:
+    callback = MaskProCallback(lr=1.0, lr_scheduler=lambda o: LinearLR(o, 1, 0.5, total_iters=4))
+    monitor = LearningRateMonitor()
+    logging = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 1}
+    fit(Net(), callback, monitor, folder=tmp_path, max_steps=6, **logging)
+    assert monitor.lrs == {"lr-MaskPro": pytest.approx([1, 0.875, 0.75, 0.625, 0.5, 0.5])}
+
+
+def test_early_stopping_watches_the_deployed_mask(tmp_path: Path) -> None:
+    stopping = EarlyStopping("val_loss", patience=0, min_delta=1e9)
+    trainer, callback = run(Net(), tmp_path, stopping, max_epochs=9)
+    assert trainer.global_step == updates(callback) == 8
+
+
+def test_the_best_checkpoint_is_the_one_of_the_best_validation(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, "{step}", monitor="val_loss", save_top_k=1)
+    every = ModelCheckpoint(tmp_path / "all", "{step}", every_n_train_steps=3, save_top_k=-1)
+    trainer, _ = run(Net(), tmp_path, best, every, max_epochs=4)
+    (score,) = trainer.validate(Net.load_from_checkpoint(best.best_model_path), loader(16))
+    assert score["val_loss"] == float(best.best_model_score)
+    names = sorted(path.name for path in (tmp_path / "all").iterdir())
+    assert names == ["step=12.ckpt", "step=15.ckpt", "step=3.ckpt", "step=6.ckpt", "step=9.ckpt"]
+
+
+def test_several_validation_loaders_see_the_same_mask(tmp_path: Path) -> None:
+    module, callback = Net(), MaskProCallback(lr=FAST)
+    trainer = quiet_trainer(tmp_path, callback, max_steps=4)
+    trainer.fit(module, loader(), [loader(16), loader(16)])
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert metrics["val_loss"] == metrics["val_loss/dataloader_idx_1"]
+    assert_masked(module, Net())

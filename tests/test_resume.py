@@ -1,0 +1,217 @@
+"""Laws of resumed fits, and of fits on several ranks: nobody can tell from what they learned."""
+
+from __future__ import annotations
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import process_fit
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from modules import (
+    BATCH,
+    FAST,
+    Net,
+    ResumableLoader,
+    assert_masked,
+    dataset,
+    equal,
+    everything,
+    fit,
+    identical,
+    learned,
+    logits,
+)
+from torch import nn
+from torch.optim.lr_scheduler import LinearLR
+
+from maskpro_lightning import MaskProCallback
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+]
+
+STEPS = 12
+# Two float32 losses near 2, summed in another order, times lr, in each of 16 updates; the score
+# is at most 1.
+ROUNDING = 16 * FAST * 2**-21
+
+
+def masks() -> MaskProCallback:
+    return MaskProCallback(lr=FAST, lr_scheduler=lambda o: LinearLR(o, 1, 0.1, total_iters=STEPS))
+
+
+# --- one rank -----------------------------------------------------------------------------------
+
+
+def batch_norm_net() -> Net:
+    return Net(nn.BatchNorm1d(16))
+
+
+@pytest.mark.parametrize("step", [4, 6], ids=["at the end of an epoch", "in the middle"])
+@pytest.mark.parametrize(
+    ("make", "kwargs"),
+    [
+        pytest.param(Net, {}, id="plain"),
+        pytest.param(Net, {"val_check_interval": 2}, id="val_check_interval"),
+        pytest.param(Net, {"accumulate_grad_batches": 2}, id="accumulate_grad_batches"),
+        pytest.param(Net, {"precision": "bf16-true"}, id="bf16-true"),
+        pytest.param(Net, {"precision": "64-true"}, id="64-true"),
+        pytest.param(batch_norm_net, {}, id="batch norm"),
+    ],
+)
+def test_a_resumed_fit_is_the_uninterrupted_one(
+    make: Any, kwargs: dict[str, Any], step: int, tmp_path: Path
+) -> None:
+    settings = {"max_steps": STEPS, "log_every_n_steps": 2, "num_sanity_val_steps": 2} | kwargs
+    save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+
+    def data() -> ResumableLoader:
+        return ResumableLoader(dataset(), batch_size=BATCH)
+
+    module, callback = make(), masks()
+    trainer = fit(module, callback, save, folder=tmp_path, data=data(), **settings)
+    whole = everything(trainer, module, callback)
+
+    path, module, callback = tmp_path / f"step={step}.ckpt", make(), masks()
+    nn.init.zeros_(module.net[0].weight)  # the checkpoint knows better
+    trainer = fit(module, callback, save, folder=tmp_path, data=data(), ckpt_path=path, **settings)
+    assert identical(everything(trainer, module, callback), whole)
+
+    (saved,) = torch.load(path, weights_only=False)["optimizer_states"]
+    assert saved["param_groups"][0]["step"] == step
+    halfway = [state["logits"] for state in saved["state"].values()]
+    assert not any(map(torch.equal, halfway, whole["logits"].values()))
+
+
+def test_resuming_twice_is_resuming_once(tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
+    fit(Net(), masks(), save, folder=tmp_path, max_epochs=1)
+    fit(Net(), masks(), save, folder=tmp_path, max_epochs=2, ckpt_path=tmp_path / "step=4.ckpt")
+    ends = []
+    for step in (4, 8):
+        path, module, callback = tmp_path / f"step={step}.ckpt", Net(), masks()
+        trainer = fit(module, callback, save, folder=tmp_path, max_epochs=3, ckpt_path=path)
+        ends.append(everything(trainer, module, callback))
+    assert identical(*ends)
+
+
+def test_a_resumed_fit_logs_all_its_numbers_at_the_same_steps(tmp_path: Path) -> None:
+    # Saved after an epoch, Lightning's count of steps to log is one ahead when it is resumed.
+    save = ModelCheckpoint(tmp_path, save_last=True)
+    settings = {"folder": tmp_path, "log_every_n_steps": 3}
+    fit(Net(), masks(), save, max_epochs=1, **settings)
+    logger, path = CSVLogger(tmp_path, name="resumed", version=""), tmp_path / "last.ckpt"
+    fit(Net(), masks(), save, max_epochs=4, logger=logger, ckpt_path=path, **settings)
+    with (tmp_path / "resumed" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["maskpro/residual"]]
+    assert len(rows) == 4
+    assert all(row["maskpro/entropy"] for row in rows)
+    assert len({row["maskpro/entropy"] for row in rows}) == 4
+
+
+# --- a process that is killed -------------------------------------------------------------------
+
+
+@contextmanager
+def process(task: str, folder: Path, ranks: int = 1) -> Iterator[subprocess.Popen[str]]:
+    """A fit in a process of its own, which does not outlive the block."""
+    command = [sys.executable, process_fit.__file__, task, str(folder), str(ranks)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=folder, **pipes) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+@pytest.mark.slow
+def test_a_fit_that_was_killed_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    with process("slow", folder) as killed:
+        while not (folder / "step=6.ckpt").exists() and killed.poll() is None:
+            time.sleep(0.02)
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL, killed.stdout and killed.stdout.read()
+    steps = sorted(int(path.stem.removeprefix("step=")) for path in folder.glob("step=*.ckpt"))
+
+    settings = {"max_steps": steps[-1] + 5, "folder": tmp_path}
+    ends = []
+    for path in (None, folder / f"step={steps[-1]}.ckpt"):
+        save = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
+        module, callback = Net(), process_fit.masks()
+        data = ResumableLoader(dataset(), batch_size=BATCH)
+        trainer = fit(module, callback, save, data=data, ckpt_path=path, **settings)
+        ends.append(everything(trainer, module, callback))
+        assert_masked(module, Net())
+    assert identical(*ends)
+
+
+# --- two ranks ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """What two ranks have learned in a whole, a half and a resumed fit."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with process("resume", folder, ranks=2) as fits:
+        output, _ = fits.communicate(timeout=120)
+        assert fits.returncode == 0, output
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+Ranks = tuple[Path, list[dict[str, Any]]]
+
+
+@pytest.mark.slow
+def test_all_ranks_learn_the_same_masks(ranks: Ranks) -> None:
+    _, (one, other) = ranks
+    for fit_ in ("whole", "half", "resumed"):
+        for what in ("logits", "initial", "drawn", "mode", "weights", "optimizer"):
+            assert identical(one[fit_][what], other[fit_][what]), (fit_, what)
+
+
+@pytest.mark.slow
+def test_a_resumed_fit_on_two_ranks_is_the_uninterrupted_one(ranks: Ranks) -> None:
+    for rank in ranks[1]:
+        assert identical(rank["resumed"], rank["whole"])
+        assert not equal(rank["half"]["logits"], rank["whole"]["logits"])
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_from_half_batches_what_one_learns_from_whole_ones(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    module, callback = Net(), process_fit.masks()
+    fit(module, callback, folder=tmp_path, max_epochs=4)
+    expected = ranks[1][0]["whole"]
+    assert_close(logits(callback), expected["logits"])
+    assert equal(learned(callback), expected["mode"])
+    assert identical(dict(module.state_dict()), expected["weights"])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_ranks_resumes_on_one(ranks: Ranks, tmp_path: Path) -> None:
+    folder, (expected, _) = ranks
+    path = folder / "half" / "checkpoints" / "epoch=1.ckpt"
+    rank, resumed = process_fit.fit_ranks(tmp_path, 1, epochs=4, ckpt_path=path)
+    assert rank == 0
+    assert_close(resumed["logits"], expected["whole"]["logits"])
+    assert equal(resumed["mode"], expected["whole"]["mode"])
+    assert resumed["global_step"] == 16
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=0, atol=ROUNDING)
