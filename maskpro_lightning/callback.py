@@ -327,7 +327,8 @@ class MaskProCallback(pl.Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._fitting and self.log_distributions and self._optimizer.begun:
+        begun = self.optimizer is not None and self.optimizer.begun
+        if self._fitting and self.log_distributions and begun:
             self._journal.distributions(self._optimizer, self._tracking_, trainer.global_step)
 
     def on_load_checkpoint(
