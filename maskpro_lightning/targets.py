@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils.parametrize import is_parametrized
 
 from maskpro_lightning.pattern import NMPattern
 
@@ -49,9 +49,10 @@ def find_targets(
     Args:
         model: Any module; names are relative to it.
         pattern: "2:4", or a pattern.
-        include: Globs over the names of layers or parameters. They replace the default choice:
-            what they match is masked even if it is left out by default.
-        exclude: Globs over names of layers or parameters to leave out.
+        include: Globs over the names of parameters, layers or whole parts of the model. They
+            replace the default choice: what they match is masked even if left out by default.
+        exclude: Globs, likewise, of what to leave out. A shared weight is left out by any of its
+            names.
 
     Returns:
         The targets in the model's order, each weight once.
@@ -63,24 +64,27 @@ def find_targets(
     pattern = NMPattern.parse(pattern)
     include = _globs("include", include)
     exclude = _globs("exclude", exclude) or ()
-    candidates = list(_candidates(model))
     _refuse_idle_globs(model, (*(include or ()), *exclude))
+    named: dict[int, list[Target]] = {}  # a shared weight has several names
+    for target in _candidates(model):
+        named.setdefault(id(target.parameter), []).append(target)
 
     left_out = _left_out_by_default(model) if include is None else set()
-    targets: dict[int, Target] = {}
-    for layer, target in candidates:
-        wanted = id(target.parameter) not in left_out and "lora_" not in target.name
-        if include is not None:
-            wanted = _matches(include, layer, target.name)
-        if wanted and not _matches(exclude, layer, target.name):
-            targets.setdefault(id(target.parameter), target)
-    if not targets:
+    chosen = [
+        targets[0]
+        for weight, targets in named.items()
+        if weight not in left_out
+        and (include is None or any(_matches(include, target.name) for target in targets))
+        and not any(_matches(exclude, target.name) for target in targets)
+    ]
+    if not chosen:
         raise ValueError(
-            f"No layer of {type(model).__name__} is left to mask: its {len(candidates)} maskable "
+            f"No layer of {type(model).__name__} is left to mask: its {len(named)} maskable "
             f"weights are all left out (include={include}, exclude={list(exclude)})."
         )
-    _refuse_unsuitable(targets.values(), pattern)
-    return list(targets.values())
+    for target in chosen:
+        _refuse_unsuitable(target, pattern)
+    return chosen
 
 
 def parameter_groups(targets: Iterable[Target]) -> list[dict[str, object]]:
@@ -114,52 +118,57 @@ def _globs(argument: str, globs: Sequence[str] | None) -> tuple[str, ...] | None
     return None if globs is None else tuple(globs)
 
 
-def _matches(globs: Iterable[str], *names: str) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs for name in names)
+def _matches(globs: Iterable[str], name: str) -> bool:
+    """Whether a glob matches a parameter, its layer or any module around it."""
+    parts = name.split(".")
+    around = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    return any(fnmatchcase(each, glob) for glob in globs for each in around)
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, Target]]:
-    """Everything that could be masked, with the name of its layer."""
-    metrics: set[int] = set()
-    for name, module in model.named_modules():
-        if _is_metric(module):
-            metrics.update(id(inner) for inner in module.modules())
+def _candidates(model: nn.Module) -> Iterator[Target]:
+    """Everything that could be masked, a shared weight under each of its names."""
+    metrics = {
+        id(inner) for module in model.modules() if _is_metric(module) for inner in module.modules()
+    }
+    for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in metrics:
             continue
-        layer = clean_name(name)
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            input_dim = _input_dim(module, parameter_name, parameter)
-            if input_dim is not None:
-                full_name = f"{layer}.{parameter_name}" if layer else parameter_name
-                yield layer, Target(full_name, module, parameter, input_dim)
+        for parameter_name, input_dim in _weights(module):
+            weight = getattr(module, parameter_name)
+            full_name = clean_name(f"{name}.{parameter_name}".removeprefix("."))
+            if weight is not None:
+                yield Target(full_name, module, weight, input_dim)
 
 
-def _input_dim(module: nn.Module, name: str, parameter: nn.Parameter) -> int | None:
-    """The dimension that a layer sums over, or None where there is none to cut into groups."""
-    if name == "weight" and isinstance(module, nn.Linear):
-        return -1
-    if name == "weight" and type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return 0  # transformers' Conv1D stores (inputs, outputs)
-    if name == "weight" and isinstance(module, _ConvNd):
-        depthwise = parameter.shape[1] == 1
-        return None if depthwise or isinstance(module, _ConvTransposeNd) else 1
-    if name == "in_proj_weight" and isinstance(module, nn.MultiheadAttention):
-        return -1
-    if type(module).__name__.endswith("Experts") and parameter.dim() == 3:
-        return -2 if getattr(module, "is_transposed", False) else -1
-    return None
+def _weights(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """The weights that a layer multiplies its inputs with, and the dimension it sums over."""
+    kind = type(module).__name__
+    if isinstance(module, nn.Linear):
+        yield "weight", -1
+    elif kind == "Conv1D" and hasattr(module, "nf"):
+        yield "weight", 0  # transformers' Conv1D stores (inputs, outputs)
+    elif isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
+        if module.in_channels != module.groups:  # depthwise: nothing to cut into groups
+            yield "weight", 1
+    elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+        yield "in_proj_weight", -1
+    elif kind.endswith("Experts"):
+        transposed = getattr(module, "is_transposed", False)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3:
+                yield name, -2 if transposed else -1
 
 
 def _left_out_by_default(model: nn.Module) -> set[int]:
-    """Parameters of embeddings and output embeddings, which tied weights are as well."""
-    left_out: set[int] = set()
-    for name, module in model.named_modules():
+    """Embeddings and output embeddings, with whatever is tied to them, and LoRA's factors."""
+    layers: list[nn.Module] = []
+    for name, module in model.named_modules(remove_duplicate=False):
         output = getattr(module, "get_output_embeddings", lambda: None)()
-        for layer in (module, output):
-            embedding = isinstance(layer, nn.Embedding | nn.EmbeddingBag) or layer is output
-            if layer is not None and (embedding or clean_name(name).split(".")[-1] == "lm_head"):
-                left_out.update(id(p) for p in layer.parameters(recurse=False))
-    return left_out
+        layers += [] if output is None else [output]
+        by_name = clean_name(name).endswith("lm_head") or "lora_" in name
+        if by_name or isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            layers.append(module)
+    return {id(weight) for layer in layers for weight in layer.parameters()}
 
 
 def _is_metric(module: nn.Module) -> bool:
@@ -167,7 +176,9 @@ def _is_metric(module: nn.Module) -> bool:
 
 
 def _refuse_idle_globs(model: nn.Module, globs: Iterable[str]) -> None:
-    names = {clean_name(name) for name, _ in (*model.named_modules(), *model.named_parameters())}
+    modules = model.named_modules(remove_duplicate=False)
+    parameters = model.named_parameters(remove_duplicate=False)
+    names = {clean_name(name) for name, _ in (*modules, *parameters)}
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(
@@ -176,28 +187,28 @@ def _refuse_idle_globs(model: nn.Module, globs: Iterable[str]) -> None:
             )
 
 
-def _refuse_unsuitable(targets: Iterable[Target], pattern: NMPattern) -> None:
-    for target in targets:
-        weight, layer = target.parameter, target.name.rpartition(".")[0]
-        remedy = f'leave it out with exclude=["{layer or target.name}"]'
-        if is_parametrized(target.module) or not weight.is_leaf:
-            raise ValueError(
-                f"{target.name!r} is computed from other parameters (weight_norm or another "
-                f"parametrization), so a mask written into it is lost: {remedy} or remove the "
-                f"parametrization first."
-            )
-        if not weight.is_floating_point() or weight.layout is not weight.data.layout:
-            raise ValueError(
-                f"{target.name!r} holds {weight.dtype} numbers; masks need floating-point "
-                f"weights: {remedy} or load the model unquantised."
-            )
-        if weight.is_meta:
-            raise ValueError(
-                f"{target.name!r} is on the meta device, without values: load the weights before "
-                f"masking."
-            )
-        if weight.shape[target.input_dim] % pattern.m:
-            raise ValueError(
-                f"{target.name!r} has {weight.shape[target.input_dim]} input features, not a "
-                f"multiple of {pattern.m} (pattern {pattern}): {remedy} or choose another pattern."
-            )
+def _refuse_unsuitable(target: Target, pattern: NMPattern) -> None:
+    weight, layer = target.parameter, target.name.rpartition(".")[0]
+    remedy = f'leave it out with exclude=["{layer or target.name}"]'
+    if target.name.rpartition(".")[2] not in target.module._parameters:
+        raise ValueError(
+            f"{target.name!r} is computed from other parameters (weight_norm or another "
+            f"parametrization), so a mask written into it is lost: {remedy} or remove the "
+            f"parametrization first."
+        )
+    if not weight.is_floating_point() or weight.layout != torch.strided:
+        kind = weight.dtype if weight.layout == torch.strided else weight.layout
+        raise ValueError(
+            f"{target.name!r} holds {kind} numbers; masks need dense floating-point weights: "
+            f"{remedy} or load the model unquantised."
+        )
+    if weight.is_meta:
+        raise ValueError(
+            f"{target.name!r} is on the meta device, without values: load the weights before "
+            f"masking."
+        )
+    if weight.shape[target.input_dim] % pattern.m:
+        raise ValueError(
+            f"{target.name!r} has {weight.shape[target.input_dim]} input features, not a "
+            f"multiple of {pattern.m} (pattern {pattern}): {remedy} or choose another pattern."
+        )

@@ -112,7 +112,7 @@ class ResumableLoader(DataLoader[Any]):
 
 
 def quiet_trainer(folder: Path, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
-    """A Trainer on one CPU that shows nothing and, unless told otherwise, neither logs nor saves."""
+    """A Trainer on one CPU that shows nothing, logs nothing and saves nothing unless told to."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any
+
 import oracle
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskpro_lightning import MaskPro, NMPattern
 
@@ -25,10 +28,10 @@ every_case = pytest.mark.parametrize(("pattern", "shape", "input_dim"), CASES)
 Shape = tuple[int, ...]
 
 
-def one_weight(weight: Tensor, pattern: str = "2:4", input_dim: int = -1, **rule: float) -> MaskPro:
+def one_weight(weight: Tensor, pattern: str = "2:4", input_dim: int = -1, **rule: Any) -> MaskPro:
     """A MaskPro of one weight named "w"."""
     group = {"params": [("w", weight)], "input_dim": input_dim}
-    return MaskPro([group], pattern, **rule)  # type: ignore[arg-type]
+    return MaskPro([group], pattern, **rule)
 
 
 def step(optimizer: MaskPro, loss: float, baseline: float = 0.0) -> None:
@@ -65,3 +68,40 @@ def bits(tensor: Tensor) -> Tensor:
 def assert_holds(weight: Tensor, dense: Tensor, mask: Tensor) -> None:
     """Kept weights are the dense ones to the bit; the others are +0.0, all of whose bits are 0."""
     assert torch.equal(bits(weight), bits(dense) * mask)
+
+
+class Regression:
+    """A layer that should go on computing what it computes dense, from inputs of its own.
+
+    Args:
+        seed: Of weights, inputs and the random mask.
+        dtype: Of the weights.
+    """
+
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        self.weight = nn.Parameter(oracle.random(4, 16, seed=seed).to(dtype))
+        self.random_mask = top_of(oracle.random(4, 16, seed=seed + 100), "2:4", -1)
+        self._x = oracle.random(64, 16, seed=seed + 200)
+        self._y = self._x @ self.weight.detach().float().T
+
+    def loss(self) -> Tensor:
+        return (self._x @ self.weight.float().T - self._y).square().mean()
+
+    @torch.no_grad()
+    def share_gained(self, optimizer: MaskPro) -> float:
+        """How far the most likely mask has come from the initial one (0) to the best (1)."""
+        losses = {}
+        for version in ("initial", "mode"):
+            with optimizer.applied(version):
+                losses[version] = float(self.loss())
+        with optimizer.applied("dense"):
+            best = self._best()
+        return (losses["initial"] - losses["mode"]) / (losses["initial"] - best)
+
+    def _best(self) -> float:
+        """The lowest loss of all masks: outputs have losses of their own, and 6^4 masks each."""
+        four_sets = product(oracle.sets(2, 4), repeat=4)
+        masks = torch.stack([torch.cat(sets) for sets in four_sets])
+        outputs = zip(self.weight.float(), self._y.T, strict=True)
+        errors = [self._x @ (row * masks).T - y[:, None] for row, y in outputs]
+        return float(torch.stack([error.square().mean(0).min() for error in errors]).mean())

@@ -1,4 +1,4 @@
-"""Laws of what a fit with MaskProCallback leaves in the module, in checkpoints and in the Trainer."""
+"""Laws of what a fit with MaskProCallback leaves in modules, checkpoints and Trainers."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_plain_fit_afterwards_trains_weights_again(tmp_path: Path) -> None:
     trainer.callbacks.remove(callback)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, loader(), loader(16))
-    assert not any(torch.equal(p, q) for p, q in zip(module.parameters(), before.parameters()))
+    assert not any(map(torch.equal, module.parameters(), before.parameters()))
     assert isinstance(trainer.optimizers[0], torch.optim.SGD)
 
 

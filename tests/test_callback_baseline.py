@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ def test_logged_shares_count_the_groups_that_changed(tmp_path: Path) -> None:
     changed, churn = (column(tmp_path, f"maskpro/{name}") for name in ("changed", "churn"))
     assert changed[-1] == pytest.approx(share(modes, learned(callback, "initial")), abs=1e-6)
     draws = [*witness.draws, last]
-    expected = [share(one, other) for one, other in zip(draws, draws[1:], strict=False)]
+    expected = [share(one, other) for one, other in pairwise(draws)]
     assert churn == pytest.approx(expected, abs=1e-6)
     layers = [column(tmp_path, f"maskpro/changed/net.{layer}.weight")[-1] for layer in (0, 2)]
     assert sum(layers) / 2 == pytest.approx(changed[-1], abs=1e-6)

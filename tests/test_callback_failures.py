@@ -166,6 +166,7 @@ def test_a_trainer_fits_after_a_failure(tmp_path: Path) -> None:
 
 @saves_on_exception
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=repr)
 def test_a_checkpoint_on_exception_holds_masks_and_resumes(

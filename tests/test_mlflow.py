@@ -79,6 +79,8 @@ def test_one_run_holds_parameters_metrics_and_files(store: Store, tmp_path: Path
     assert run.data.params == {
         "maskpro/pattern": "2:4",
         "maskpro/init": "random",
+        "maskpro/estimator": "policy",
+        "maskpro/sharpness": "1.0",
         "maskpro/lr": "3.0",
         "maskpro/logit_scale": "4.0",
         "maskpro/momentum": "0.99",
@@ -217,9 +219,9 @@ def test_a_logger_that_fails_is_told_once_and_left_alone(
     trainer = logged_fit(tmp_path, [bad, sound], MaskProCallback(lr=FAST), save)
     assert trainer.global_step == 8
     assert calls == [method]
-    assert told(caplog) == [
-        f"Broken failed and gets nothing more of this fit, which goes on: no space left for {method}"
-    ]
+    (message,) = told(caplog)
+    assert message.startswith("Broken failed and gets nothing more of this fit, which goes on: ")
+    assert message.endswith(f"no space left for {method}")
     rows = (tmp_path / "sound" / "metrics.csv").read_text().splitlines()
     assert "maskpro/entropy" in rows[0]
     # A header, four updates; of each epoch a mean, Lightning's validation and ours.

@@ -1,4 +1,4 @@
-"""One law for many modules and Trainers: a fit takes its steps, moves every mask and keeps N of M."""
+"""One law for many modules and Trainers: a fit takes its steps, moves masks and keeps N of M."""
 
 from __future__ import annotations
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from itertools import product
 
 import oracle
 import pytest
 import torch
 from optimizer_cases import (
+    Regression,
     Shape,
     assert_holds,
     drawn_of,
@@ -17,7 +17,6 @@ from optimizer_cases import (
     logits_of,
     one_weight,
     step,
-    top_of,
 )
 from oracle import random
 from torch import Tensor, nn
@@ -217,33 +216,9 @@ def test_a_loss_that_is_not_finite_teaches_nothing(bad: float, place: str, norma
 
 @pytest.mark.parametrize("seed", range(5))
 def test_it_learns_most_of_the_way_from_a_random_mask_to_the_best(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    w = nn.Parameter(torch.randn(4, 16, generator=generator))
-    x = torch.randn(64, 16, generator=generator)
-    y = x @ w.detach().T
-    scores = torch.rand(4, 16, generator=generator)
-
-    def losses(weight: Tensor) -> Tensor:
-        """Mean square error of each output."""
-        return (x @ weight.T - y).square().mean(0)
-
-    # Outputs have losses of their own, and 6^4 masks each.
-    sets_CM = oracle.sets(2, 4)
-    masks = torch.stack([torch.cat(four) for four in product(sets_CM, repeat=4)])
-    best = sum(
-        float(losses_of.min())
-        for losses_of in (
-            (x @ (row * masks).T - target[:, None]).square().mean(0)
-            for row, target in zip(w.detach(), y.T, strict=True)
-        )
-    )
-    optimizer = one_weight(w, lr=0.1, logit_scale=1.0, seed=seed)  # type: ignore[arg-type]
-    optimizer.begin({"w": top_of(scores, "2:4", -1)})
+    problem = Regression(seed)
+    optimizer = one_weight(problem.weight, lr=0.1, logit_scale=1.0, seed=seed)
+    optimizer.begin({"w": problem.random_mask})
     for _ in range(200):
-        optimizer.step(lambda: losses(w).mean())
-    with torch.no_grad(), optimizer.applied("initial"):
-        initial = float(losses(w).sum())
-    with torch.no_grad(), optimizer.applied("mode"):
-        learned = float(losses(w).sum())
-    assert best <= learned < initial
-    assert initial - learned > 0.5 * (initial - best)
+        optimizer.step(problem.loss)
+    assert problem.share_gained(optimizer) > 0.5
