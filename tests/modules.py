@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import oracle
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from maskpro_lightning import MaskProCallback, find_targets
-from maskpro_lightning.optimizer import Version
+from maskpro_lightning.optimizer import Estimator, Version
 
 ROWS, BATCH, WIDTH = 32, 8, 16
 # So large that a mask whose residuals are not all zero has moved after a few steps.
 FAST = 3.0
 # So large that the initial masks are always the ones drawn: their odds are e^50 to 1.
 CERTAIN = 50.0
+
+
+every_estimator = pytest.mark.parametrize("estimator", get_args(Estimator))
 
 
 class Net(pl.LightningModule):

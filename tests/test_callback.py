@@ -17,6 +17,7 @@ from modules import (
     Watched,
     assert_masked,
     equal,
+    every_estimator,
     fit,
     learned,
     loader,
@@ -29,6 +30,7 @@ from modules import (
 from torch import Tensor
 
 from maskpro_lightning import MaskProCallback
+from maskpro_lightning.optimizer import Estimator
 
 
 def fast(**kwargs: Any) -> MaskProCallback:
@@ -38,11 +40,12 @@ def fast(**kwargs: Any) -> MaskProCallback:
 # --- the weights --------------------------------------------------------------------------------
 
 
+@every_estimator
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "3:5", "8:16"])
 def test_a_fit_leaves_n_of_m_of_the_dense_weights_and_all_else_as_it_was(
-    pattern: str, tmp_path: Path
+    pattern: str, estimator: Estimator, tmp_path: Path
 ) -> None:
-    module, callback = Net(width=80), MaskProCallback(pattern, lr=FAST)
+    module, callback = Net(width=80), MaskProCallback(pattern, estimator=estimator, lr=FAST)
     fit(module, callback, folder=tmp_path, data=loader(width=80), max_epochs=2, limit_val_batches=0)
     assert_masked(module, Net(width=80), pattern)
     assert versions_held(module, callback) == {"mode"}
@@ -77,6 +80,16 @@ def test_training_sees_drawn_masks_and_validation_the_most_likely_one(tmp_path: 
     assert module.validated == [{"dense"}] + [{"mode"}] * 4
 
 
+def test_with_gradients_training_sees_drawn_masks_alone(tmp_path: Path) -> None:
+    callback = fast(estimator="straight_through")
+    module = Watched(callback)
+    fit(module, callback, folder=tmp_path, max_epochs=2)
+    assert len(module.trained) == 8
+    assert all("drawn" in seen for seen in module.trained)
+    assert module.trained[-1] == {"drawn"}
+    assert module.validated == [{"mode"}] * 4
+
+
 def test_validation_in_the_midst_of_an_epoch_leaves_training_alone(tmp_path: Path) -> None:
     callbacks = [fast(), fast()]
     for callback, interval in zip(callbacks, (1, 4), strict=True):
@@ -87,12 +100,15 @@ def test_validation_in_the_midst_of_an_epoch_leaves_training_alone(tmp_path: Pat
 # --- what the fit leaves elsewhere --------------------------------------------------------------
 
 
-def test_nothing_is_left_on_module_strategy_and_loops(tmp_path: Path) -> None:
+@every_estimator
+def test_nothing_is_left_on_module_strategy_and_loops(estimator: Estimator, tmp_path: Path) -> None:
     plain, module = Net(), Net()
+    callback = fast(init="sparsegpt", estimator=estimator)
     expected = traces(fit(plain, folder=tmp_path, max_steps=2), plain)
-    trainer = fit(module, callback := fast(init="sparsegpt"), folder=tmp_path, max_steps=2)
+    trainer = fit(module, callback, folder=tmp_path, max_steps=2)
     assert traces(trainer, module) == expected
     assert trainer.callbacks == [callback]
+    assert all(weight.grad is None for weight in module.parameters())
 
 
 def test_the_module_copies_and_pickles_after_a_fit(tmp_path: Path) -> None:

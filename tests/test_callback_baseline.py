@@ -230,6 +230,14 @@ def test_every_number_is_logged_under_its_name(tmp_path: Path) -> None:
         assert len(column(tmp_path, f"maskpro/{name}")) == 3
 
 
+def test_with_gradients_there_is_no_baseline_to_log(tmp_path: Path) -> None:
+    callback = MaskProCallback(lr=FAST, estimator="straight_through")
+    rows = logging_fit(tmp_path, Net(), callback)
+    names = {name.removeprefix("maskpro/") for name in rows[0] if name.startswith("maskpro/")}
+    assert names == {"loss", "entropy", "changed", "churn"} | LAYERS
+    assert column(tmp_path, "maskpro/loss") == column(tmp_path, "train_loss_step")
+
+
 def test_logged_shares_count_the_groups_that_changed(tmp_path: Path) -> None:
     witness = Witness(callback := MaskProCallback(lr=FAST))
     logging_fit(tmp_path, Net(), callback, witness)

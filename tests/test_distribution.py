@@ -257,8 +257,8 @@ def test_inclusion_is_the_enumerated_probability_and_sums_to_n(pattern: NMPatter
 def test_the_gradient_of_inclusion_is_the_oracles(pattern: NMPattern, dtype: torch.dtype) -> None:
     logits_GM = at_every_scale(pattern.m).to(dtype).requires_grad_()
     value_M = torch.arange(pattern.m).to(dtype)
-    expected_GM = torch.stack([oracle.inclusion(logits_M, pattern.n) for logits_M in logits_GM])
-    (expected_GM,) = torch.autograd.grad((expected_GM @ value_M.double()).sum(), logits_GM)
+    oracles_GM = torch.stack([oracle.inclusion(logits_M, pattern.n) for logits_M in logits_GM])
+    (expected_GM,) = torch.autograd.grad((oracles_GM @ value_M.double()).sum(), logits_GM)
     (actual_GM,) = torch.autograd.grad((inclusion(logits_GM, pattern) @ value_M).sum(), logits_GM)
     tolerance = pattern.m * eps_of(logits_GM) + QUADRATURE_OF_INCLUSION
     assert_near(actual_GM, expected_GM, float(value_M.sum()) * tolerance)

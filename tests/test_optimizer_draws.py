@@ -109,7 +109,7 @@ def test_other_seeds_names_steps_and_groups_draw_other_masks() -> None:
 # --- checkpoints --------------------------------------------------------------------------------
 
 
-class Regression:
+class Training:
     """A weight whose losses depend on its masks, in a precision that could lose logits."""
 
     def __init__(self, dtype: torch.dtype, dense: Tensor) -> None:
@@ -142,12 +142,12 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_resumed_is_uninterrupted_to_the_bit_and_not_half_way(dtype: torch.dtype) -> None:
-    uninterrupted, interrupted = (Regression(dtype, random(6, 8)) for _ in range(2))
+    uninterrupted, interrupted = (Training(dtype, random(6, 8)) for _ in range(2))
     uninterrupted.train(8)
     interrupted.train(4)
     half_way = interrupted.observed()
     state = through_a_file(interrupted.optimizer.state_dict())
-    resumed = Regression(dtype, torch.zeros(6, 8))  # the checkpoint brings the weights
+    resumed = Training(dtype, torch.zeros(6, 8))  # the checkpoint brings the weights
     resumed.optimizer.load_state_dict(state)
     assert_equal(resumed.observed(), half_way)
     resumed.train(4)
@@ -165,10 +165,10 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 def test_a_checkpoint_shares_no_memory_with_the_one_who_loaded_it() -> None:
-    saved = Regression(torch.float32, random(6, 8))
+    saved = Training(torch.float32, random(6, 8))
     saved.train(2)
     before = saved.observed()
-    resumed = Regression(torch.float32, random(6, 8))
+    resumed = Training(torch.float32, random(6, 8))
     resumed.optimizer.load_state_dict(saved.optimizer.state_dict())
     resumed.train(2)
     assert_equal(saved.observed(), before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import oracle
 import pytest
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from maskpro_lightning import MaskPro, NMPattern
+from maskpro_lightning.optimizer import Version
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -152,12 +154,14 @@ def test_equal_residuals_leave_the_logits(residual: float, alpha: float) -> None
 # --- the losses ---------------------------------------------------------------------------------
 
 
-def test_the_closure_sees_the_initial_mask_then_the_drawn_one() -> None:
+@pytest.mark.parametrize("held", get_args(Version))
+def test_the_closure_sees_the_initial_mask_then_the_drawn_one(held: Version) -> None:
     weight, dense = nn.Parameter(random(16, 8)), random(16, 8)
     optimizer = one_weight(weight, logit_scale=0.5)
     optimizer.begin()
     masks = [optimizer.masks(version)["w"] for version in ("initial", "drawn")]
     assert not torch.equal(*masks)
+    optimizer.write(held)  # as after a validation
     seen: list[Tensor] = []
 
     def closure() -> Tensor:
@@ -167,9 +171,9 @@ def test_the_closure_sees_the_initial_mask_then_the_drawn_one() -> None:
 
     loss = optimizer.step(closure)
     assert len(seen) == 2
-    for held, mask in zip(seen, masks, strict=True):
-        assert_holds(held, dense, mask)
-    baseline, drawn = (held.sum() for held in seen)
+    for weights, mask in zip(seen, masks, strict=True):
+        assert_holds(weights, dense, mask)
+    baseline, drawn = (weights.sum() for weights in seen)
     assert loss == optimizer.last["loss"] == drawn
     assert optimizer.last["baseline"] == baseline
     assert optimizer.last["residual"] == drawn - baseline != 0
