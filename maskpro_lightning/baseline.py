@@ -76,7 +76,10 @@ def fingerprint(batch: Any) -> str | None:
     Goes into mappings, sequences and objects with attributes.
     """
     content = blake2b(digest_size=16)
-    return content.hexdigest() if _feed(content, batch) else None
+    try:
+        return content.hexdigest() if _feed(content, batch) else None
+    except RecursionError:  # it holds itself
+        return None
 
 
 def _feed(content: blake2b, item: Any) -> bool:
@@ -84,18 +87,20 @@ def _feed(content: blake2b, item: Any) -> bool:
         if item.layout != torch.strided:
             return False
         content.update(f"{item.dtype}{tuple(item.shape)}".encode())
-        content.update(item.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        plain = item.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        content.update(plain.flatten().view(torch.uint8).numpy().data)
         return True
     if item is None or isinstance(item, str | bytes | int | float | complex):
         content.update(repr(item).encode() + b"\0")
         return True
+    kind = "mapping" if isinstance(item, Mapping) else type(item).__name__
     if isinstance(item, Mapping):
         item = [entry for pair in item.items() for entry in pair]
     elif not isinstance(item, Sequence):
         if not getattr(item, "__dict__", None):
             return False
         item = [entry for pair in vars(item).items() for entry in pair]
-    content.update(f"{type(item).__name__}{len(item)}".encode())
+    content.update(f"{kind}{len(item)}".encode())
     return all(_feed(content, entry) for entry in item)
 
 
@@ -108,15 +113,25 @@ def traceless(trainer: Any, module: nn.Module) -> Iterator[None]:
     What a step changes in plain Python attributes is out of reach.
     """
     metrics = [(m, _metric_state(m)) for m in module.modules() if isinstance(m, Metric)]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    buffers = [
+        (owner, name, buffer, buffer.clone())
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+    ]
     loggers = trainer.loggers
     trainer.loggers = [DummyLogger()] if loggers else []
     silenced = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
     for name in silenced:
         module.__dict__[name] = lambda *args, **kwargs: None
+    failure = None
     try:
         with isolate_rng():
-            yield
+            try:
+                yield
+            except BaseException as error:  # noqa: BLE001, isolate_rng loses its way otherwise
+                failure = error
+        if failure is not None:
+            raise failure
     finally:
         for name, original in silenced.items():
             if original is None:
@@ -124,7 +139,8 @@ def traceless(trainer: Any, module: nn.Module) -> Iterator[None]:
             else:
                 module.__dict__[name] = original
         trainer.loggers = loggers
-        for buffer, value in buffers:
+        for owner, name, buffer, value in buffers:
+            owner._buffers[name] = buffer
             buffer.copy_(value)
         for metric, state in metrics:
             vars(metric).update(state)

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from typing import Any, Literal, get_args
 
 import torch
@@ -140,13 +140,13 @@ class MaskPro(Optimizer):
             # The tracker of residuals; every group holds the same, since there is one loss.
             group.update({name: torch.zeros(()) for name in ("delta", "variance", "count")})
             group["initial_lr"] = group["lr"]
-            pattern = NMPattern.parse(group["pattern"])
-            for name, parameter in _named(group):
-                if parameter.shape[group["input_dim"]] % pattern.m:
-                    raise ValueError(
-                        f"{name!r} has {parameter.shape[group['input_dim']]} input features, not "
-                        f"a multiple of {pattern.m} (pattern {pattern})."
-                    )
+        for group, name, parameter in self._parameters():
+            pattern, inputs = NMPattern.parse(group["pattern"]), parameter.shape[group["input_dim"]]
+            if inputs % pattern.m:
+                raise ValueError(
+                    f"{name!r} has {inputs} input features, not a multiple of {pattern.m} "
+                    f"(pattern {pattern})."
+                )
         self._holds: Version = "dense"
         #: Loss, baseline, residual and advantage of the last step, scalars.
         self.last: dict[str, Tensor] = {}
@@ -313,6 +313,7 @@ class MaskPro(Optimizer):
             ValueError: the state belongs to other weights or another pattern.
         """
         self._check_state(state_dict)
+        self.write("dense")  # what is begun here ends here
         super().load_state_dict(state_dict)
         # The base class casts what it loads to the parameter's dtype; logits and masks have theirs.
         order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -328,8 +329,10 @@ class MaskPro(Optimizer):
         return {name: self.param_groups[0][name] for name in ("delta", "variance", "count")}
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        number = count()
         for group in self.param_groups:
-            for name, parameter in _named(group):
+            names = group.get("param_names") or (str(next(number)) for _ in group["params"])
+            for name, parameter in zip(names, group["params"], strict=True):
                 yield group, name, parameter
 
     def _cuda_devices(self) -> list[torch.device]:
@@ -360,7 +363,9 @@ class MaskPro(Optimizer):
         advantage = deviation
         if self.param_groups[0]["normalize"]:
             spread = (new["variance"] / (1 - momentum ** new["count"])).sqrt()
-            advantage = (deviation / spread).where(spread > 0, 0)
+            # Equal residuals differ by rounding; that is no spread.
+            rounding = 16 * torch.finfo(residual.dtype).eps * residual.abs()
+            advantage = (deviation / spread).where(spread > rounding, 0)
         kept = {"delta": delta, "variance": variance, "count": count}
         for group in self.param_groups:
             group.update({name: new[name].where(finite, kept[name]) for name in new})
@@ -407,11 +412,14 @@ class MaskPro(Optimizer):
                     f"The saved masks belong to another model or pattern: {key} is {saved} there "
                     f"and {own} here."
                 )
-
-
-def _named(group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    names = group.get("param_names") or map(str, range(len(group["params"])))
-    return zip(names, group["params"], strict=True)
+        order = chain.from_iterable(group["params"] for group in saved_groups)
+        for key, (_, name, parameter) in zip(order, self._parameters(), strict=True):
+            state = state_dict["state"].get(key, {})
+            if state and state["logits"].shape != parameter.shape:
+                raise ValueError(
+                    f"The saved masks belong to another model: {name!r} has shape "
+                    f"{tuple(state['logits'].shape)} there and {tuple(parameter.shape)} here."
+                )
 
 
 def _mask_of(name: str, parameter: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
@@ -446,7 +454,7 @@ def _blocks(group: dict[str, Any], *tensors: Tensor) -> Iterator[tuple[Tensor, .
 
 def _sharpness(group: dict[str, Any]) -> float:
     """1 at the start, the group's sharpness once a scheduler has taken ``lr`` to 0."""
-    done = 1 - group["lr"] / group["initial_lr"]
+    done = 1 - min(1, group["lr"] / group["initial_lr"])  # a warm-up may go above
     sharpness: float = 1 + (group["sharpness"] - 1) * done
     return sharpness
 

@@ -142,7 +142,6 @@ def test_nothing_is_left_of_a_traceless_step_that_failed(module: Everything) -> 
     assert differences(before, observed(module)) <= GENERATORS
 
 
-@pytest.mark.xfail(reason="Lightning's isolate_rng puts nothing back when its body raises")
 def test_a_traceless_step_that_failed_used_no_random_numbers(module: Everything) -> None:
     before = observed(module)
     with pytest.raises(ArithmeticError, match="in the step"):
@@ -174,7 +173,6 @@ def test_a_trainer_without_loggers_gets_none(module: Everything) -> None:
     assert module.trainer.loggers == []
 
 
-@pytest.mark.xfail(reason="the old tensor is restored, but the module holds the new one")
 def test_a_buffer_that_is_replaced_is_put_back(module: Everything) -> None:
     before = observed(module)
     with traceless(module.trainer, module):

@@ -149,7 +149,6 @@ def test_unnamed_weights_are_called_by_number() -> None:
     assert shapes == {"0": first.shape, "1": second.shape}
 
 
-@pytest.mark.xfail(reason="_named starts at 0 in every parameter group")
 def test_unnamed_weights_of_two_groups_have_names_of_their_own() -> None:
     groups = [{"params": [nn.Parameter(random(4, 8))], "input_dim": dim} for dim in (0, 1)]
     optimizer = MaskPro(groups)

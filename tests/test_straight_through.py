@@ -180,7 +180,6 @@ def test_draws_sharpen_while_the_rate_falls(estimator: str) -> None:
     assert scores[-1] != expected  # sharp or not matters
 
 
-@pytest.mark.xfail(reason="a rate above its first one is taken for a negative sharpness")
 def test_a_rate_that_rises_does_not_turn_the_draws_round() -> None:
     weight = nn.Parameter(random(64, 8))
     optimizer = straight_through(weight, lr=0.01, logit_scale=8.0)
