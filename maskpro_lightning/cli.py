@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +55,10 @@ class SaveConfig(SaveConfigCallback):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         config = self.parser.dump(self.config, skip_none=False)
@@ -124,9 +127,11 @@ def _tell_mlflow(cli: LightningCLI, console: Console) -> None:
         if type(logger).__name__ == "MLFlowLogger" and uri is not None:
             if uri.startswith("sqlite:///"):
                 uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+            python = Path(sys.executable)
+            if python.is_relative_to(Path.cwd()):
+                python = python.relative_to(Path.cwd())
             console.print(
-                f"MLflow: {os.path.relpath(sys.executable)} -m mlflow ui --backend-store-uri {uri}",
-                soft_wrap=True,
+                f"MLflow: {python} -m mlflow ui --backend-store-uri {uri}", soft_wrap=True
             )
 
 

@@ -49,7 +49,7 @@ _BLOCK = 2**14
 
 @dataclass(frozen=True)
 class Groups:
-    """Some groups of one weight: logits and masks, each (G, M).
+    """Some groups of one weight: the logits that masks are drawn from, and masks, each (G, M).
 
     ``previous_GM`` is the mask drawn before ``drawn_GM``; all False before the second draw.
     """
@@ -78,7 +78,7 @@ class MaskPro(Optimizer):
         pattern: Weights kept of every M, such as "2:4".
         estimator: "policy" learns from the loss alone, two forward passes a step (one if the
             baseline is known); "straight_through" from gradients, a forward and a backward pass,
-            and gets further on the same compute.
+            and gets further on the same compute, for patterns with N <= 2.
         lr: Step size of the logits, in units of logits; ``DEFAULTS`` holds what applies to each
             estimator where this, ``logit_scale`` or ``sharpness`` is None.
         logit_scale: Initial logit of a kept weight, in units of logits; the others start at 0.
@@ -142,6 +142,11 @@ class MaskPro(Optimizer):
             group["initial_lr"] = group["lr"]
         for group, name, parameter in self._parameters():
             pattern, inputs = NMPattern.parse(group["pattern"]), parameter.shape[group["input_dim"]]
+            if group["estimator"] == "straight_through" and pattern.n > 2:
+                raise ValueError(
+                    f"The estimator 'straight_through' learns patterns that keep 1 or 2 of a "
+                    f"group, not {pattern}: choose estimator='policy'."
+                )
             if inputs % pattern.m:
                 raise ValueError(
                     f"{name!r} has {inputs} input features, not a multiple of {pattern.m} "
@@ -302,7 +307,7 @@ class MaskPro(Optimizer):
                 yield Groups(
                     name,
                     NMPattern.parse(group["pattern"]),
-                    _columns(logits),
+                    _columns(logits) * _sharpness(group),
                     *((masks_GM & bit).bool() for bit in (_INITIAL, _DRAWN, _PREVIOUS)),
                 )
 

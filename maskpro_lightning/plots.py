@@ -28,6 +28,8 @@ _SHARES = {
     "churn": ("Redrawn (churn)", "the latest two draws differ", "of groups"),
 }
 _MOST_LAYERS = 40
+# What only a run that compares with the initial mask logs.
+_OF_BASELINE = {"baseline", "residual", "delta", "advantage"}
 
 
 def figures(rows: _Rows, layers: _Layers) -> dict[str, Figure]:
@@ -40,10 +42,13 @@ def figures(rows: _Rows, layers: _Layers) -> dict[str, Figure]:
 
     Returns:
         By name: "loss", the drawn masks against the initial one; "exploration", how much masks
-        move; "signal", what draws taught and cost; "layers", where masks changed. The first three
-        need rows, the last layers. A series is a line, or bars, whose gid is its key.
+        move; "signal", what draws taught and cost, where there was a baseline; "layers", where
+        masks changed. The first three need rows, the last layers. A series is a line, or bars,
+        whose gid is its key.
     """
-    over_steps = {"loss": _loss, "exploration": _exploration, "signal": _signal}
+    over_steps = {"loss": _loss, "exploration": _exploration}
+    if any(row.keys() & _OF_BASELINE for row in rows):
+        over_steps["signal"] = _signal
     drawn = {name: draw(rows) for name, draw in over_steps.items() if rows}
     return drawn | ({"layers": _layers(layers)} if layers else {})
 
@@ -55,6 +60,10 @@ def read_history(path: Path) -> list[dict[str, float]]:
 
 
 def _loss(rows: _Rows) -> Figure:
+    if not any(row.keys() & _OF_BASELINE for row in rows):  # learned from gradients
+        figure, (top,) = _over_steps({"Training loss of the drawn masks": "loss"}, (1,))
+        _series(top, rows, "loss", "{:.4g}", mean=True)
+        return figure
     title = "Training loss of the drawn masks and, on the same batches, of the initial mask"
     below = "Drawn minus initial: below zero, the drawn masks are better"
     figure, (top, bottom) = _over_steps({title: "loss", below: "difference"}, (2, 1))
@@ -126,7 +135,8 @@ def _shortened(names: Sequence[str]) -> list[str]:
 def _over_steps(titles: Mapping[str, str], heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
     """A figure of panels below each other, given as titles and units, with one axis of steps."""
     figure = Figure((8, 4.5), dpi=150, facecolor="none", layout="constrained")
-    panels = list(figure.subplots(len(titles), sharex=True, height_ratios=heights))
+    grid = figure.subplots(len(titles), sharex=True, squeeze=False, height_ratios=heights)
+    panels = list(grid[:, 0])
     for axes, (title, unit) in zip(panels, titles.items(), strict=True):
         _dress(axes, title)
         axes.set(ylabel=unit, xmargin=0.01)

@@ -21,6 +21,9 @@ from maskpro_lightning.optimizer import Estimator, Version
 ROWS, BATCH, WIDTH = 32, 8, 16
 # So large that a mask whose residuals are not all zero has moved after a few steps.
 FAST = 3.0
+# How far, in units of lr, rounding takes logits in one update: losses near 2 and gradients have
+# 22 bits after their sums, a score is at most 1, and so is, times the width, a gradient's direction.
+ROUNDING = {"policy": 2**-20, "straight_through": WIDTH * 2**-20}
 # So large that the initial masks are always the ones drawn: their odds are e^50 to 1.
 CERTAIN = 50.0
 
@@ -154,6 +157,14 @@ def learned(callback: MaskProCallback, version: Version = "mode") -> dict[str, T
 def logits(callback: MaskProCallback) -> dict[str, Tensor]:
     assert callback.optimizer is not None
     return callback.optimizer.logits()
+
+
+def assert_learned(callback: MaskProCallback) -> None:
+    """Every weight's logits are not what they were at the start."""
+    assert callback.optimizer is not None
+    scale = callback.optimizer.param_groups[0]["logit_scale"]
+    for name, start in learned(callback, "initial").items():
+        assert not torch.equal(logits(callback)[name], scale * start), name
 
 
 def everything(trainer: pl.Trainer, module: nn.Module, callback: MaskProCallback) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -23,26 +23,32 @@ from modules import (
     loader,
     quiet_trainer,
 )
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DistributedSampler
 
 from maskpro_lightning import MaskProCallback
+from maskpro_lightning.optimizer import Estimator
 
 
-def masks() -> MaskProCallback:
+def masks(estimator: Estimator = "policy") -> MaskProCallback:
     """The published rule, under which a rounding error stays one, with a changing step size."""
-    return MaskProCallback(
-        lr=FAST, normalize=False, lr_scheduler=lambda o: LinearLR(o, 1, 0.1, total_iters=16)
-    )
+
+    def scheduler(optimizer: Optimizer) -> LinearLR:
+        return LinearLR(optimizer, 1, 0.1, total_iters=16)
+
+    return MaskProCallback(estimator=estimator, lr=FAST, normalize=False, lr_scheduler=scheduler)
 
 
-def fit_ranks(folder: Path, ranks: int, epochs: int, ckpt_path: Path | None = None) -> Any:
+def fit_ranks(
+    folder: Path, ranks: int, estimator: Estimator, epochs: int, ckpt_path: Path | None = None
+) -> dict[str, Any]:
     """A fit whose every step sees the eight rows that one rank would see."""
-    save = ModelCheckpoint(folder / "checkpoints", "{epoch}", save_top_k=-1)
+    callback = masks(estimator)
     trainer = quiet_trainer(
         folder,
-        callback := masks(),
-        save,
+        callback,
+        ModelCheckpoint(folder / "checkpoints", "{epoch}", save_top_k=-1),
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
         use_distributed_sampler=False,
@@ -53,15 +59,19 @@ def fit_ranks(folder: Path, ranks: int, epochs: int, ckpt_path: Path | None = No
     data = loader(batch_size=BATCH // ranks, sampler=sampler)
     module = Net()
     trainer.fit(module, data, loader(16), ckpt_path=ckpt_path)
-    return rank, everything(trainer, module, callback)
+    return {"rank": rank} | everything(trainer, module, callback)
 
 
 def resume(folder: Path, ranks: int) -> None:
-    rank, whole = fit_ranks(folder / "whole", ranks, epochs=4)
-    _, half = fit_ranks(folder / "half", ranks, epochs=2)
-    checkpoint = folder / "half" / "checkpoints" / "epoch=1.ckpt"
-    _, resumed = fit_ranks(folder / "resumed", ranks, epochs=4, ckpt_path=checkpoint)
-    torch.save({"whole": whole, "half": half, "resumed": resumed}, folder / f"{rank}.pt")
+    told: dict[str, Any] = {}
+    for estimator in get_args(Estimator):
+        runs = folder / estimator
+        whole = fit_ranks(runs / "whole", ranks, estimator, epochs=4)
+        half = fit_ranks(runs / "half", ranks, estimator, epochs=2)
+        path = runs / "half" / "checkpoints" / "epoch=1.ckpt"
+        resumed = fit_ranks(runs / "resumed", ranks, estimator, epochs=4, ckpt_path=path)
+        told[estimator] = {"whole": whole, "half": half, "resumed": resumed}
+    torch.save(told, folder / f"{whole['rank']}.pt")
 
 
 def slow(folder: Path, ranks: int) -> None:

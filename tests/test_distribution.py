@@ -14,7 +14,15 @@ from oracle import random
 from torch import Tensor
 
 from maskpro_lightning import distribution
-from maskpro_lightning.distribution import entropy, inclusion, log_prob, mode, sample, score
+from maskpro_lightning.distribution import (
+    entropy,
+    inclusion,
+    inclusion_gradient,
+    log_prob,
+    mode,
+    sample,
+    score,
+)
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.philox import exponential, key_of
 
@@ -253,15 +261,19 @@ def test_inclusion_is_the_enumerated_probability_and_sums_to_n(pattern: NMPatter
 
 
 @both_dtypes
-@patterns("1:4", "2:4", "3:5")
+@patterns("1:2", "1:4", "2:4", "2:8", "3:5")
 def test_the_gradient_of_inclusion_is_the_oracles(pattern: NMPattern, dtype: torch.dtype) -> None:
     logits_GM = at_every_scale(pattern.m).to(dtype).requires_grad_()
-    value_M = torch.arange(pattern.m).to(dtype)
+    values_GM = random(len(SCALES), pattern.m, seed=1).to(dtype)
     oracles_GM = torch.stack([oracle.inclusion(logits_M, pattern.n) for logits_M in logits_GM])
-    (expected_GM,) = torch.autograd.grad((oracles_GM @ value_M.double()).sum(), logits_GM)
-    (actual_GM,) = torch.autograd.grad((inclusion(logits_GM, pattern) @ value_M).sum(), logits_GM)
+    (expected_GM,) = torch.autograd.grad((oracles_GM * values_GM.double()).sum(), logits_GM)
+    (through_GM,) = torch.autograd.grad(
+        (inclusion(logits_GM, pattern) * values_GM).sum(), logits_GM
+    )
+    direct_GM = inclusion_gradient(logits_GM.detach(), values_GM, pattern)
     tolerance = pattern.m * eps_of(logits_GM) + QUADRATURE_OF_INCLUSION
-    assert_near(actual_GM, expected_GM, float(value_M.sum()) * tolerance)
+    for actual_GM in (through_GM, direct_GM):
+        assert_near(actual_GM, expected_GM, float(values_GM.abs().sum()) * tolerance)
 
 
 @every_pattern
@@ -293,6 +305,7 @@ def every_function(logits_GM: Tensor, kept_GM: Tensor, pattern: NMPattern) -> li
         log_prob(logits_GM, kept_GM, pattern),
         score(logits_GM, kept_GM, pattern),
         inclusion(logits_GM, pattern),
+        inclusion_gradient(logits_GM, logits_GM, pattern),
         entropy(logits_GM, pattern),
         sample(logits_GM, noise_GM, pattern),
         mode(logits_GM, pattern),

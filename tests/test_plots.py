@@ -129,6 +129,7 @@ def test_of_many_layers_those_that_changed_most_are_shown_and_the_title_says_so(
         ([], {}, set()),
         (history(3), {}, {"loss", "exploration", "signal"}),
         ([], llama(1), {"layers"}),
+        ([{"step": 1, "loss": 2.0, "churn": 0.1}], {}, {"loss", "exploration"}),
         (history(3), llama(1), {"loss", "exploration", "signal", "layers"}),
     ],
 )
