@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LinearLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
 from maskpro_lightning import calibration
@@ -217,6 +217,11 @@ class MaskProCallback(pl.Callback):
             baseline = self._baseline(*args, **kwargs) if self._forward_only else None
             output = self._training_step_inside(*args, **kwargs)
         loss = _loss_of(output)
+        if loss is not None and not (self._forward_only or loss.requires_grad):
+            raise RuntimeError(
+                f"The loss of {type(self._module).__name__} has no gradient: let the masked "
+                f"weights require one (requires_grad=True), or choose estimator='policy'."
+            )
         if loss is not None:
             losses = [loss] if baseline is None else [loss, baseline]
             self._window.append(torch.stack([value.detach().float() for value in losses]))
@@ -266,15 +271,14 @@ class MaskProCallback(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        every = trainer.log_every_n_steps
-        if not self._stepped or not every:
+        if not self._stepped or not trainer.log_every_n_steps:
             return
         self._stepped = False
         values = dict(self._optimizer.last)
         if self._forward_only:
             values["delta"] = self._optimizer.tracker["delta"]
         self._log(values)
-        if trainer.global_step % every == 0:
+        if trainer._logger_connector.should_update_logs:
             found = mask_metrics(self._optimizer)[""]
             if self._forward_only:
                 found["baseline_hit_rate"] = self._baselines.hit_rate
@@ -361,7 +365,8 @@ class MaskProCallback(pl.Callback):
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(self.optimizer)
         elif self.rule["normalize"] and 0 < steps < math.inf:
-            scheduler = LinearLR(self.optimizer, 1.0, 0.0, total_iters=int(steps))
+            # Not LinearLR, whose state holds the length: a fit resumed for longer would stay at 0.
+            scheduler = LambdaLR(self.optimizer, lambda step: max(0.0, 1 - step / steps))
         else:
             return self.optimizer
         return {

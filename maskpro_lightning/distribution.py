@@ -275,13 +275,13 @@ def _nodes(n: int) -> list[float]:
 
 def _log_rung(log_x: Tensor) -> Tensor:
     """log(1 - exp(-x)), the log-probability that a clock has rung."""
-    # Below e^-15 the expression is log x to float32 precision, and x itself may underflow.
-    return torch.where(log_x < -15, log_x, (-torch.expm1(-log_x.clamp(min=-15).exp())).log())
+    # Far below 0 the expression is log x, and x itself would underflow.
+    return torch.where(log_x < -80, log_x, (-torch.expm1(-log_x.clamp(min=-80).exp())).log())
 
 
 def _bernoulli(log_x: Tensor) -> Tensor:
     """x / (e^x - 1), which falls from 1 to 0."""
-    x = log_x.clamp(-15, 4.4).exp()  # outside, 1 - x/2 and 0 to float32 precision
+    x = log_x.clamp(-80, 4.4).exp()  # outside it is 1 and 0 to float32 precision
     return x / torch.expm1(x)
 
 

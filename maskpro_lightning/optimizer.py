@@ -224,6 +224,11 @@ class MaskPro(Optimizer):
             self.write("drawn")
             with torch.enable_grad():
                 loss = closure()
+            if all(parameter.grad is None for _, _, parameter in self._parameters()):
+                raise RuntimeError(
+                    "No gradient has reached any masked weight: the closure has to call "
+                    "loss.backward(), and weights need requires_grad=True and a part in the loss."
+                )
             self.last = {"loss": loss.detach()}
             self._draw(learn=True)
             return loss
@@ -387,8 +392,8 @@ class MaskPro(Optimizer):
             state = self.state[parameter]
             step = torch.tensor(group["step"], device=parameter.device)
             tensors = [parameter, state["dense"], state["logits"], state["masks"]]
-            if learn and advantage is None:
-                tensors.append(_straight_through(group, name, parameter, state))
+            if learn and advantage is None and parameter.grad is not None:
+                tensors.append(_straight_through(group, parameter.grad, state))
             for groups_G, weight, dense, logits, masks, *moves in _blocks(group, *tensors):
                 logits_GM, masks_GM = _columns(logits), _columns(masks)
                 if moves:
@@ -464,20 +469,12 @@ def _sharpness(group: dict[str, Any]) -> float:
     return sharpness
 
 
-def _straight_through(
-    group: dict[str, Any], name: str, parameter: Tensor, state: dict[str, Tensor]
-) -> Tensor:
+def _straight_through(group: dict[str, Any], gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
     """The direction of a weight's logits, in the memory of its gradient, which it replaces.
 
     Divided by its root mean square, so that one ``lr`` fits all; zero where the gradient is not
     finite.
     """
-    gradient = parameter.grad
-    if gradient is None:
-        raise RuntimeError(
-            f"No gradient has reached {name!r}: the closure has to call loss.backward(), and the "
-            f"weight needs requires_grad=True and a part in the loss."
-        )
     pattern = NMPattern.parse(group["pattern"])
     for _, values, dense, logits in _blocks(group, gradient, state["dense"], state["logits"]):
         worth_GM = _columns(values).float() * _columns(dense).float()

@@ -60,6 +60,7 @@ class Tracking:
         self.file(path)
         for logger in self._trainer.loggers:
             if type(logger).__name__ == "TensorBoardLogger":
+                figure.set_facecolor("white")  # TensorBoard drops transparency, lines turn ragged
                 add, step = logger.experiment.add_figure, self._trainer.global_step
                 self._send(logger, add, f"maskpro/{path.stem}", figure, step)
             elif type(logger).__name__ == "WandbLogger":

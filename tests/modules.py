@@ -22,7 +22,8 @@ ROWS, BATCH, WIDTH = 32, 8, 16
 # So large that a mask whose residuals are not all zero has moved after a few steps.
 FAST = 3.0
 # How far, in units of lr, rounding takes logits in one update: losses near 2 and gradients have
-# 22 bits after their sums, a score is at most 1, and so is, times the width, a gradient's direction.
+# 22 bits after their sums; a score is at most 1, and so is, times the width, a gradient's
+# direction.
 ROUNDING = {"policy": 2**-20, "straight_through": WIDTH * 2**-20}
 # So large that the initial masks are always the ones drawn: their odds are e^50 to 1.
 CERTAIN = 50.0

@@ -30,14 +30,18 @@ from torch.utils.data import DistributedSampler
 from maskpro_lightning import MaskProCallback
 from maskpro_lightning.optimizer import Estimator
 
+LR: dict[Estimator, float] = {"policy": FAST, "straight_through": 0.1}
+
 
 def masks(estimator: Estimator = "policy") -> MaskProCallback:
-    """The published rule, under which a rounding error stays one, with a changing step size."""
+    """Steps that change, and so small that rounding errors stay small over sixteen of them."""
 
     def scheduler(optimizer: Optimizer) -> LinearLR:
         return LinearLR(optimizer, 1, 0.1, total_iters=16)
 
-    return MaskProCallback(estimator=estimator, lr=FAST, normalize=False, lr_scheduler=scheduler)
+    return MaskProCallback(
+        estimator=estimator, lr=LR[estimator], normalize=False, lr_scheduler=scheduler
+    )
 
 
 def fit_ranks(

@@ -48,7 +48,7 @@ def fast(**kwargs: Any) -> MaskProCallback:
     ],
 )
 def test_a_fit_leaves_n_of_m_of_the_dense_weights_and_all_else_as_it_was(
-    pattern: str, estimator: Estimator, tmp_path: Path
+    estimator: Estimator, pattern: str, tmp_path: Path
 ) -> None:
     module, callback = Net(width=80), MaskProCallback(pattern, estimator=estimator, lr=FAST)
     fit(module, callback, folder=tmp_path, data=loader(width=80), max_epochs=2, limit_val_batches=0)

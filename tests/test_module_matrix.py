@@ -19,10 +19,12 @@ from modules import (
     assert_masked,
     every_estimator,
     fit,
+    learned,
     linear,
     loader,
     logits,
     quiet_trainer,
+    same_weights,
 )
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau, StepLR
@@ -191,11 +193,23 @@ def test_without_a_backward_pass_nothing_needs_gradients(tmp_path: Path) -> None
     assert_masked(module, Net())
 
 
-def test_a_weight_that_no_gradient_reaches_is_named(tmp_path: Path) -> None:
-    module = Net()
+def test_a_weight_without_a_gradient_keeps_its_logits(tmp_path: Path) -> None:
+    module, callback = Net(), MaskProCallback(estimator="straight_through", lr=FAST)
     module.net[0].requires_grad_(False)
-    with pytest.raises(RuntimeError, match=r"No gradient has reached 'net\.0\.weight'"):
+    fit(module, callback, folder=tmp_path, max_epochs=2)
+    moved = {
+        name: not torch.equal(values, 3 * learned(callback, "initial")[name])
+        for name, values in logits(callback).items()
+    }
+    assert moved == {"net.0.weight": False, "net.2.weight": True}
+    assert_masked(module, Net())
+
+
+def test_gradients_of_frozen_modules_are_asked_for_by_name(tmp_path: Path) -> None:
+    module = Net().requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"The loss of Net has no gradient.*requires_grad=True"):
         run(module, tmp_path, estimator="straight_through")
+    assert same_weights(module, Net())
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")

@@ -149,8 +149,8 @@ def test_a_weight_without_gradient_is_refused_by_name(reason: str) -> None:
     weight, other = nn.Parameter(random(4, 8)), nn.Parameter(random(4, 8))
     optimizer = straight_through(weight.requires_grad_(reason != "frozen"))
     message = (
-        "No gradient has reached 'w': the closure has to call loss.backward(), and the weight "
-        "needs requires_grad=True and a part in the loss."
+        "No gradient has reached any masked weight: the closure has to call loss.backward(), and "
+        "weights need requires_grad=True and a part in the loss."
     )
     closure = {
         "no backward": weight.sum,
@@ -159,6 +159,16 @@ def test_a_weight_without_gradient_is_refused_by_name(reason: str) -> None:
     }[reason]
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         optimizer.step(closure)
+
+
+def test_a_weight_without_a_part_in_one_loss_waits_for_the_next() -> None:
+    weight, other = nn.Parameter(random(4, 8)), nn.Parameter(random(4, 8, seed=1))
+    optimizer = MaskPro({"w": weight, "o": other}.items(), estimator="straight_through")
+    optimizer.begin()
+    before = {name: logits.clone() for name, logits in optimizer.logits().items()}
+    optimizer.step(lambda: backward(other.square().sum()))
+    assert torch.equal(optimizer.logits()["w"], before["w"])
+    assert not torch.equal(optimizer.logits()["o"], before["o"])
 
 
 # --- sharpening ---------------------------------------------------------------------------------
