@@ -19,6 +19,7 @@ from what keeping a weight does to the loss: with c the gradient with respect to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -363,16 +364,16 @@ class MaskPro(Optimizer):
         expected = delta
         if self.param_groups[0]["normalize"]:
             # Started from zero, a moving average lags behind; Adam's correction undoes that.
-            expected = (delta / (1 - momentum**count)).where(count > 0, residual)
+            expected = (delta / _correction(momentum, count)).where(count > 0, residual)
         deviation = residual - expected
         new = {
-            "delta": torch.lerp(residual, delta, momentum),
-            "variance": torch.lerp(deviation.square(), variance, momentum),
+            "delta": momentum * delta + (1 - momentum) * residual,
+            "variance": momentum * variance + (1 - momentum) * deviation.square(),
             "count": count + 1,
         }
         advantage = deviation
         if self.param_groups[0]["normalize"]:
-            spread = (new["variance"] / (1 - momentum ** new["count"])).sqrt()
+            spread = (new["variance"] / _correction(momentum, new["count"])).sqrt()
             # Equal residuals differ by rounding; that is no spread.
             rounding = 16 * torch.finfo(residual.dtype).eps * residual.abs()
             advantage = (deviation / spread).where(spread > rounding, 0)
@@ -460,6 +461,13 @@ def _blocks(group: dict[str, Any], *tensors: Tensor) -> Iterator[tuple[Tensor, .
             start, start + block[0].numel() // pattern.m, device=views[0].device
         )
         yield numbers_G, *block
+
+
+def _correction(momentum: float, count: Tensor) -> Tensor:
+    """1 - momentum ** count, without losing digits where that is small."""
+    if momentum == 0:
+        return torch.ones_like(count)
+    return -torch.expm1(count * math.log(momentum))
 
 
 def _sharpness(group: dict[str, Any]) -> float:

@@ -9,8 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from modules import (
     FAST,
     ROUNDING,
@@ -23,11 +21,10 @@ from modules import (
     linear,
     loader,
     logits,
-    quiet_trainer,
     same_weights,
 )
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torchmetrics import MeanSquaredError
 
 from maskpro_lightning import MaskProCallback
@@ -104,6 +101,9 @@ class Overriding(Net):
         raise AssertionError
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
+        raise AssertionError
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         raise AssertionError
 
 
@@ -305,50 +305,3 @@ def test_accumulated_batches_teach_what_one_large_batch_does(
     for name, values in logits(large).items():
         tolerance = 4 * FAST * ROUNDING[estimator]
         torch.testing.assert_close(logits(small)[name], values, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize("loggers", [0, 1, 2])
-def test_any_number_of_loggers_gets_everything(loggers: int, tmp_path: Path) -> None:
-    logger = [CSVLogger(tmp_path / str(number)) for number in range(loggers)]
-    module = Net()
-    run(module, tmp_path, logger=logger, log_every_n_steps=4)
-    written = [path.read_text() for path in sorted(tmp_path.rglob("metrics.csv"))]
-    assert len(written) == loggers
-    assert len(set(written)) <= 1
-    for text in written:
-        assert "maskpro/residual" in text
-        assert "maskpro/entropy/net.0.weight" in text
-    assert_masked(module, Net())
-
-
-def test_the_learning_rate_follows_its_scheduler_and_monitor(tmp_path: Path) -> None:
-    callback = MaskProCallback(lr=1.0, lr_scheduler=lambda o: LinearLR(o, 1, 0.5, total_iters=4))
-    monitor = LearningRateMonitor()
-    logging = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 1}
-    fit(Net(), callback, monitor, folder=tmp_path, max_steps=6, **logging)
-    assert monitor.lrs == {"lr-MaskPro": pytest.approx([1, 0.875, 0.75, 0.625, 0.5, 0.5])}
-
-
-def test_early_stopping_watches_the_deployed_mask(tmp_path: Path) -> None:
-    stopping = EarlyStopping("val_loss", patience=0, min_delta=1e9)
-    trainer, callback = run(Net(), tmp_path, stopping, max_epochs=9)
-    assert trainer.global_step == updates(callback) == 8
-
-
-def test_the_best_checkpoint_is_the_one_of_the_best_validation(tmp_path: Path) -> None:
-    best = ModelCheckpoint(tmp_path, "{step}", monitor="val_loss", save_top_k=1)
-    every = ModelCheckpoint(tmp_path / "all", "{step}", every_n_train_steps=3, save_top_k=-1)
-    trainer, _ = run(Net(), tmp_path, best, every, max_epochs=4)
-    (score,) = trainer.validate(Net.load_from_checkpoint(best.best_model_path), loader(16))
-    assert score["val_loss"] == float(best.best_model_score)
-    names = sorted(path.name for path in (tmp_path / "all").iterdir())
-    assert names == ["step=12.ckpt", "step=15.ckpt", "step=3.ckpt", "step=6.ckpt", "step=9.ckpt"]
-
-
-def test_several_validation_loaders_see_the_same_mask(tmp_path: Path) -> None:
-    module, callback = Net(), MaskProCallback(lr=FAST)
-    trainer = quiet_trainer(tmp_path, callback, max_steps=4)
-    trainer.fit(module, loader(), [loader(16), loader(16)])
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    assert metrics["val_loss"] == metrics["val_loss/dataloader_idx_1"]
-    assert_masked(module, Net())

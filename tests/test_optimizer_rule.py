@@ -146,7 +146,6 @@ def test_equal_residuals_leave_the_logits(residual: float, alpha: float) -> None
     assert torch.equal(logits_of(optimizer), before)
 
 
-@pytest.mark.xfail(reason="the rounding of 1 - alpha^t grows with 1 / (1 - alpha)")
 @pytest.mark.parametrize("residual", [1.0, 3.7, -0.3])
 def test_equal_residuals_leave_the_logits_with_a_long_memory(residual: float) -> None:
     test_equal_residuals_leave_the_logits(residual, alpha=0.999)
