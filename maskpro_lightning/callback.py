@@ -146,6 +146,7 @@ class MaskProCallback(pl.Callback):
         self._trainer, self._module = trainer, pl_module
         self._patch(pl_module, "configure_optimizers", self._configure_optimizers)
         self._patch(pl_module, "optimizer_step", self._optimizer_step)
+        self._patch(pl_module, "lr_scheduler_step", lambda scheduler, metric: scheduler.step())
         self._training_step_inside = trainer.strategy.training_step
         self._patch(trainer.strategy, "training_step", self._training_step)
         self._state_dict_inside = trainer.strategy.lightning_module_state_dict
