@@ -243,9 +243,12 @@ class InputStatistics:
         for rows_CTK in _input_rows(module, inputs):
             self._rows[name] += rows_CTK.shape[1]
             old, new = 1 - rows_CTK.shape[1] / self._rows[name], 1 / self._rows[name]
-            # In place, and so beyond the reach of autocast.
+            # In place or with out=, and so beyond the reach of autocast. The product is formed
+            # before it is added: some BLAS would add each row to the large sum and round it away.
             if self._second_moments:
-                self._means[name].baddbmm_(rows_CTK.mT, rows_CTK, beta=old, alpha=2 * new)
+                product_CKK = torch.empty_like(self._means[name])
+                torch.bmm(rows_CTK.mT, rows_CTK, out=product_CKK)
+                self._means[name].mul_(old).add_(product_CKK, alpha=2 * new)
             else:
                 self._means[name].mul_(old).add_(rows_CTK.square().sum(1), alpha=new)
 

@@ -232,7 +232,7 @@ def test_what_is_not_supported_is_refused_by_name(
     module: type[Net], kwargs: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     refused = module()
-    trainer = quiet_trainer(tmp_path, MaskProCallback(), max_steps=1, **kwargs)
+    trainer = quiet_trainer(tmp_path, MaskProCallback(), max_epochs=1, **kwargs)
     with pytest.raises(ValueError, match=message):
         trainer.fit(refused, loader(), loader(16))
     assert same_weights(refused, Net())
@@ -251,9 +251,11 @@ def test_layers_that_the_pattern_does_not_fit_are_named(tmp_path: Path) -> None:
     assert "configure_optimizers" not in vars(module)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @saves_on_exception
 def test_a_checkpoint_on_exception_does_not_hide_the_error(tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, save_on_exception=True)
+    fit(Net(), save, folder=tmp_path, max_steps=1)  # so that there is something new to save
     with pytest.raises(ValueError, match=r"'net\.0\.weight' has 16 input features"):
         fit(Net(), MaskProCallback("2:32"), save, folder=tmp_path, max_steps=1)
 
