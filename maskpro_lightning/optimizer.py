@@ -19,10 +19,8 @@ from what keeping a weight does to the loss: with c the gradient with respect to
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any, Literal, get_args
 
@@ -30,10 +28,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from maskpro_lightning import distribution, initializers, philox
+from maskpro_lightning import initializers, tracker
+from maskpro_lightning.masked_weight import Draw, Groups, MaskedWeight, Version
 from maskpro_lightning.pattern import NMPattern
 
-Version = Literal["dense", "initial", "drawn", "mode"]
 Estimator = Literal["policy", "straight_through"]
 
 #: Step size, initial logit and final sharpness by estimator, where they are not given.
@@ -41,26 +39,6 @@ DEFAULTS: dict[Estimator, dict[str, float]] = {
     "policy": {"lr": 0.1, "logit_scale": 4.0, "sharpness": 1.0},
     "straight_through": {"lr": 0.1, "logit_scale": 3.0, "sharpness": 4.0},
 }
-
-# One byte per weight holds three masks, a bit each.
-_INITIAL, _DRAWN, _PREVIOUS = 1, 2, 4
-# Groups handled at once, so that everything computed on the way stays in the processor's cache.
-_BLOCK = 2**14
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Some groups of one weight: the logits that masks are drawn from, and masks, each (G, M).
-
-    ``previous_GM`` is the mask drawn before ``drawn_GM``; all False before the second draw.
-    """
-
-    name: str
-    pattern: NMPattern
-    logits_GM: Tensor
-    initial_GM: Tensor
-    drawn_GM: Tensor
-    previous_GM: Tensor
 
 
 class MaskPro(Optimizer):
@@ -139,7 +117,7 @@ class MaskPro(Optimizer):
         super().__init__(params, defaults)
         for group in self.param_groups:
             # The tracker of residuals; every group holds the same, since there is one loss.
-            group.update({name: torch.zeros(()) for name in ("delta", "variance", "count")})
+            group.update(tracker.new())
             group["initial_lr"] = group["lr"]
         for group, name, parameter in self._parameters():
             pattern, inputs = NMPattern.parse(group["pattern"]), parameter.shape[group["input_dim"]]
@@ -190,12 +168,9 @@ class MaskPro(Optimizer):
             pattern.check(mask, input_dim, f"the mask of {name!r}")
             initial[name] = mask
         for group, name, parameter in self._parameters():
-            mask = initial[name].to(parameter.device)
-            self.state[parameter] = {
-                "dense": parameter.detach().clone(),
-                "logits": mask.float() * group["logit_scale"],
-                "masks": mask.to(torch.uint8) * _INITIAL,
-            }
+            self.state[parameter] = MaskedWeight.state(
+                parameter, initial[name], group["logit_scale"]
+            )
         self._draw()
 
     @torch.no_grad()
@@ -239,7 +214,12 @@ class MaskPro(Optimizer):
         self.write("drawn")
         loss = closure()
         residual = loss.detach().float() - baseline.detach().float()
-        advantage = self._advantage(residual)
+        first = self.param_groups[0]
+        advantage, judged = tracker.judge(
+            self.tracker, residual, first["momentum"], normalize=first["normalize"]
+        )
+        for group in self.param_groups:
+            group.update(judged)
         self.last = {
             "loss": loss.detach(),
             "baseline": baseline.detach(),
@@ -262,12 +242,8 @@ class MaskPro(Optimizer):
             raise ValueError(f"version is one of {get_args(Version)}, got {version!r}.")
         if not self.begun or version == self._holds:
             return
-        for group, _, parameter in self._parameters():
-            state = self.state[parameter]
-            for _, weight, dense, logits, masks in _blocks(
-                group, parameter, state["dense"], state["logits"], state["masks"]
-            ):
-                weight.copy_(_masked(dense, _kept(version, group, logits, masks)))
+        for _, masked in self._masked_weights():
+            masked.write(version)
         self._holds = version
 
     @contextmanager
@@ -289,15 +265,7 @@ class MaskPro(Optimizer):
         """
         if not self.begun:
             raise RuntimeError("There are no masks before the first step or begin().")
-        found = {}
-        for group, name, parameter in self._parameters():
-            state = self.state[parameter]
-            found[name] = torch.empty_like(parameter, dtype=torch.bool)
-            for _, kept, logits, masks in _blocks(
-                group, found[name], state["logits"], state["masks"]
-            ):
-                kept.copy_(_kept(version, group, logits, masks))
-        return found
+        return {masked.name: masked.mask(version) for _, masked in self._masked_weights()}
 
     def logits(self) -> dict[str, Tensor]:
         """The logits by parameter name, float32, shaped like the weights; not copies."""
@@ -306,16 +274,8 @@ class MaskPro(Optimizer):
     @torch.no_grad()
     def groups(self) -> Iterator[Groups]:
         """Go through all groups in blocks, for statistics."""
-        for group, name, parameter in self._parameters():
-            state = self.state[parameter]
-            for _, logits, masks in _blocks(group, state["logits"], state["masks"]):
-                masks_GM = _columns(masks)
-                yield Groups(
-                    name,
-                    NMPattern.parse(group["pattern"]),
-                    _columns(logits) * _sharpness(group),
-                    *((masks_GM & bit).bool() for bit in (_INITIAL, _DRAWN, _PREVIOUS)),
-                )
+        for group, masked in self._masked_weights():
+            yield from masked.groups(_sharpness(group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state; the parameters then hold the drawn mask of that state.
@@ -337,7 +297,7 @@ class MaskPro(Optimizer):
     @property
     def tracker(self) -> dict[str, Tensor]:
         """The tracker of residuals: ``delta``, ``variance`` and ``count``, scalars."""
-        return {name: self.param_groups[0][name] for name in ("delta", "variance", "count")}
+        return {name: self.param_groups[0][name] for name in tracker.new()}
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
         number = count()
@@ -346,71 +306,30 @@ class MaskPro(Optimizer):
             for name, parameter in zip(names, group["params"], strict=True):
                 yield group, name, parameter
 
+    def _masked_weights(self) -> Iterator[tuple[dict[str, Any], MaskedWeight]]:
+        for group, name, parameter in self._parameters():
+            pattern = NMPattern.parse(group["pattern"])
+            yield (
+                group,
+                MaskedWeight(name, pattern, group["input_dim"], parameter, **self.state[parameter]),
+            )
+
     def _cuda_devices(self) -> list[torch.device]:
         return list({p.device for _, _, p in self._parameters() if p.device.type == "cuda"})
-
-    def _advantage(self, residual: Tensor) -> Tensor:
-        """How much worse than expected the drawn mask was; zero where the loss is not finite.
-
-        The expectation is the tracker *before* this residual enters it, so that it does not depend
-        on the mask that it judges. Normalised, an advantage is at most 1 / sqrt(1 - alpha).
-        """
-        momentum = self.param_groups[0]["momentum"]
-        delta, variance, count = (
-            value.to(residual.device, residual.dtype) for value in self.tracker.values()
-        )
-        finite = residual.isfinite()
-        residual = residual.where(finite, 0)
-        expected = delta
-        if self.param_groups[0]["normalize"]:
-            # Started from zero, a moving average lags behind; Adam's correction undoes that.
-            expected = (delta / _correction(momentum, count)).where(count > 0, residual)
-        deviation = residual - expected
-        new = {
-            "delta": momentum * delta + (1 - momentum) * residual,
-            "variance": momentum * variance + (1 - momentum) * deviation.square(),
-            "count": count + 1,
-        }
-        advantage = deviation
-        if self.param_groups[0]["normalize"]:
-            spread = (new["variance"] / _correction(momentum, new["count"])).sqrt()
-            # Equal residuals differ by rounding; that is no spread.
-            rounding = 16 * torch.finfo(residual.dtype).eps * residual.abs()
-            advantage = (deviation / spread).where(spread > rounding, 0)
-        kept = {"delta": delta, "variance": variance, "count": count}
-        for group in self.param_groups:
-            group.update({name: new[name].where(finite, kept[name]) for name in new})
-        return advantage.where(finite, 0)
 
     def _draw(self, advantage: Tensor | None = None, *, learn: bool = False) -> None:
         """Move the logits, by an advantage or by gradients, then draw the next masks."""
         for group in self.param_groups:
             group["step"] += learn
-        for group, name, parameter in self._parameters():
-            pattern = NMPattern.parse(group["pattern"])
-            key = philox.key_of(group["seed"], name)
-            sharpness = _sharpness(group)
-            state = self.state[parameter]
-            step = torch.tensor(group["step"], device=parameter.device)
-            tensors = [parameter, state["dense"], state["logits"], state["masks"]]
-            if learn and advantage is None and parameter.grad is not None:
-                tensors.append(_straight_through(group, parameter.grad, state))
-            for groups_G, weight, dense, logits, masks, *moves in _blocks(group, *tensors):
-                logits_GM, masks_GM = _columns(logits), _columns(masks)
-                if moves:
-                    logits_GM -= _columns(moves[0]) * group["lr"]
-                elif advantage is not None:
-                    drawn_GM = (masks_GM & _DRAWN).bool()
-                    score_GM = distribution.score(logits_GM * sharpness, drawn_GM, pattern)
-                    logits_GM -= score_GM * (group["lr"] * advantage)
-                logits.copy_(logits_GM.view_as(logits))
-                noise_GM = philox.exponential(key, step, groups_G, pattern.m)
-                drawn_GM = distribution.sample(logits_GM * sharpness, noise_GM, pattern)
-                previous_GM = (masks_GM & _DRAWN) * (_PREVIOUS // _DRAWN)
-                masks_GM = masks_GM & _INITIAL | previous_GM | drawn_GM.to(torch.uint8) * _DRAWN
-                masks.copy_(masks_GM.view_as(masks))
-                weight.copy_(_masked(dense, drawn_GM.view_as(dense)))
-            parameter.grad = None
+        for group, masked in self._masked_weights():
+            draw = Draw(group["seed"], group["step"], _sharpness(group))
+            change = direction = None
+            if advantage is not None:
+                change = group["lr"] * advantage
+            elif learn and masked.weight.grad is not None:
+                direction = masked.direction(masked.weight.grad, draw.sharpness).mul_(group["lr"])
+            masked.advance(draw, change, direction)
+            masked.weight.grad = None
         self._holds = "drawn"
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
@@ -444,73 +363,8 @@ def _mask_of(name: str, parameter: Tensor, masks: Mapping[str, Tensor]) -> Tenso
     return masks[name]
 
 
-def _blocks(group: dict[str, Any], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Go through tensors of a weight's shape in blocks of whole groups.
-
-    Yields:
-        int64 (G,), the groups' numbers in the weight, and a view (..., M) of each tensor.
-    """
-    pattern = NMPattern.parse(group["pattern"])
-    views = [pattern.group(tensor.detach(), group["input_dim"]) for tensor in tensors]
-    groups_in_row = views[0][0].numel() // pattern.m
-    rows = max(1, _BLOCK // max(1, groups_in_row))
-    for first in range(0, len(views[0]), rows):
-        block = [view[first : first + rows] for view in views]
-        start = first * groups_in_row
-        numbers_G = torch.arange(
-            start, start + block[0].numel() // pattern.m, device=views[0].device
-        )
-        yield numbers_G, *block
-
-
-def _correction(momentum: float, count: Tensor) -> Tensor:
-    """1 - momentum ** count, without losing digits where that is small."""
-    if momentum == 0:
-        return torch.ones_like(count)
-    return -torch.expm1(count * math.log(momentum))
-
-
 def _sharpness(group: dict[str, Any]) -> float:
     """1 at the start, the group's sharpness once a scheduler has taken ``lr`` to 0."""
     done = 1 - min(1, group["lr"] / group["initial_lr"])  # a warm-up may go above
     sharpness: float = 1 + (group["sharpness"] - 1) * done
     return sharpness
-
-
-def _straight_through(group: dict[str, Any], gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """The direction of a weight's logits, in the memory of its gradient, which it replaces.
-
-    Divided by its root mean square, so that one ``lr`` fits all; zero where the gradient is not
-    finite.
-    """
-    pattern = NMPattern.parse(group["pattern"])
-    for _, values, dense, logits in _blocks(group, gradient, state["dense"], state["logits"]):
-        worth_GM = _columns(values).float() * _columns(dense).float()
-        direction_GM = distribution.inclusion_gradient(
-            _columns(logits) * _sharpness(group), worth_GM, pattern
-        )
-        values.copy_(direction_GM.view_as(values))
-    spread = gradient.float().square().mean().sqrt()
-    learns = spread.isfinite() & (spread > 0)
-    return gradient.div_(spread).where(learns, 0)
-
-
-def _columns(block: Tensor) -> Tensor:
-    """A copy of a block as (G, M), stored column by column so that a column is contiguous."""
-    return block.movedim(-1, 0).reshape(block.shape[-1], -1).contiguous().T
-
-
-def _kept(version: Version, group: dict[str, Any], logits: Tensor, masks: Tensor) -> Tensor:
-    """A block's mask of a version, bool (..., M)."""
-    if version == "dense":
-        return torch.ones_like(masks, dtype=torch.bool)
-    if version == "mode":
-        mode_GM = distribution.mode(_columns(logits), NMPattern.parse(group["pattern"]))
-        return mode_GM.view_as(masks)
-    return (masks & {"initial": _INITIAL, "drawn": _DRAWN}[version]).bool()
-
-
-def _masked(dense: Tensor, kept: Tensor) -> Tensor:
-    # Bits, since a product would leave negative zeros, and NaN where a pruned weight is infinite.
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dense.element_size()]
-    return (dense.view(integer) & -kept.to(integer)).view(dense.dtype)
