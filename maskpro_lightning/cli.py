@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 
 from maskpro_lightning.callback import MaskProCallback
 from maskpro_lightning.catalog import recipes
 from maskpro_lightning.compare import callback_of, compare, table, write_csv
+from maskpro_lightning.delivery import send
 from maskpro_lightning.export import export_sparse
-from maskpro_lightning.tracking import Tracking
+from maskpro_lightning.tracking import Tracking, without_credentials
 
 _USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
 
@@ -23,6 +25,7 @@ _USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
   validate  measure a model, or a checkpoint with --ckpt_path
   compare   measure the dense model and one-shot masks, learn a mask, print one table, export
   export    write a checkpoint's sparse model for others to load
+  send      send the folder that a run kept to MLflow, after its server was away (no recipe)
 
 RECIPE is a YAML file or one of: {recipes}.
 Every value can be overridden: maskpro fit --config quickstart --trainer.max_steps 100"""
@@ -36,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = _named(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else "--help"
-    after_fit = {"compare": _compare, "export": _export}
+    after_fit = {"compare": _compare, "export": _export, "send": _send}
     # LightningCLI reads them there; given as its args, it warns of mixing them up with these.
     sys.argv[1:] = arguments[1:] if command in after_fit else arguments
     if command in ("-h", "--help"):
@@ -61,7 +64,7 @@ class SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        config = self.parser.dump(self.config, skip_none=False)
+        config = without_credentials(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             if type(logger).__name__ == "MLFlowLogger":
                 logger.experiment.log_text(logger.run_id, config, "config.yaml")
@@ -121,6 +124,10 @@ def _export() -> None:
     Console().print(f"Sparse model: {cli.export()}", soft_wrap=True)
 
 
+def _send() -> None:
+    print(f"Sent to run {auto_cli(send)}")
+
+
 def _tell_mlflow(cli: LightningCLI, console: Console) -> None:
     for logger in cli.trainer.loggers:
         uri = getattr(logger, "_tracking_uri", None)
@@ -130,6 +137,7 @@ def _tell_mlflow(cli: LightningCLI, console: Console) -> None:
             python = Path(sys.executable)
             if python.is_relative_to(Path.cwd()):
                 python = python.relative_to(Path.cwd())
+            uri = without_credentials(uri)
             console.print(
                 f"MLflow: {python} -m mlflow ui --backend-store-uri {uri}", soft_wrap=True
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from maskpro_lightning.export import save_distributions, save_masks
 from maskpro_lightning.optimizer import MaskPro
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.tracking import Tracking
+
+HISTORY, PARAMETERS = "history.csv", "parameters.json"
 
 _log = logging.getLogger(__name__)
 # Longer histories keep every other row, so that a run of any length fits in memory.
@@ -34,6 +37,13 @@ class Journal:
         """Start writing into a folder; only on the rank that ``writes``."""
         self._folder, self._writes = folder, writes
 
+    def parameters(self, parameters: Mapping[str, Any], tracking: Tracking) -> None:
+        """Log a fit's parameters, and keep them in the folder."""
+        tracking.parameters(parameters)
+        if self._writes:
+            path = self._folder / PARAMETERS
+            tracking.write(path, lambda: path.write_text(json.dumps(parameters, indent=2)))
+
     def step(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a row to the history."""
         self._rows.append({"step": step, **{name: float(v) for name, v in values.items()}})
@@ -47,27 +57,32 @@ class Journal:
     def distributions(self, optimizer: MaskPro, tracking: Tracking, step: int) -> None:
         """Write the logits and hand them to the loggers, in a folder of the step."""
         if self._writes:
-            self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / "distributions.safetensors"
-            save_distributions(optimizer, path)
-            tracking.file(path, f"step={step}")
+            if tracking.write(path, lambda: save_distributions(optimizer, path)):
+                tracking.file(path, f"step={step}")
 
     def close(self, optimizer: MaskPro, tracking: Tracking) -> None:
         """Write the final masks, the history and the figures."""
         if not self._writes or not optimizer.begun:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         pattern = NMPattern.parse(optimizer.param_groups[0]["pattern"])
-        save_masks(optimizer.masks("mode"), pattern, self._folder / "masks.safetensors")
-        tracking.file(self._folder / "masks.safetensors")
+        masks, history = self._folder / "masks.safetensors", self._folder / HISTORY
+        if tracking.write(masks, lambda: save_masks(optimizer.masks("mode"), pattern, masks)):
+            tracking.file(masks)
         if not self._rows:
             return
-        with (self._folder / "history.csv").open("w", newline="") as file:
+        if tracking.write(history, lambda: self._write_history(history)):
+            tracking.file(history)
+        tracking.write(self._folder / "figures", lambda: self._draw(tracking))
+
+    def _write_history(self, path: Path) -> None:
+        with path.open("w", newline="") as file:
             names = list(dict.fromkeys(name for row in self._rows for name in row))
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self._rows)
-        tracking.file(self._folder / "history.csv")
+
+    def _draw(self, tracking: Tracking) -> None:
         try:
             from maskpro_lightning import plots
         except ModuleNotFoundError:
@@ -80,5 +95,9 @@ class Journal:
         return {"rows": self._rows, "layers": self._layers}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self._rows = list(state_dict["rows"])
-        self._layers = dict(state_dict["layers"])
+        self._rows = [_numbers(row) for row in state_dict["rows"]][-_MOST_ROWS:]
+        self._layers = {str(name): _numbers(found) for name, found in state_dict["layers"].items()}
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {str(k): v if isinstance(v, int) else float(v) for k, v in row.items()}

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from maskpro_lightning import initializers, tracker
+from maskpro_lightning import initializers, saved_state, tracker
 from maskpro_lightning.masked_weight import Draw, Groups, MaskedWeight, Version
 from maskpro_lightning.pattern import NMPattern
 
@@ -39,6 +39,9 @@ DEFAULTS: dict[Estimator, dict[str, float]] = {
     "policy": {"lr": 0.1, "logit_scale": 4.0, "sharpness": 1.0},
     "straight_through": {"lr": 0.1, "logit_scale": 3.0, "sharpness": 4.0},
 }
+
+# Bounds the rule's numbers and a logit's move in one step, so that no product leaves float32.
+_LARGEST = 1e6
 
 
 class MaskPro(Optimizer):
@@ -94,14 +97,6 @@ class MaskPro(Optimizer):
         lr = DEFAULTS[estimator]["lr"] if lr is None else lr
         logit_scale = DEFAULTS[estimator]["logit_scale"] if logit_scale is None else logit_scale
         sharpness = DEFAULTS[estimator]["sharpness"] if sharpness is None else sharpness
-        for name, value, holds, rule in (
-            ("lr", lr, lr > 0, "lr > 0"),
-            ("logit_scale", logit_scale, logit_scale > 0, "logit_scale > 0"),
-            ("sharpness", sharpness, sharpness > 0, "sharpness > 0"),
-            ("momentum", momentum, 0 <= momentum < 1, "0 <= momentum < 1"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} is {value}, but {rule} must hold.")
         defaults = {
             "pattern": str(NMPattern.parse(pattern)),
             "input_dim": -1,
@@ -116,6 +111,7 @@ class MaskPro(Optimizer):
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
+            _check_rule(group)
             # The tracker of residuals; every group holds the same, since there is one loss.
             group.update(tracker.new())
             group["initial_lr"] = group["lr"]
@@ -131,7 +127,7 @@ class MaskPro(Optimizer):
                     f"{name!r} has {inputs} input features, not a multiple of {pattern.m} "
                     f"(pattern {pattern})."
                 )
-        self._holds: Version = "dense"
+        self._holds: Version | None = "dense"
         #: Loss, baseline, residual and advantage of the last step, scalars.
         self.last: dict[str, Tensor] = {}
 
@@ -167,10 +163,13 @@ class MaskPro(Optimizer):
                 mask = _mask_of(name, parameter, masks)
             pattern.check(mask, input_dim, f"the mask of {name!r}")
             initial[name] = mask
-        for group, name, parameter in self._parameters():
-            self.state[parameter] = MaskedWeight.state(
-                parameter, initial[name], group["logit_scale"]
-            )
+        # At once, so that an error on the way, such as no memory, leaves nothing begun.
+        self.state.update(
+            {
+                parameter: MaskedWeight.state(parameter, initial[name], group["logit_scale"])
+                for group, name, parameter in self._parameters()
+            }
+        )
         self._draw()
 
     @torch.no_grad()
@@ -206,7 +205,10 @@ class MaskPro(Optimizer):
                     "loss.backward(), and weights need requires_grad=True and a part in the loss."
                 )
             self.last = {"loss": loss.detach()}
-            self._draw(learn=True)
+            finite = loss.detach().isfinite()
+            for group in self.param_groups:
+                group.update(tracker.skips(self.tracker, finite))
+            self._draw(finite=finite)
             return loss
         if baseline is None:
             with self.applied("initial"), torch.random.fork_rng(self._cuda_devices()):
@@ -226,7 +228,7 @@ class MaskPro(Optimizer):
             "residual": residual,
             "advantage": advantage,
         }
-        self._draw(advantage, learn=True)
+        self._draw(advantage)
         return loss
 
     @torch.no_grad()
@@ -242,6 +244,7 @@ class MaskPro(Optimizer):
             raise ValueError(f"version is one of {get_args(Version)}, got {version!r}.")
         if not self.begun or version == self._holds:
             return
+        self._holds = None  # what an interrupted write leaves is no version
         for _, masked in self._masked_weights():
             masked.write(version)
         self._holds = version
@@ -249,7 +252,7 @@ class MaskPro(Optimizer):
     @contextmanager
     def applied(self, version: Version) -> Iterator[None]:
         """Write a version into the parameters for the duration of a ``with`` block."""
-        before = self._holds
+        before = self._holds or "drawn"
         self.write(version)
         try:
             yield
@@ -281,10 +284,13 @@ class MaskPro(Optimizer):
         """Continue from a saved state; the parameters then hold the drawn mask of that state.
 
         Raises:
-            ValueError: the state belongs to other weights or another pattern.
+            ValueError: the state belongs to other weights, another pattern or another estimator, or
+            it is damaged; nothing is touched then.
         """
-        self._check_state(state_dict)
+        weights = [(name, parameter) for _, name, parameter in self._parameters()]
+        saved_state.check(state_dict, self.param_groups, weights)
         self.write("dense")  # what is begun here ends here
+        self._holds = None
         super().load_state_dict(state_dict)
         # The base class casts what it loads to the parameter's dtype; logits and masks have theirs.
         order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -293,6 +299,9 @@ class MaskPro(Optimizer):
                 self.state[parameter][name] = value.detach().to(parameter.device).clone()
         self._holds = "dense"
         self.write("drawn")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_holds": self._holds, "last": self.last}
 
     @property
     def tracker(self) -> dict[str, Tensor]:
@@ -317,38 +326,30 @@ class MaskPro(Optimizer):
     def _cuda_devices(self) -> list[torch.device]:
         return list({p.device for _, _, p in self._parameters() if p.device.type == "cuda"})
 
-    def _draw(self, advantage: Tensor | None = None, *, learn: bool = False) -> None:
-        """Move the logits, by an advantage or by gradients, then draw the next masks."""
+    def _draw(self, advantage: Tensor | None = None, *, finite: Tensor | None = None) -> None:
+        """Move the logits, by an advantage or, if finite, gradients; draw the next masks."""
+        self._refuse_learning_rates()
+        self._holds = None
         for group in self.param_groups:
-            group["step"] += learn
+            group["step"] += advantage is not None or finite is not None
         for group, masked in self._masked_weights():
             draw = Draw(group["seed"], group["step"], _sharpness(group))
             change = direction = None
             if advantage is not None:
-                change = group["lr"] * advantage
-            elif learn and masked.weight.grad is not None:
-                direction = masked.direction(masked.weight.grad, draw.sharpness).mul_(group["lr"])
+                change = (group["lr"] * advantage).clamp(-_LARGEST, _LARGEST)
+            elif finite is not None and masked.weight.grad is not None:
+                direction = masked.direction(masked.weight.grad, draw.sharpness)
+                direction.mul_(group["lr"] * finite)
             masked.advance(draw, change, direction)
             masked.weight.grad = None
         self._holds = "drawn"
 
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        saved_groups = state_dict["param_groups"]
-        for key in ("param_names", "pattern", "input_dim"):
-            saved = [group.get(key) for group in saved_groups]
-            own = [group.get(key) for group in self.param_groups]
-            if saved != own:
+    def _refuse_learning_rates(self) -> None:
+        for group in self.param_groups:
+            if not 0 <= group["lr"] <= _LARGEST:
                 raise ValueError(
-                    f"The saved masks belong to another model or pattern: {key} is {saved} there "
-                    f"and {own} here."
-                )
-        order = chain.from_iterable(group["params"] for group in saved_groups)
-        for key, (_, name, parameter) in zip(order, self._parameters(), strict=True):
-            state = state_dict["state"].get(key, {})
-            if state and state["logits"].shape != parameter.shape:
-                raise ValueError(
-                    f"The saved masks belong to another model: {name!r} has shape "
-                    f"{tuple(state['logits'].shape)} there and {tuple(parameter.shape)} here."
+                    f"The learning rate is {group['lr']} at step {group['step']}: a scheduler has "
+                    f"to keep it in [0, {_LARGEST:.0e}]."
                 )
 
 
@@ -361,6 +362,18 @@ def _mask_of(name: str, parameter: Tensor, masks: Mapping[str, Tensor]) -> Tenso
             f"{tuple(parameter.shape)}."
         )
     return masks[name]
+
+
+def _check_rule(group: dict[str, Any]) -> None:
+    for name in ("lr", "logit_scale", "sharpness"):
+        if not 0 < group[name] <= _LARGEST:
+            raise ValueError(
+                f"{name} is {group[name]}, but 0 < {name} <= {_LARGEST:.0e} must hold."
+            )
+    if not 0 <= group["momentum"] < 1:
+        raise ValueError(f"momentum is {group['momentum']}, but 0 <= momentum < 1 must hold.")
+    if not isinstance(group["seed"], int):
+        raise TypeError(f"seed is {group['seed']!r}, but it must be an int.")
 
 
 def _sharpness(group: dict[str, Any]) -> float:

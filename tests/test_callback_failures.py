@@ -263,7 +263,7 @@ def test_a_checkpoint_on_exception_does_not_hide_the_error(tmp_path: Path) -> No
 def test_resuming_with_another_pattern_is_refused(tmp_path: Path) -> None:
     fit(Net(), MaskProCallback(), folder=tmp_path, max_steps=1).save_checkpoint(tmp_path / "a.ckpt")
     module = Net()
-    with pytest.raises(ValueError, match=r"pattern is \['2:4'\] there and \['1:4'\] here"):
+    with pytest.raises(ValueError, match=r"pattern is '2:4' there and '1:4' here"):
         fit(
             module,
             MaskProCallback("1:4"),

@@ -161,10 +161,12 @@ def test_unnamed_weights_of_two_groups_have_names_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"lr": 0.0}, "lr is 0.0, but lr > 0 must hold."),
-        ({"lr": -1.0}, "lr is -1.0, but lr > 0 must hold."),
-        ({"lr": float("nan")}, "lr is nan, but lr > 0 must hold."),
-        ({"logit_scale": 0.0}, "logit_scale is 0.0, but logit_scale > 0 must hold."),
+        ({"lr": 0.0}, "lr is 0.0, but 0 < lr <= 1e+06 must hold."),
+        ({"lr": -1.0}, "lr is -1.0, but 0 < lr <= 1e+06 must hold."),
+        ({"lr": float("nan")}, "lr is nan, but 0 < lr <= 1e+06 must hold."),
+        ({"logit_scale": 0.0}, "logit_scale is 0.0, but 0 < logit_scale <= 1e+06 must hold."),
+        ({"lr": 2e6}, "lr is 2000000.0, but 0 < lr <= 1e+06 must hold."),
+        ({"sharpness": -1.0}, "sharpness is -1.0, but 0 < sharpness <= 1e+06 must hold."),
         ({"momentum": 1.0}, "momentum is 1.0, but 0 <= momentum < 1 must hold."),
         ({"momentum": -0.1}, "momentum is -0.1, but 0 <= momentum < 1 must hold."),
     ],
