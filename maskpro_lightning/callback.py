@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
 from maskpro_lightning import calibration
+from maskpro_lightning.admission import check_loss
 from maskpro_lightning.baseline import (
     BaselineCache,
     fingerprint,
@@ -515,5 +516,7 @@ def _loss_of(output: Any) -> Tensor | None:
     """The loss in what a training step returned, the same way as Lightning finds it."""
     if isinstance(output, Mapping):
         output = output.get("loss")
+    if output is not None:
+        check_loss(output, "training_step")
     loss: Tensor | None = output
     return loss

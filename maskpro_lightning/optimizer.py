@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from maskpro_lightning import initializers, saved_state, tracker
+from maskpro_lightning import admission, initializers, saved_state, tracker
+from maskpro_lightning.admission import LARGEST
 from maskpro_lightning.masked_weight import Draw, Groups, MaskedWeight, Version
 from maskpro_lightning.pattern import NMPattern
 
@@ -39,9 +40,6 @@ DEFAULTS: dict[Estimator, dict[str, float]] = {
     "policy": {"lr": 0.1, "logit_scale": 4.0, "sharpness": 1.0},
     "straight_through": {"lr": 0.1, "logit_scale": 3.0, "sharpness": 4.0},
 }
-
-# Bounds the rule's numbers and a logit's move in one step, so that no product leaves float32.
-_LARGEST = 1e6
 
 
 class MaskPro(Optimizer):
@@ -111,22 +109,11 @@ class MaskPro(Optimizer):
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
-            _check_rule(group)
+            admission.check_rule(group)
             # The tracker of residuals; every group holds the same, since there is one loss.
             group.update(tracker.new())
             group["initial_lr"] = group["lr"]
-        for group, name, parameter in self._parameters():
-            pattern, inputs = NMPattern.parse(group["pattern"]), parameter.shape[group["input_dim"]]
-            if group["estimator"] == "straight_through" and pattern.n > 2:
-                raise ValueError(
-                    f"The estimator 'straight_through' learns patterns that keep 1 or 2 of a "
-                    f"group, not {pattern}: choose estimator='policy'."
-                )
-            if inputs % pattern.m:
-                raise ValueError(
-                    f"{name!r} has {inputs} input features, not a multiple of {pattern.m} "
-                    f"(pattern {pattern})."
-                )
+        admission.check_weights(self._parameters())
         self._holds: Version | None = "dense"
         #: Loss, baseline, residual and advantage of the last step, scalars.
         self.last: dict[str, Tensor] = {}
@@ -150,17 +137,20 @@ class MaskPro(Optimizer):
         """
         if self.begun:
             raise RuntimeError("The masks have begun already: make a new MaskPro to start over.")
-        known = {name for _, name, _ in self._parameters()}
-        unknown = sorted(set(masks or ()) - known)
+        known = [name for _, name, _ in self._parameters()]
+        unknown = sorted(set(masks or ()) - set(known))
         if unknown:
-            raise ValueError(f"There are masks of unknown weights: {unknown[:3]}.")
+            raise ValueError(
+                f"There are masks of unknown weights, {unknown[:3]}: those of this model are named "
+                f"like {known[0]!r}."
+            )
         initial = {}
         for group, name, parameter in self._parameters():
             pattern, input_dim = NMPattern.parse(group["pattern"]), group["input_dim"]
             if masks is None:
                 mask = initializers.magnitude(parameter, pattern, input_dim)
             else:
-                mask = _mask_of(name, parameter, masks)
+                mask = admission.mask_of(name, parameter, masks)
             pattern.check(mask, input_dim, f"the mask of {name!r}")
             initial[name] = mask
         # At once, so that an error on the way, such as no memory, leaves nothing begun.
@@ -199,6 +189,7 @@ class MaskPro(Optimizer):
             self.write("drawn")
             with torch.enable_grad():
                 loss = closure()
+            admission.check_loss(loss)
             if all(parameter.grad is None for _, _, parameter in self._parameters()):
                 raise RuntimeError(
                     "No gradient has reached any masked weight: the closure has to call "
@@ -213,8 +204,10 @@ class MaskPro(Optimizer):
         if baseline is None:
             with self.applied("initial"), torch.random.fork_rng(self._cuda_devices()):
                 baseline = closure()
+            admission.check_loss(baseline)
         self.write("drawn")
         loss = closure()
+        admission.check_loss(loss)
         residual = loss.detach().float() - baseline.detach().float()
         first = self.param_groups[0]
         advantage, judged = tracker.judge(
@@ -336,7 +329,7 @@ class MaskPro(Optimizer):
             draw = Draw(group["seed"], group["step"], _sharpness(group))
             change = direction = None
             if advantage is not None:
-                change = (group["lr"] * advantage).clamp(-_LARGEST, _LARGEST)
+                change = (group["lr"] * advantage).clamp(-LARGEST, LARGEST)
             elif finite is not None and masked.weight.grad is not None:
                 direction = masked.direction(masked.weight.grad, draw.sharpness)
                 direction.mul_(group["lr"] * finite)
@@ -346,34 +339,11 @@ class MaskPro(Optimizer):
 
     def _refuse_learning_rates(self) -> None:
         for group in self.param_groups:
-            if not 0 <= group["lr"] <= _LARGEST:
+            if not 0 <= group["lr"] <= LARGEST:
                 raise ValueError(
                     f"The learning rate is {group['lr']} at step {group['step']}: a scheduler has "
-                    f"to keep it in [0, {_LARGEST:.0e}]."
+                    f"to keep it in [0, {LARGEST:.0e}]."
                 )
-
-
-def _mask_of(name: str, parameter: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
-    if name not in masks:
-        raise ValueError(f"There is no initial mask for {name!r} among {len(masks)} masks.")
-    if masks[name].shape != parameter.shape:
-        raise ValueError(
-            f"The mask of {name!r} has shape {tuple(masks[name].shape)}, the weight "
-            f"{tuple(parameter.shape)}."
-        )
-    return masks[name]
-
-
-def _check_rule(group: dict[str, Any]) -> None:
-    for name in ("lr", "logit_scale", "sharpness"):
-        if not 0 < group[name] <= _LARGEST:
-            raise ValueError(
-                f"{name} is {group[name]}, but 0 < {name} <= {_LARGEST:.0e} must hold."
-            )
-    if not 0 <= group["momentum"] < 1:
-        raise ValueError(f"momentum is {group['momentum']}, but 0 <= momentum < 1 must hold.")
-    if not isinstance(group["seed"], int):
-        raise TypeError(f"seed is {group['seed']!r}, but it must be an int.")
 
 
 def _sharpness(group: dict[str, Any]) -> float:

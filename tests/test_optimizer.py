@@ -186,8 +186,8 @@ def test_a_pattern_that_does_not_exist_is_refused() -> None:
 
 @pytest.mark.parametrize(("shape", "input_dim"), [((8, 6), -1), ((6, 8), 0), ((8, 6, 4, 4), 1)])
 def test_inputs_that_m_does_not_divide_are_refused_by_name(shape: Shape, input_dim: int) -> None:
-    message = "'w' has 6 input features, not a multiple of 4 (pattern 2:4)."
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    message = "'w' has 6 input features, not a multiple of 4 (pattern 2:4): leave it out or choose"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         one_weight(nn.Parameter(random(*shape)), "2:4", input_dim)
 
 
@@ -197,11 +197,18 @@ TWO_OF_FOUR = torch.tensor([True, False, True, False])
 @pytest.mark.parametrize(
     ("masks", "error", "message"),
     [
-        ({}, ValueError, "There is no initial mask for 'w' among 0 masks."),
+        (
+            {},
+            ValueError,
+            (
+                "There is no initial mask for 'w' among 0 masks: give one for every weight, or "
+                "leave the weight out."
+            ),
+        ),
         (
             {"w": TWO_OF_FOUR.repeat(4, 2), "v": TWO_OF_FOUR},
             ValueError,
-            "There are masks of unknown weights: ['v'].",
+            "There are masks of unknown weights, ['v']: those of this model are named like 'w'.",
         ),
         (
             {"w": TWO_OF_FOUR.repeat(4, 1)},
