@@ -348,7 +348,8 @@ class MaskProCallback(pl.Callback):
             self._journal.layers(layers)
             self._tracking_.metrics(
                 {
-                    f"maskpro/{name}/{layer}": value
+                    # A tracker may take a slash for a folder, and leave it by "..".
+                    f"maskpro/{name}/{layer.replace('/', '.')}": value
                     for layer, found in layers.items()
                     for name, value in found.items()
                 }

@@ -53,8 +53,7 @@ class Tracking:
     def metrics(self, metrics: Mapping[str, float]) -> None:
         """Log numbers at the current step."""
         for logger in self._trainer.loggers:
-            if id(logger) not in self._broken:
-                logger.log_metrics(dict(metrics), step=self._trainer.global_step)
+            logger.log_metrics(dict(metrics), step=self._trainer.global_step)
 
     def write(self, path: Path, write: Callable[[], Any]) -> bool:
         """Write a file of the run by calling ``write``; return whether it is there."""
