@@ -376,19 +376,19 @@ class MaskProCallback(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         try:
-            newer = state_dict["format"] > _FORMAT
-            if not newer:
+            number = int(state_dict["format"])
+            if number <= _FORMAT:
                 self._baselines.load_state_dict(state_dict["baselines"])
                 self._journal.load_state_dict(state_dict["journal"])
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        except Exception as error:
             raise ValueError(
                 f"What this checkpoint holds of MaskProCallback is damaged ({error!r}): resume "
                 f"from another one."
             ) from error
-        if newer:
+        if number > _FORMAT:
             raise ValueError(
-                f"This checkpoint holds format {state_dict['format']} of MaskProCallback, and this "
-                f"version reads up to {_FORMAT}: pip install --upgrade maskpro-lightning."
+                f"This checkpoint holds format {number} of MaskProCallback, and this version reads "
+                f"up to {_FORMAT}: pip install --upgrade maskpro-lightning."
             )
 
     def on_save_checkpoint(

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from maskpro_lightning.admission import LARGEST, check_rule
 from maskpro_lightning.masked_weight import MaskedWeight
 from maskpro_lightning.pattern import NMPattern
 
@@ -65,10 +66,9 @@ def _is_keys(value: Any) -> bool:
 
 def _check_groups(saved_groups: Sequence[Group], groups: Sequence[Group]) -> None:
     for key in _IDENTITY:
-        saved = [group.get(key) for group in saved_groups]
-        own = [group.get(key) for group in groups]
-        if saved != own:
-            there, here = _difference(saved, own)
+        difference = _difference([g.get(key) for g in saved_groups], [g.get(key) for g in groups])
+        if difference is not None:
+            there, here = difference
             raise ValueError(
                 f"The saved masks belong to another model, pattern or estimator: {key} is {there} "
                 f"there and {here} here. Go on with what they were made with, or start anew."
@@ -80,23 +80,25 @@ def _check_groups(saved_groups: Sequence[Group], groups: Sequence[Group]) -> Non
                 raise _damaged(f"{key} is {found!r}")
             if isinstance(value, Tensor) and not torch.as_tensor(found).isfinite():
                 raise _damaged(f"{key} is {found!r}")
-        for key, holds in (
-            ("lr", 0 <= group["lr"] < float("inf")),
-            ("initial_lr", 0 < group["initial_lr"] < float("inf")),
-            ("momentum", 0 <= group["momentum"] < 1),
-            ("step", 0 <= group["step"] < 2**63),
-        ):
-            if not holds:
-                raise _damaged(f"{key} is {group[key]}")
+        if not 0 <= group["lr"] <= LARGEST:  # a scheduler may have taken it to 0
+            raise _damaged(f"lr is {group['lr']}")
+        if not isinstance(group["step"], int) or not 0 <= group["step"] < 2**63:
+            raise _damaged(f"step is {group['step']}")
+        try:
+            check_rule(group | {"lr": group["initial_lr"]})
+        except (TypeError, ValueError) as error:
+            raise _damaged(str(error).rstrip(".")) from error
 
 
-def _difference(saved: Any, own: Any) -> tuple[str, str]:
+def _difference(saved: Any, own: Any) -> tuple[str, str] | None:
     """The first place where two nested lists differ; a model can have thousands of names."""
-    while isinstance(saved, list) and isinstance(own, list):
+    if isinstance(saved, list) and isinstance(own, list):
         if len(saved) != len(own):
             return f"a list of {len(saved)}", f"one of {len(own)}"
-        saved, own = next((a, b) for a, b in zip(saved, own, strict=True) if a != b)
-    return repr(saved), repr(own)
+        differences = (_difference(a, b) for a, b in zip(saved, own, strict=True))
+        return next((found for found in differences if found is not None), None)
+    same = type(saved) is type(own) and saved == own
+    return None if same else (repr(saved), repr(own))
 
 
 def _kind(value: Any) -> object:
