@@ -333,6 +333,8 @@ class MaskPro(Optimizer):
             elif finite is not None and masked.weight.grad is not None:
                 direction = masked.direction(masked.weight.grad, draw.sharpness)
                 direction.mul_(group["lr"] * finite)
+                if direction.dtype == torch.float16:  # where a large step does not fit
+                    direction.nan_to_num_()
             masked.advance(draw, change, direction)
             masked.weight.grad = None
         self._holds = "drawn"
