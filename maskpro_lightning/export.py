@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from maskpro_lightning.header import sort_notes
 from maskpro_lightning.optimizer import MaskPro
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.targets import find_targets
@@ -138,6 +139,7 @@ def save_distributions(optimizer: MaskPro, path: str | os.PathLike[str]) -> None
 def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    sort_notes(partial)
     partial.replace(path)
 
 
