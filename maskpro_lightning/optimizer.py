@@ -329,7 +329,7 @@ class MaskPro(Optimizer):
             draw = Draw(group["seed"], group["step"], _sharpness(group))
             change = direction = None
             if advantage is not None:
-                change = (group["lr"] * advantage).clamp(-LARGEST, LARGEST)
+                change = group["lr"] * advantage
             elif finite is not None and masked.weight.grad is not None:
                 direction = masked.direction(masked.weight.grad, draw.sharpness)
                 direction.mul_(group["lr"] * finite)
