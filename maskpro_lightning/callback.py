@@ -59,8 +59,7 @@ class MaskProCallback(pl.Callback):
             sparse already), the path of a mask file, or masks by parameter name.
         calibration_batches: Training batches that "wanda" and "sparsegpt" look at.
         estimator: "policy" learns from the loss alone, without a backward pass;
-            "straight_through" from gradients, and gets further on the same compute, for patterns
-            with N <= 2.
+            "straight_through" from gradients, and gets further on the same compute.
         lr: Step size of the logits, see :class:`MaskPro`.
         lr_scheduler: Makes a learning rate scheduler, stepped every training step, from the
             optimizer; as in ``LightningCLI``. By default the rate falls to 0, linearly, over the

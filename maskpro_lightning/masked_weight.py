@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from maskpro_lightning import distribution, philox
+from maskpro_lightning import distribution, inclusion, philox
 from maskpro_lightning.pattern import NMPattern
 
 Version = Literal["dense", "initial", "drawn", "mode"]
@@ -129,9 +129,7 @@ class MaskedWeight:
         """
         for _, values, dense, logits in self._blocks(gradient, self.dense, self.logits):
             worth_GM = _columns(values).float() * _columns(dense).float()
-            direction_GM = distribution.inclusion_gradient(
-                _columns(logits) * sharpness, worth_GM, self.pattern
-            )
+            direction_GM = inclusion.gradient(_columns(logits) * sharpness, worth_GM, self.pattern)
             values.copy_(direction_GM.view_as(values))
         spread = gradient.float().square().mean().sqrt()
         learns = spread.isfinite() & (spread > 0)

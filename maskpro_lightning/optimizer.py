@@ -57,7 +57,7 @@ class MaskPro(Optimizer):
         pattern: Weights kept of every M, such as "2:4".
         estimator: "policy" learns from the loss alone, two forward passes a step (one if the
             baseline is known); "straight_through" from gradients, a forward and a backward pass,
-            and gets further on the same compute, for patterns with N <= 2.
+            and gets further on the same compute.
         lr: Step size of the logits, in units of logits; ``DEFAULTS`` holds what applies to each
             estimator where this, ``logit_scale`` or ``sharpness`` is None.
         logit_scale: Initial logit of a kept weight, in units of logits; the others start at 0.
@@ -121,11 +121,6 @@ class MaskPro(Optimizer):
             group["initial_lr"] = group["lr"]
         for group, name, parameter in self._parameters():
             pattern, inputs = NMPattern.parse(group["pattern"]), parameter.shape[group["input_dim"]]
-            if group["estimator"] == "straight_through" and pattern.n > 2:
-                raise ValueError(
-                    f"The estimator 'straight_through' learns patterns that keep 1 or 2 of a "
-                    f"group, not {pattern}: choose estimator='policy'."
-                )
             if inputs % pattern.m:
                 raise ValueError(
                     f"{name!r} has {inputs} input features, not a multiple of {pattern.m} "
