@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from os import PathLike
 from typing import Any
@@ -29,7 +30,7 @@ from maskpro_lightning.baseline import (
 from maskpro_lightning.export import load_masks
 from maskpro_lightning.journal import Journal
 from maskpro_lightning.metrics import mask_metrics
-from maskpro_lightning.optimizer import Estimator, MaskPro, Version
+from maskpro_lightning.optimizer import Estimator, MaskPro, Version, policy_lr
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.targets import Target, describe, find_targets, parameter_groups
 from maskpro_lightning.tracking import OnError, Tracking
@@ -55,12 +56,15 @@ class MaskProCallback(pl.Callback):
         pattern: Weights kept of every M along the input dimension, such as "2:4".
         include: Globs of layers to mask instead of the default choice, see :func:`find_targets`.
         exclude: Globs of layers to leave out.
-        init: Initial masks: "magnitude", "wanda", "sparsegpt", "random", "nonzeros" (the model is
-            sparse already), the path of a mask file, or masks by parameter name.
-        calibration_batches: Training batches that "wanda" and "sparsegpt" look at.
+        init: Initial masks: "magnitude", "wanda", "sparsegpt", "reconstruction" (the best without
+            learning), "random", "nonzeros" (the model is sparse already), the path of a mask file,
+            or masks by parameter name.
+        calibration_batches: Training batches that "wanda", "sparsegpt" and "reconstruction" look
+            at.
         estimator: "policy" learns from the loss alone, without a backward pass;
             "straight_through" from gradients, and gets further on the same compute.
-        lr: Step size of the logits, see :class:`MaskPro`.
+        lr: Step size of the logits, see :class:`MaskPro`. By default that of the policy depends on
+            the length of the fit, see :func:`policy_lr`.
         lr_scheduler: Makes a learning rate scheduler, stepped every training step, from the
             optimizer; as in ``LightningCLI``. By default the rate falls to 0, linearly, over the
             fit; with the published rule, or where the fit has no end, it is constant.
@@ -130,6 +134,7 @@ class MaskProCallback(pl.Callback):
         self._tracking: Tracking | None = None
         # Made for its checks, and for the defaults that it fills in.
         trial = MaskPro([nn.Parameter(torch.zeros(self.pattern.m))], self.pattern, **self.rule)
+        self._lr_given = lr is not None
         self.rule = {name: trial.defaults[name] for name in self.rule}
 
     # Entering and leaving the fit
@@ -359,12 +364,15 @@ class MaskProCallback(pl.Callback):
     def _configure_optimizers(self) -> Any:
         module = self._module
         self._targets = find_targets(module, self.pattern, self.include, self.exclude)
+        steps = self._trainer.estimated_stepping_batches
+        falls = self.lr_scheduler is None and self.rule["normalize"] and 0 < steps < math.inf
+        if falls and self._forward_only and not self._lr_given:
+            self.rule["lr"] = policy_lr(self.pattern, self.rule["logit_scale"], int(steps))
         self.optimizer = MaskPro(parameter_groups(self._targets), self.pattern, **self.rule)
         _log.info(describe(module, self._targets, self.pattern))
-        steps = self._trainer.estimated_stepping_batches
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(self.optimizer)
-        elif self.rule["normalize"] and 0 < steps < math.inf:
+        elif falls:
             # Not LinearLR, whose state holds the length: a fit resumed for longer would stay at 0.
             scheduler = LambdaLR(self.optimizer, lambda step: max(0.0, 1 - step / steps))
         else:
@@ -382,17 +390,20 @@ class MaskProCallback(pl.Callback):
         if _is_file(self.init):
             return load_masks(self.init, self.pattern)
 
-        def forward() -> None:
+        def batches() -> Iterator[Callable[[], None]]:
+            for number, batch in enumerate(self._calibration_data(trainer, pl_module)):
+                yield partial(run, batch, number)
+
+        def run(batch: Any, number: int) -> None:
             with traceless(trainer, pl_module):
-                for number, batch in enumerate(self._calibration_data(trainer, pl_module)):
-                    self._training_step_inside(batch, number)
+                self._training_step_inside(batch, number)
 
         return calibration.initial_masks(
             self.init,
             self._targets,
             self.pattern,
             seed=self.rule["seed"],
-            forward=forward,
+            batches=batches,
             reduce=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"),
         )
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from maskpro_lightning import philox
 from maskpro_lightning.pattern import NMPattern
 
 # Up to here 2^N subsets are cheaper than the quadrature.
@@ -104,6 +105,20 @@ def entropy(logits_GM: Tensor, pattern: NMPattern) -> Tensor:
         log_p_G = log_prob(logits_GM, kept_M.expand_as(logits_GM), pattern)
         total_G -= torch.special.xlogy(log_p_G.exp(), log_p_G.exp())
     return total_G
+
+
+def gap_information(pattern: NMPattern, logit_scale: float) -> float:
+    """Mean square of the score's difference between a kept and a pruned weight of a fresh group.
+
+    The Fisher information of the gap between two such logits, whose size is ``logit_scale``.
+    Estimated from 2^15 draws, always the same ones.
+    """
+    noise_GM = philox.exponential((0, 0), torch.tensor(0), torch.arange(2**15), pattern.m)
+    fresh_GM = (torch.arange(pattern.m) < pattern.n).float().expand_as(noise_GM) * logit_scale
+    score_GM = score(fresh_GM, sample(fresh_GM, noise_GM, pattern), pattern)
+    kept_GN, pruned_GP = score_GM[:, : pattern.n], score_GM[:, pattern.n :]
+    gap_GNP = kept_GN[:, :, None] - pruned_GP[:, None, :]
+    return float(gap_GNP.square().mean())
 
 
 def _real(logits: Tensor) -> Tensor:
