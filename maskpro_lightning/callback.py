@@ -27,6 +27,7 @@ from maskpro_lightning.baseline import (
     notices_random_numbers,
     traceless,
 )
+from maskpro_lightning.distillation import Distillation, Teacher
 from maskpro_lightning.export import load_masks
 from maskpro_lightning.journal import Journal
 from maskpro_lightning.metrics import mask_metrics
@@ -74,6 +75,8 @@ class MaskProCallback(pl.Callback):
         normalize: Scale residuals by their running spread; False is the published rule.
         seed: Seed of all draws.
         baseline_cache: Batches whose baseline is remembered; 0 measures it at every step.
+        distillation: Learn from the distance to the dense model's own outputs instead of the loss
+            of the training step; costs one more forward pass per batch.
         log_distributions: Hand the logits to the loggers that keep files at every checkpoint
             (4 bytes per weight).
         on_logger_error: "warn" goes on without a logger that fails, "raise" ends the fit.
@@ -100,6 +103,7 @@ class MaskProCallback(pl.Callback):
         normalize: bool = True,
         seed: int = 0,
         baseline_cache: int = 2**16,
+        distillation: Distillation | None = None,
         log_distributions: bool = True,
         on_logger_error: OnError = "warn",
     ) -> None:
@@ -111,6 +115,7 @@ class MaskProCallback(pl.Callback):
         if isinstance(self.init, str) and not _is_file(self.init):
             calibration.check_method(self.init)
         self.baseline_cache = baseline_cache
+        self.distillation = distillation
         self.calibration_batches = calibration_batches
         self.lr_scheduler = lr_scheduler
         self.rule: dict[str, Any] = {
@@ -132,6 +137,7 @@ class MaskProCallback(pl.Callback):
         self._targets: list[Target] = []
         self._patches: list[tuple[Any, str, Any]] = []
         self._tracking: Tracking | None = None
+        self._teacher: Teacher | None = None
         # Made for its checks, and for the defaults that it fills in.
         trial = MaskPro([nn.Parameter(torch.zeros(self.pattern.m))], self.pattern, **self.rule)
         self._lr_given = lr is not None
@@ -147,6 +153,7 @@ class MaskProCallback(pl.Callback):
         self._baselines = BaselineCache(self.baseline_cache)
         self._journal = Journal()
         self.optimizer = None
+        self._teacher = None
         self._trainer, self._module = trainer, pl_module
         self._patch(pl_module, "configure_optimizers", self._configure_optimizers)
         self._patch(pl_module, "optimizer_step", self._optimizer_step)
@@ -219,9 +226,9 @@ class MaskProCallback(pl.Callback):
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the strategy's training step: baseline, then the drawn mask."""
         with torch.set_grad_enabled(not self._forward_only):
+            self._ask_teacher(*args, **kwargs)
             baseline = self._baseline(*args, **kwargs) if self._forward_only else None
-            output = self._training_step_inside(*args, **kwargs)
-        loss = _loss_of(output)
+            output, loss = self._evaluate(*args, **kwargs)
         if loss is not None and not (self._forward_only or loss.requires_grad):
             raise RuntimeError(
                 f"The loss of {type(self._module).__name__} has no gradient: let the masked "
@@ -231,6 +238,31 @@ class MaskProCallback(pl.Callback):
             losses = [loss] if baseline is None else [loss, baseline]
             self._window.append(torch.stack([value.detach().float() for value in losses]))
         return output
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
+        """A training step with the weights as they are: its output, and the loss to learn from."""
+        if self._teacher is None:
+            output = self._training_step_inside(*args, **kwargs)
+            return output, _loss_of(output)
+        with self._teacher.asking() as losses:
+            output = self._training_step_inside(*args, **kwargs)
+        if _loss_of(output) is None:
+            return output, None
+        output = {**output, "loss": losses[0]} if isinstance(output, Mapping) else losses[0]
+        return output, losses[0]
+
+    def _ask_teacher(self, *args: Any, **kwargs: Any) -> None:
+        if self.distillation is None:
+            return
+        if self._teacher is None:
+            self._teacher = Teacher(self.distillation, self._module)
+        with (
+            torch.no_grad(),
+            self._optimizer.applied("dense"),
+            traceless(self._trainer, self._module),
+            self._teacher.teaching(),
+        ):
+            self._training_step_inside(*args, **kwargs)
 
     def _baseline(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         """The initial mask's loss on a batch, remembered or measured."""
@@ -246,7 +278,7 @@ class MaskProCallback(pl.Callback):
             traceless(self._trainer, self._module),
             notices_random_numbers() as random,
         ):
-            loss = _loss_of(self._training_step_inside(batch, *args, **kwargs))
+            _, loss = self._evaluate(batch, *args, **kwargs)
         if loss is None:
             return None
         loss = loss.detach().float()
