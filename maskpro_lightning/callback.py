@@ -26,8 +26,8 @@ from maskpro_lightning.baseline import (
     notices_random_numbers,
     traceless,
 )
-from maskpro_lightning.export import load_masks
 from maskpro_lightning.journal import Journal
+from maskpro_lightning.maskfiles import load_maskllm, load_masks
 from maskpro_lightning.metrics import mask_metrics
 from maskpro_lightning.optimizer import Estimator, MaskPro, Version
 from maskpro_lightning.pattern import NMPattern
@@ -56,7 +56,8 @@ class MaskProCallback(pl.Callback):
         include: Globs of layers to mask instead of the default choice, see :func:`find_targets`.
         exclude: Globs of layers to leave out.
         init: Initial masks: "magnitude", "wanda", "sparsegpt", "random", "nonzeros" (the model is
-            sparse already), the path of a mask file, or masks by parameter name.
+            sparse already), the path of a mask file (ours, or MaskLLM's ``.npz``), or masks by
+            parameter name.
         calibration_batches: Training batches that "wanda" and "sparsegpt" look at.
         estimator: "policy" learns from the loss alone, without a backward pass;
             "straight_through" from gradients, and gets further on the same compute, for patterns
@@ -380,6 +381,9 @@ class MaskProCallback(pl.Callback):
     ) -> Mapping[str, Tensor]:
         if isinstance(self.init, Mapping):
             return self.init
+        if self.init.endswith(".npz"):
+            shapes = {target.name: target.parameter.shape for target in self._targets}
+            return load_maskllm(self.init, shapes, self.pattern)
         if _is_file(self.init):
             return load_masks(self.init, self.pattern)
 
@@ -449,7 +453,7 @@ class MaskProCallback(pl.Callback):
 
 
 def _is_file(init: str) -> bool:
-    return init.endswith(".safetensors")
+    return init.endswith((".safetensors", ".npz"))
 
 
 def _loss_of(output: Any) -> Tensor | None:

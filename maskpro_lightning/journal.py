@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskpro_lightning.export import save_distributions, save_masks
+from maskpro_lightning.export import save_distributions
+from maskpro_lightning.maskfiles import save_masks
 from maskpro_lightning.optimizer import MaskPro
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.tracking import Tracking
