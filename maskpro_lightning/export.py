@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from maskpro_lightning import archive, initializers
 from maskpro_lightning.compressed import save_compressed, state_of
+from maskpro_lightning.layout import check_sparse
 from maskpro_lightning.maskfiles import save_maskllm
 from maskpro_lightning.optimizer import MaskPro
 from maskpro_lightning.pattern import NMPattern
@@ -86,25 +87,6 @@ def export_sparse(
     else:
         save_maskllm(masks, folder / "masks.npz")
     return folder
-
-
-def check_sparse(weight: Tensor, pattern: NMPattern, input_dim: int, name: str) -> None:
-    """Refuse a weight with more than N nonzeros in a group of M.
-
-    Fewer are fine: a kept weight may itself be zero.
-
-    Raises:
-        ValueError: names the weight and its first group with too many nonzeros.
-    """
-    nonzeros_G = (pattern.group(weight.detach(), input_dim) != 0).sum(-1).flatten()
-    too_many_G = nonzeros_G > pattern.n
-    if too_many_G.any():
-        first = int(too_many_G.nonzero()[0])
-        raise ValueError(
-            f"{name!r} is not {pattern}: group {first} has {int(nonzeros_G[first])} nonzeros "
-            f"({int(too_many_G.sum())} of {nonzeros_G.numel()} groups have too many). Export after "
-            f"the fit, with the pattern, include and exclude of the fit."
-        )
 
 
 def save_distributions(optimizer: MaskPro, path: str | os.PathLike[str]) -> None:

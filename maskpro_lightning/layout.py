@@ -104,6 +104,25 @@ def check_pattern(
         )
 
 
+def check_sparse(weight: Tensor, pattern: NMPattern, input_dim: int, name: str) -> None:
+    """Refuse a weight with more than N nonzeros in a group of M.
+
+    Fewer are fine: a kept weight may itself be zero.
+
+    Raises:
+        ValueError: names the weight and its first group with too many nonzeros.
+    """
+    nonzeros_G = (pattern.group(weight.detach(), input_dim) != 0).sum(-1).flatten()
+    too_many_G = nonzeros_G > pattern.n
+    if too_many_G.any():
+        first = int(too_many_G.nonzero()[0])
+        raise ValueError(
+            f"{name!r} is not {pattern}: group {first} has {int(nonzeros_G[first])} nonzeros "
+            f"({int(too_many_G.sum())} of {nonzeros_G.numel()} groups have too many). Export after "
+            f"the fit, with the pattern, include and exclude of the fit."
+        )
+
+
 def check_shape(name: str, shape: tuple[Any, ...]) -> None:
     """Refuse what is not a shape, or one of more numbers than a tensor could ever hold.
 
