@@ -304,6 +304,8 @@ class MaskProCallback(pl.Callback):
             layers = mask_metrics(self._optimizer)
             layers.pop("")
             self._journal.layers(layers)
+            logged = trainer._results.metrics(on_step=False)["callback"]
+            self._journal.validation(trainer.global_step, logged)
             self._tracking_.metrics(
                 {
                     f"maskpro/{name}/{layer}": value

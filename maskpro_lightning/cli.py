@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -12,7 +14,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 
-from maskpro_lightning import measure
+from maskpro_lightning import measure, runs
 from maskpro_lightning.callback import MaskProCallback
 from maskpro_lightning.catalog import recipes
 from maskpro_lightning.compare import callback_of, compare, table, write_csv
@@ -41,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = _named(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else "--help"
-    own = {"compare": _compare, "export": _export, "measure": _measure}
+    own = {"compare": _compare, "export": _export, "measure": _measure, "plot": _plot}
     # LightningCLI reads them there; given as its args, it warns of mixing them up with these.
     sys.argv[1:] = arguments[1:] if command in own else arguments
     if command in ("-h", "--help"):
@@ -124,8 +126,10 @@ def _compare() -> None:
     console = Console()
     rows = compare(cli.trainer, cli.model, cli.datamodule)
     folder = cli.export()
-    write_csv(rows, folder / "comparison.csv")
-    Tracking(cli.trainer, "warn").file(folder / "comparison.csv")
+    tracking = Tracking(cli.trainer, "warn")
+    for path in (folder / "comparison.csv", tracking.folder() / "comparison.csv"):
+        write_csv(rows, path)
+    tracking.file(path)
     console.print(table(rows, f"{cli.callback.pattern} masks of {cli.model.hparams.get('model')}"))
     console.print(f"Sparse model: {folder}", soft_wrap=True)
     _tell_mlflow(cli, console)
@@ -150,6 +154,25 @@ def _measure() -> None:
     console = Console()
     console.print(measure.table(found))
     console.print(measure.conclusion(found), soft_wrap=True)
+
+
+def _plot() -> None:
+    from maskpro_lightning import plots
+
+    parser = ArgumentParser("maskpro plot", description="Draw what a run logged, PNG and SVG.")
+    parser.add_argument("run", help="a run's folder, or the id of an MLflow run")
+    parser.add_argument("--tracking_uri", help="where MLflow keeps the run, such as sqlite:///...")
+    parser.add_argument("--output", type=Path, help="folder to write; the run's by default")
+    given = parser.parse_args()
+    with TemporaryDirectory() as fetched:
+        folder = Path(given.run)
+        if given.tracking_uri is not None:
+            runs.download_run(given.run, given.tracking_uri, Path(fetched))
+            folder = Path(fetched)
+        run = runs.read_run(folder)
+    output = given.output or (Path("figures", given.run) if given.tracking_uri else folder)
+    for path in plots.save(plots.figures(run), output):
+        print(path)
 
 
 def _tell_mlflow(cli: LightningCLI, console: Console) -> None:

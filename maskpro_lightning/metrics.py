@@ -13,6 +13,8 @@ from maskpro_lightning import distribution
 from maskpro_lightning.optimizer import MaskPro
 from maskpro_lightning.pattern import NMPattern
 
+#: Bins of :func:`histograms`, of equal width over [0, 1].
+BINS = 20
 # Above, a group's entropy is estimated from its draw instead of summed over all masks.
 _LARGEST_SUM = 128
 
@@ -108,3 +110,42 @@ def mask_metrics(optimizer: MaskPro) -> dict[str, dict[str, float]]:
         for name in names
     }
     return values
+
+
+def histograms(optimizer: MaskPro) -> dict[str, list[dict[str, float]]]:
+    """Each weight's groups by how decided they are, and by what the initial mask kept of them.
+
+    Returns:
+        By parameter name ``BINS`` rows: ``bin``, the number of the bin; ``confidence``, the groups
+        whose most likely mask has a probability in it; ``retained``, those of whose squared weights
+        the initial mask keeps a share in it; ``changed``, how many of these left that mask.
+    """
+    counts: dict[str, dict[str, Tensor]] = {}
+    for groups in optimizer.groups():
+        mode_GM = distribution.mode(groups.logits_GM, groups.pattern)
+        confidence_G = distribution.log_prob(groups.logits_GM, mode_GM, groups.pattern).exp()
+        square_GM = groups.dense_GM.float().square()
+        # Of a group of zeros nothing is lost.
+        retained_G = ((square_GM * groups.initial_GM).sum(-1) / square_GM.sum(-1)).nan_to_num(1)
+        changed_G = (mode_GM != groups.initial_GM).any(-1)
+        found = {
+            "confidence": _counts(confidence_G),
+            "retained": _counts(retained_G),
+            "changed": _counts(retained_G[changed_G]),
+        }
+        before = counts.get(groups.name)
+        counts[groups.name] = {
+            name: count if before is None else before[name] + count for name, count in found.items()
+        }
+    return {
+        layer: [
+            {"bin": b} | {name: int(count[b]) for name, count in found.items()} for b in range(BINS)
+        ]
+        for layer, found in counts.items()
+    }
+
+
+def _counts(values_G: Tensor) -> Tensor:
+    """The number of values in each bin, int64 (BINS,) on the CPU."""
+    bins_G = (values_G * BINS).long().clamp(0, BINS - 1)
+    return bins_G.bincount(minlength=BINS).cpu()

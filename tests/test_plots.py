@@ -22,11 +22,18 @@ from matplotlib.lines import Line2D
 from maskpro_lightning import MaskPro, plots
 from maskpro_lightning.journal import Journal
 from maskpro_lightning.metrics import mask_metrics
+from maskpro_lightning.runs import Run, read_run
 from maskpro_lightning.tracking import Tracking
 
+Rows = Sequence[Mapping[str, float]]
+Figures = dict[str, Figure]
 KEYS = ("loss", "baseline", "residual", "advantage", "delta")
 KEYS += ("entropy", "changed", "churn", "baseline_hit_rate")
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+
+
+def draw(rows: Rows = (), layers: Mapping[str, Mapping[str, float]] | None = None) -> Figures:
+    return plots.figures(Run(rows, layers or {}))
 
 
 def history(count: int) -> list[dict[str, float]]:
@@ -95,7 +102,7 @@ def contrast(rgb: np.ndarray, background: str) -> np.ndarray:
 
 def test_each_logged_value_is_a_point_of_its_line() -> None:
     rows = history(300)
-    found = lines(plots.figures(rows, {}))
+    found = lines(draw(rows, {}))
     assert set(found) == set(KEYS)
     for key, line in found.items():
         assert list(line.get_xdata()) == [row["step"] for row in rows]
@@ -104,7 +111,7 @@ def test_each_logged_value_is_a_point_of_its_line() -> None:
 
 def test_each_layer_has_a_bar_in_the_models_order() -> None:
     layers = llama(7)
-    figure = plots.figures([], layers)["layers"]
+    figure = draw([], layers)["layers"]
     for key in ("changed", "entropy", "churn"):
         assert bars(figure, key) == [found[key] for found in layers.values()]
     assert layer_names(figure) == [f"{block}.{kind}" for block in range(7) for kind in KINDS]
@@ -116,7 +123,7 @@ def test_of_many_layers_those_that_changed_most_are_shown_and_the_title_says_so(
     layers = llama(50)
     layers["model.layers.0.self_attn.q_proj.weight"]["changed"] = float("nan")
     del layers["model.layers.0.self_attn.o_proj.weight"]["changed"]
-    figure = plots.figures([], layers)["layers"]
+    figure = draw([], layers)["layers"]
     known = [found["changed"] for found in list(layers.values())[2:]]
     assert bars(figure, "changed") == sorted(known, reverse=True)[:40]
     assert figure.get_suptitle().startswith("The 40 of 200 layers")
@@ -136,7 +143,7 @@ def test_of_many_layers_those_that_changed_most_are_shown_and_the_title_says_so(
 def test_what_was_not_logged_has_no_figure(
     rows: Sequence[Mapping[str, float]], layers: Mapping[str, Mapping[str, float]], drawn: set[str]
 ) -> None:
-    assert set(plots.figures(rows, layers)) == drawn
+    assert set(draw(rows, layers)) == drawn
 
 
 @pytest.mark.parametrize("missing", KEYS)
@@ -144,7 +151,7 @@ def test_a_row_without_a_value_is_no_point(missing: str) -> None:
     rows = history(10)
     for row in rows[::2]:
         del row[missing]
-    found = lines(plots.figures(rows, {}))
+    found = lines(draw(rows, {}))
     assert list(found[missing].get_xdata()) == [row["step"] for row in rows[1::2]]
     assert list(found[missing].get_ydata()) == [row[missing] for row in rows[1::2]]
 
@@ -152,7 +159,7 @@ def test_a_row_without_a_value_is_no_point(missing: str) -> None:
 @pytest.mark.parametrize("missing", KEYS)
 def test_a_value_that_was_never_logged_leaves_its_line_empty(missing: str) -> None:
     rows = [{key: value for key, value in row.items() if key != missing} for row in history(10)]
-    figures = plots.figures(rows, {})
+    figures = draw(rows, {})
     found = lines(figures)
     assert {key: len(line.get_xdata()) for key, line in found.items()} == {
         key: 0 if key == missing else 10 for key in KEYS
@@ -167,7 +174,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_which_averages_leave_out(number: flo
     rows = history(40)
     for row in (rows[7], rows[-1]):
         row |= dict.fromkeys(KEYS, number)
-    figures = plots.figures(rows, {})
+    figures = draw(rows, {})
     drawn = lines(figures)["loss"].get_ydata()
     np.testing.assert_array_equal(drawn, [row["loss"] for row in rows])
     smooth = average(figures["loss"], "loss")
@@ -182,7 +189,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_which_averages_leave_out(number: flo
 def test_nothing_finite_is_drawn_without_complaint() -> None:
     rows = [row | dict.fromkeys(KEYS, float("nan")) for row in history(3)]
     layers = {"a": dict.fromkeys(("entropy", "changed", "churn"), float("nan"))}
-    for figure in plots.figures(rows, layers).values():
+    for figure in draw(rows, layers).values():
         figure.draw_without_rendering()
 
 
@@ -191,7 +198,7 @@ def test_an_average_covers_a_tenth_of_the_steps_however_the_rows_lie() -> None:
     steps = [*range(0, 400, 20), *range(400, 1001, 10)]
     spikes = (300, 700)
     rows = [{"step": step, "loss": float(step in spikes)} for step in steps]
-    smooth = average(plots.figures(rows, {})["loss"], "loss")
+    smooth = average(draw(rows, {})["loss"], "loss")
     inside = [step for step in steps if any(abs(step - spike) <= 50 for spike in spikes)]
     assert [x for x, y in zip(*smooth.get_data(), strict=True) if y > 0] == inside
     # Of rows 20 and 10 apart, a hundred steps around a spike hold 5 and 11.
@@ -201,7 +208,7 @@ def test_an_average_covers_a_tenth_of_the_steps_however_the_rows_lie() -> None:
 
 def test_an_average_of_a_constant_is_that_constant_up_to_both_ends() -> None:
     rows = [{"step": step, "loss": 2.5} for step in range(100)]
-    smooth = average(plots.figures(rows, {})["loss"], "loss")
+    smooth = average(draw(rows, {})["loss"], "loss")
     assert list(smooth.get_xdata()) == list(range(100))
     assert set(smooth.get_ydata()) == {2.5}
 
@@ -209,7 +216,7 @@ def test_an_average_of_a_constant_is_that_constant_up_to_both_ends() -> None:
 @pytest.mark.parametrize("gap", [-0.5, -1e-3, 0.0, 1e-3, 0.5])
 def test_lines_that_end_close_together_keep_their_labels_apart(gap: float) -> None:
     rows = [{"step": n, "baseline": 3 + n % 2, "loss": 3 + n % 2 + gap} for n in range(40)]
-    figure = plots.figures(rows, {})["loss"]
+    figure = draw(rows, {})["loss"]
     figure.draw_without_rendering()
     boxes = {text.get_text().split()[0]: text.get_window_extent() for text in figure.axes[0].texts}
     lower, upper = sorted(boxes, key=lambda name: boxes[name].y0)
@@ -219,7 +226,7 @@ def test_lines_that_end_close_together_keep_their_labels_apart(gap: float) -> No
 
 
 def test_the_tracker_is_drawn_with_the_residuals_over_a_line_at_zero() -> None:
-    figure = plots.figures(history(30), {})["loss"]
+    figure = draw(history(30), {})["loss"]
     axes = panel(figure, "delta")
     assert axes is panel(figure, "residual")
     assert axes is not panel(figure, "loss")
@@ -231,7 +238,7 @@ def test_the_tracker_is_drawn_with_the_residuals_over_a_line_at_zero() -> None:
 def test_labels_give_the_values_at_which_lines_end() -> None:
     rows = [dict.fromkeys(("step", *KEYS), 0.0), dict.fromkeys(KEYS, 0.0) | {"step": 100.0}]
     rows[-1] |= {"loss": 3.25, "baseline": 4, "delta": -0.75, "changed": 0.0625, "entropy": 0.5}
-    figures = plots.figures(rows, {})
+    figures = draw(rows, {})
     texts = {
         t.get_text() for figure in figures.values() for axes in figure.axes for t in axes.texts
     }
@@ -247,7 +254,7 @@ def test_labels_give_the_values_at_which_lines_end() -> None:
 
 def test_shares_have_axes_in_percent_that_start_at_zero() -> None:
     rows = [row | dict.fromkeys(KEYS, 0.5 + row["step"] / 1e6) for row in history(30)]
-    figures = plots.figures(rows, llama(2))
+    figures = draw(rows, llama(2))
     for key, name in [("baseline_hit_rate", "signal")] + [
         (key, "exploration") for key in ("changed", "entropy", "churn")
     ]:
@@ -262,7 +269,7 @@ def test_shares_have_axes_in_percent_that_start_at_zero() -> None:
 
 
 def test_every_panel_says_what_it_shows_and_in_which_unit() -> None:
-    figures = plots.figures(history(30), llama(2))
+    figures = draw(history(30), llama(2))
     layers = figures.pop("layers")
     for axes in layers.axes:
         assert axes.get_title(loc="left")
@@ -275,7 +282,7 @@ def test_every_panel_says_what_it_shows_and_in_which_unit() -> None:
 
 
 def test_a_single_row_and_a_single_layer_are_seen() -> None:
-    figures = plots.figures(history(1), {"fc.weight": dict.fromkeys(("entropy", "changed"), 0.5)})
+    figures = draw(history(1), {"fc.weight": dict.fromkeys(("entropy", "changed"), 0.5)})
     for key, line in lines(figures).items():
         assert line.get_marker() == ".", key
     assert layer_names(figures["layers"]) == ["fc.weight"]
@@ -305,7 +312,7 @@ def test_names_lose_the_parts_that_all_have_in_common(
     names: list[str], shortened: list[str]
 ) -> None:
     layers = {name: {"changed": 0.1} for name in names}
-    assert layer_names(plots.figures([], layers)["layers"]) == shortened
+    assert layer_names(draw([], layers)["layers"]) == shortened
 
 
 def test_shortened_names_stay_different() -> None:
@@ -328,7 +335,7 @@ def test_shortened_names_stay_different() -> None:
 @pytest.mark.parametrize("name", ["loss", "exploration", "signal", "layers"])
 def test_everything_drawn_stands_out_on_light_and_dark_pages(name: str, style: str) -> None:
     with matplotlib.style.context(style):
-        rgba = pixels(plots.figures(history(60), llama(7))[name])
+        rgba = pixels(draw(history(60), llama(7))[name])
     assert rgba.shape[1] == 1200
     assert not rgba[[0, 0, -1, -1], [0, -1, 0, -1], 3].any(), "the page shines through"
     solid = rgba[rgba[..., 3] == 1]
@@ -347,7 +354,7 @@ def test_the_contrast_is_the_one_of_wcag() -> None:
 
 def test_drawing_leaves_pyplot_and_settings_alone() -> None:
     before = dict(mpl.rcParams)
-    for figure in plots.figures(history(5), llama(2)).values():
+    for figure in draw(history(5), llama(2)).values():
         pixels(figure)
     assert plt.get_fignums() == []
     assert dict(mpl.rcParams) == before
@@ -369,7 +376,7 @@ def test_the_history_that_a_journal_wrote_is_read_back_and_drawn_in_full(tmp_pat
         rows.append({"step": float(step)} | {key: float(value) for key, value in values.items()})
     journal.layers(mask_metrics(optimizer))
     journal.close(optimizer, Tracking(SimpleNamespace(loggers=[], global_step=5), "raise"))
-    assert plots.read_history(tmp_path / "history.csv") == rows
-    assert set(lines(plots.figures(rows, {}))) == {key for row in rows for key in row} - {"step"}
+    assert read_run(tmp_path).history == rows
+    assert set(lines(draw(rows, {}))) == {key for row in rows for key in row} - {"step"}
     for name in ("loss", "exploration", "signal", "layers"):
         assert image.imread(tmp_path / f"{name}.png").shape[2] == 4
