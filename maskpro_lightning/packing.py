@@ -63,7 +63,7 @@ def pack(mask_GM: Tensor, pattern: NMPattern) -> Tensor:
     unused = -len(mask_GM) % word.groups
     if unused:
         mask_GM = torch.cat([mask_GM, _first_set(pattern, mask_GM.device).expand(unused, -1)])
-    to_bytes = _look_up_bytes if word.size == 1 else _compute_bytes
+    to_bytes = _look_up_bytes if _has_table(pattern, word) else _compute_bytes
     blocks = [to_bytes(block, pattern, word) for block in mask_GM.split(_BLOCK * word.groups)]
     return torch.cat(blocks)
 
@@ -91,7 +91,7 @@ def unpack(packed: Tensor, groups: int, pattern: NMPattern) -> Tensor:
     word = _word(pattern)
     if word is None:
         return _from_bits(packed, groups, pattern)
-    to_masks = _look_up_masks if word.size == 1 else _compute_masks
+    to_masks = _look_up_masks if _has_table(pattern, word) else _compute_masks
     blocks = [to_masks(block, pattern, word) for block in packed.split(_BLOCK * word.size)]
     mask_GM = torch.cat(blocks)
     if (mask_GM[groups:] != _first_set(pattern, packed.device)).any():
@@ -180,9 +180,13 @@ def _word(pattern: NMPattern) -> _Word | None:
     return best[1]
 
 
+def _has_table(pattern: NMPattern, word: _Word) -> bool:
+    return word.size == 1 and word.groups * pattern.m <= 16
+
+
 @cache
 def _words(pattern: NMPattern, device: torch.device) -> Tensor:
-    """The masks of each word of one byte, bool (words, K * M)."""
+    """The masks of each word that has a table, bool (words, K * M)."""
     word = _word(pattern)
     assert word is not None
     every_word = torch.arange(pattern.num_sets**word.groups, dtype=torch.uint8, device=device)
@@ -191,7 +195,7 @@ def _words(pattern: NMPattern, device: torch.device) -> Tensor:
 
 @cache
 def _codes(pattern: NMPattern, device: torch.device) -> Tensor:
-    """The word of one byte for each row of K * M bits, the first the lowest, uint8."""
+    """The word for each row of K * M bits, the first the lowest, uint8."""
     masks = _words(pattern, device)
     code_W = (masks * 2 ** torch.arange(masks.shape[-1], device=device)).sum(-1)
     found = torch.zeros(2 ** masks.shape[-1], dtype=torch.uint8, device=device)
