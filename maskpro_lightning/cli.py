@@ -170,8 +170,8 @@ def _plot() -> None:
             runs.download_run(given.run, given.tracking_uri, Path(fetched))
             folder = Path(fetched)
         run = runs.read_run(folder)
-    output = given.output or (Path("figures", given.run) if given.tracking_uri else folder)
-    for path in plots.save(plots.figures(run), output):
+    own = Path("figures", given.run) if given.tracking_uri else runs.folder_of(folder)
+    for path in plots.save(plots.figures(run), given.output or own):
         print(path)
 
 

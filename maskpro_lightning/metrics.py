@@ -15,6 +15,8 @@ from maskpro_lightning.pattern import NMPattern
 
 #: Bins of :func:`histograms`, of equal width over [0, 1].
 BINS = 20
+# Probabilities above 1 - 10^-5 are not told apart.
+_NINES = 5
 # Above, a group's entropy is estimated from its draw instead of summed over all masks.
 _LARGEST_SUM = 128
 
@@ -116,20 +118,22 @@ def histograms(optimizer: MaskPro) -> dict[str, list[dict[str, float]]]:
     """Each weight's groups by how decided they are, and by what the initial mask kept of them.
 
     Returns:
-        By parameter name ``BINS`` rows: ``bin``, the number of the bin; ``confidence``, the groups
-        whose most likely mask has a probability in it; ``retained``, those of whose squared weights
-        the initial mask keeps a share in it; ``changed``, how many of these left that mask.
+        By parameter name ``BINS`` rows: ``bin``, the number of a bin of [0, 1]; ``confidence``, the
+        groups whose most likely mask has a probability 1 - 10^-5x with x in it; ``retained``, those
+        of whose squared weights the initial mask keeps a share in it; ``changed``, how many of
+        these left that mask.
     """
     counts: dict[str, dict[str, Tensor]] = {}
     for groups in optimizer.groups():
         mode_GM = distribution.mode(groups.logits_GM, groups.pattern)
-        confidence_G = distribution.log_prob(groups.logits_GM, mode_GM, groups.pattern).exp()
+        doubt_G = -distribution.log_prob(groups.logits_GM, mode_GM, groups.pattern).expm1()
+        nines_G = -doubt_G.clamp(10.0**-_NINES, 1).log10() / _NINES
         square_GM = groups.dense_GM.float().square()
         # Of a group of zeros nothing is lost.
         retained_G = ((square_GM * groups.initial_GM).sum(-1) / square_GM.sum(-1)).nan_to_num(1)
         changed_G = (mode_GM != groups.initial_GM).any(-1)
         found = {
-            "confidence": _counts(confidence_G),
+            "confidence": _counts(nines_G),
             "retained": _counts(retained_G),
             "changed": _counts(retained_G[changed_G]),
         }

@@ -32,6 +32,8 @@ _SHARES = {
 }
 _MOST_LAYERS = 40
 _MOST_METRICS = 3
+# A share of fewer groups is more noise than it tells.
+_FEW_GROUPS = 100
 # What only a run that compares with the initial mask logs.
 _OF_BASELINE = {"baseline", "residual", "delta", "advantage"}
 
@@ -129,38 +131,42 @@ def _validation(rows: _Rows, comparison: Mapping[str, Mapping[str, float]]) -> F
 
 
 def _groups(layers: _Groups) -> Figure:
-    titles = {
-        "Groups that left the initial mask, by how much of their squared weights it keeps": (
-            "of such groups"
-        ),
-        "How many groups there are of each kind": "of all groups",
-    }
-    figure, (top, bottom) = _over_bins(titles, (2, 1))
-    changed, kept = (_counts(layers, key) for key in ("changed", "retained"))
-    for counts, total in zip(changed, kept, strict=True):
-        _over_middles(top, counts / np.where(total > 0, total, np.nan), faint=True)
-    total = kept.sum(0)
-    share = changed.sum(0) / np.where(total > 0, total, np.nan)
-    _over_middles(top, share, "changed")
-    _bins(bottom, total / total.sum(), "retained")
-    bottom.set_xlabel("share of squared weights that the initial mask keeps (light: single layers)")
+    title = "Groups that left the initial mask, by how much of their squared weights it keeps"
+    below = "How many groups there are of each kind"
+    figure, (top, bottom) = _over_bins({title: "of such groups", below: "of all groups"}, (2, 1))
+    changed_LB, kept_LB = _counts(layers, "changed"), _counts(layers, "retained")
+    _ranges(top, _share_of(changed_LB, kept_LB))
+    changed_B, kept_B = changed_LB.sum(0), kept_LB.sum(0)
+    middles = (np.arange(len(kept_B)) + 0.5) / len(kept_B)
+    top.plot(middles, _share_of(changed_B, kept_B), color=_BLUE, marker=".", gid="changed")
+    top.set_ylim(0, max(1.05 * top.dataLim.y1, 0.01))
+    _bars(bottom, kept_B / max(1, kept_B.sum()), "retained")
+    note = "grey: from the least to the most of any layer"
+    bottom.set_xlabel(f"share of squared weights that the initial mask keeps ({note})")
     return figure
 
 
 def _confidence(layers: _Groups) -> Figure:
     titles = {"How decided the groups are: the probability of their most likely mask": "of groups"}
     figure, (axes,) = _over_bins(titles, (1,))
-    counts = _counts(layers, "confidence")
-    _bins(axes, counts.sum(0) / counts.sum(), "confidence")
-    for layer in counts:
-        _over_middles(axes, layer / max(1, layer.sum()), faint=True)
-    axes.set_xlabel("probability of the most likely mask (bars: all groups, lines: single layers)")
+    counts_LB = _counts(layers, "confidence")
+    _bars(axes, counts_LB.sum(0) / max(1, counts_LB.sum()), "confidence")
+    _ranges(axes, counts_LB / np.maximum(1, counts_LB.sum(1, keepdims=True)))
+    nines = ["0%", "90%", "99%", "99.9%", "99.99%", "99.999%"]
+    axes.set_xticks(np.linspace(0, 1, len(nines)), nines)
+    note = "grey: from the least to the most of any layer"
+    axes.set_xlabel(f"probability of the most likely mask ({note})")
     return figure
 
 
 def _counts(layers: _Groups, key: str) -> np.ndarray:
     """The counts of every layer in every bin, (layers, bins)."""
     return np.array([[row.get(key, 0) for row in rows] for rows in layers.values()])
+
+
+def _share_of(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """A share where there are enough to tell, else NaN."""
+    return part / np.where(whole >= min(_FEW_GROUPS, whole.max()), whole, np.nan)
 
 
 def _over_bins(titles: Mapping[str, str], heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
@@ -170,20 +176,24 @@ def _over_bins(titles: Mapping[str, str], heights: Sequence[float]) -> tuple[Fig
         axes.xaxis.set_major_locator(MaxNLocator(10))
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.set(xlim=(0, 1), ylim=(0, None))
+        axes.set_xlim(0, 1)
     return figure, panels
 
 
-def _bins(axes: Axes, shares: np.ndarray, key: str) -> None:
-    edges = np.arange(len(shares)) / len(shares)
-    width = 0.9 / len(shares)
-    axes.bar(edges + 0.5 / len(shares), shares, width=width, color=_BLUE, gid=key)
+def _bars(axes: Axes, shares_B: np.ndarray, key: str) -> None:
+    count = len(shares_B)
+    middles = (np.arange(count) + 0.5) / count
+    axes.bar(middles, shares_B, width=0.9 / count, color=_BLUE, gid=key)
 
 
-def _over_middles(axes: Axes, shares: np.ndarray, key: str = "", faint: bool = False) -> None:
-    middles = (np.arange(len(shares)) + 0.5) / len(shares)
-    style = {"alpha": 0.4, "linewidth": 0.7} if faint else {"linewidth": 1.6, "marker": "."}
-    axes.plot(middles, shares, color=_GREY if faint else _BLUE, gid=key or None, **style)
+def _ranges(axes: Axes, shares_LB: np.ndarray) -> None:
+    """A line from the lowest to the highest layer in each bin."""
+    known = np.isfinite(shares_LB)
+    low_B = np.where(known, shares_LB, np.inf).min(0)
+    high_B = np.where(known, shares_LB, -np.inf).max(0)
+    seen = known.any(0)
+    middles = (np.arange(len(seen)) + 0.5) / len(seen)
+    axes.vlines(middles[seen], low_B[seen], high_B[seen], color=_GREY, linewidth=1.6, gid="range")
 
 
 def _layers(layers: _Layers) -> Figure:

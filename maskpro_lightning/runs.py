@@ -42,6 +42,12 @@ class Run:
         return [_write(folder / name, rows) for name, rows in tables.items() if rows]
 
 
+def folder_of(run: Path) -> Path:
+    """The folder of the callback's files: this one, or the one in it."""
+    inside = run / "maskpro"
+    return inside if inside.is_dir() else run
+
+
 def read_run(folder: Path) -> Run:
     """Read a run.
 
@@ -51,8 +57,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         ValueError: there is no run, or one of its files cannot be read.
     """
-    inside = folder / "maskpro"
-    folder = inside if inside.is_dir() else folder
+    folder = folder_of(folder)
     if not (folder / "history.csv").is_file():
         raise ValueError(
             f"{str(folder)!r} holds no history.csv: give the folder of a run that has come to its "
