@@ -98,14 +98,15 @@ def load_maskllm(
     with Path(path).open("rb") as file:
         if file.read(2) != b"PK":  # numpy.load would take it for a file of another kind
             raise archive.broken(path, "not a numpy archive (.npz)")
-    try:
-        with np.load(path, allow_pickle=False) as npz:
-            keys = _keys_in_file(shapes, npz.files)
-            masks = {name: _mask_in(npz, keys[name], shapes[name]) for name in shapes}
-        for name, mask in masks.items():
-            layout.find(mask, pattern, name)
-    except _ZIP_ERRORS as error:
-        raise archive.broken(path, f"no file of these {pattern} masks ({error})") from None
+        file.seek(0)
+        try:
+            with np.load(file, allow_pickle=False) as npz:
+                keys = _keys_in_file(shapes, npz.files)
+                masks = {name: _mask_in(npz, keys[name], shapes[name]) for name in shapes}
+            for name, mask in masks.items():
+                layout.find(mask, pattern, name)
+        except _ZIP_ERRORS as error:
+            raise archive.broken(path, f"no file of these {pattern} masks ({error})") from None
     return masks
 
 
