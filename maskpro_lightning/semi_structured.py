@@ -93,10 +93,8 @@ def no_kernel_on(device: torch.device) -> str | None:
         return f"PyTorch's 2:4 kernels run on NVIDIA GPUs (CUDA), there is none for {device.type!r}"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
-        name = torch.cuda.get_device_name(device)
-        return (
-            f"2:4 kernels need compute capability 8.0, {name} has {capability[0]}.{capability[1]}"
-        )
+        name, has = torch.cuda.get_device_name(device), "{}.{}".format(*capability)
+        return f"PyTorch's 2:4 kernels need compute capability 8.0, {name} has {has}"
     if _kernel() is SparseSemiStructuredTensorCUSPARSELT and not _has_cusparselt():
         return "This build of PyTorch has no cuSPARSELt, the library of its 2:4 kernels"
     return None
