@@ -169,7 +169,10 @@ def _plot() -> None:
         if given.tracking_uri is not None:
             runs.download_run(given.run, given.tracking_uri, Path(fetched))
             folder = Path(fetched)
-        run = runs.read_run(folder)
+        try:
+            run = runs.read_run(folder)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
     own = Path("figures", given.run) if given.tracking_uri else runs.folder_of(folder)
     for path in plots.save(plots.figures(run), given.output or own):
         print(path)

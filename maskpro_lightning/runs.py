@@ -106,7 +106,7 @@ def _named(path: Path, name: str | None) -> Iterable[tuple[str, Row]]:
                 yield label, {key: float(value) for key, value in row.items() if value}
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
             raise ValueError(
-                f"{str(path)!r} is no table of numbers at line {reader.line_num}: write or "
+                f"{str(path)!r} is no table of numbers at line {max(1, reader.line_num)}: write or "
                 f"download it again."
             ) from None
 

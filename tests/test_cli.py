@@ -137,7 +137,7 @@ def test_plot_draws_a_run_from_its_folder_or_from_mlflow(
 
 
 def test_plot_of_what_is_no_run_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no history\.csv: give the folder of a run"):
+    with pytest.raises(SystemExit, match=r"holds no history\.csv: give the folder of a run"):
         main(["plot", str(tmp_path)])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +50,31 @@ def llama(blocks: int) -> dict[str, dict[str, float]]:
         for block in range(blocks)
         for kind in KINDS
     }
+
+
+def groups(layers: int = 3) -> dict[str, list[dict[str, float]]]:
+    noise = np.random.default_rng(0)
+    return {
+        f"layers.{layer}.weight": [
+            {
+                "bin": b,
+                "confidence": float(noise.integers(1000)),
+                "retained": float(retained := 100 * noise.integers(20)),
+                "changed": float(noise.integers(retained + 1)),
+            }
+            for b in range(20)
+        ]
+        for layer in range(layers)
+    }
+
+
+VALIDATION = [{"step": 10.0 * n, "val_loss": 4 - n / 10, "accuracy": n / 10} for n in range(1, 6)]
+COMPARISON = {
+    "dense": {"val_loss": 2.9, "sparsity": 0.0},
+    "wanda": {"val_loss": 3.6, "sparsity": 0.5},
+    "maskpro": {"val_loss": 3.5, "sparsity": 0.5},
+}
+WHOLE = Run(history(60), llama(7), groups(), VALIDATION, COMPARISON)
 
 
 def lines(figures: Mapping[str, Figure]) -> dict[str, Line2D]:
@@ -332,10 +357,12 @@ def test_shortened_names_stay_different() -> None:
 
 
 @pytest.mark.parametrize("style", ["default", "dark_background"])
-@pytest.mark.parametrize("name", ["loss", "exploration", "signal", "layers"])
+@pytest.mark.parametrize(
+    "name", ["loss", "exploration", "signal", "validation", "layers", "groups", "confidence"]
+)
 def test_everything_drawn_stands_out_on_light_and_dark_pages(name: str, style: str) -> None:
     with matplotlib.style.context(style):
-        rgba = pixels(draw(history(60), llama(7))[name])
+        rgba = pixels(plots.figures(WHOLE)[name])
     assert rgba.shape[1] == 1200
     assert not rgba[[0, 0, -1, -1], [0, -1, 0, -1], 3].any(), "the page shines through"
     solid = rgba[rgba[..., 3] == 1]
@@ -343,6 +370,79 @@ def test_everything_drawn_stands_out_on_light_and_dark_pages(name: str, style: s
     # 3:1 is what WCAG 2.2 asks of graphics and of large text.
     for page in ("#ffffff", "#0d1117"):
         assert contrast(solid[:, :3], page).min() >= 3, page
+
+
+def test_validation_is_drawn_over_steps_beside_other_masks_and_none() -> None:
+    figure = plots.figures(Run(validation=VALIDATION, comparison=COMPARISON))["validation"]
+    found = lines({"": figure})
+    assert set(found) == {"val_loss", "accuracy", "dense val_loss", "wanda val_loss"}
+    for key in ("val_loss", "accuracy"):
+        assert list(found[key].get_xdata()) == [row["step"] for row in VALIDATION]
+        assert list(found[key].get_ydata()) == [row[key] for row in VALIDATION]
+    assert set(found["dense val_loss"].get_ydata()) == {2.9}
+    top, bottom = figure.axes
+    assert top.get_title(loc="left").startswith("val_loss"), "losses come first"
+    assert {text.get_text() for text in top.texts} == {"MaskPro\n3.5", "dense 2.9", "wanda 3.6"}
+    assert [text.get_text() for text in bottom.texts] == ["MaskPro\n0.5"]
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1e-2, 1.0])
+def test_labels_of_masks_that_are_alike_do_not_lie_over_each_other(spread: float) -> None:
+    comparison = {f"mask {n}": {"val_loss": 3.5 + n * spread} for n in range(5)}
+    figure = plots.figures(Run(validation=VALIDATION, comparison=comparison))["validation"]
+    figure.draw_without_rendering()
+    boxes = sorted(
+        (text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0
+    )
+    assert len(boxes) == 6
+    for lower, upper in pairwise(boxes):
+        assert lower.y1 <= upper.y0 + 0.5  # half a pixel
+
+
+def test_bars_of_bins_are_shares_of_all_groups() -> None:
+    layers = groups()
+    figures = plots.figures(Run(groups=layers))
+    assert set(figures) == {"groups", "confidence"}
+    for key, name in (("retained", "groups"), ("confidence", "confidence")):
+        counts = np.array([[row[key] for row in rows] for rows in layers.values()]).sum(0)
+        found = [bar for axes in figures[name].axes for bar in axes.patches if bar.get_gid() == key]
+        assert [bar.get_height() for bar in found] == pytest.approx(counts / counts.sum())
+        middles = [bar.get_x() + bar.get_width() / 2 for bar in found]
+        assert middles == pytest.approx([(n + 0.5) / 20 for n in range(20)])
+
+
+def test_change_is_a_share_of_the_groups_of_a_kind_and_ranges_over_layers() -> None:
+    layers = groups()
+    figure = plots.figures(Run(groups=layers))["groups"]
+    changed, kept = (
+        np.array([[row[key] for row in rows] for rows in layers.values()])
+        for key in ("changed", "retained")
+    )
+    line = lines({"": figure})["changed"]
+    np.testing.assert_allclose(line.get_ydata(), changed.sum(0) / kept.sum(0))
+    (ranges,) = (c for c in figure.axes[0].collections if c.get_gid() == "range")
+    shares = changed / np.where(kept > 0, kept, np.nan)
+    low, high = np.nanmin(shares, 0), np.nanmax(shares, 0)
+    np.testing.assert_allclose([path[:, 1] for path in ranges.get_segments()], np.c_[low, high])
+
+
+def test_a_share_of_few_groups_is_left_out_where_others_are_many() -> None:
+    rows = [{"bin": b, "retained": n, "changed": 1} for b, n in enumerate((0, 99, 100, 5000))]
+    shown = lines({"": plots.figures(Run(groups={"w": rows}))["groups"]})["changed"].get_ydata()
+    np.testing.assert_array_equal(shown, [np.nan, np.nan, 0.01, 0.0002])
+    small = [{"bin": b, "retained": n, "changed": 1} for b, n in enumerate((0, 5))]
+    shown = lines({"": plots.figures(Run(groups={"w": small}))["groups"]})["changed"].get_ydata()
+    np.testing.assert_array_equal(shown, [np.nan, 0.2])
+
+
+def test_files_are_png_and_svg_and_the_same_at_every_call(tmp_path: Path) -> None:
+    written = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        drawn = plots.figures(Run(validation=VALIDATION, comparison=COMPARISON))
+        files = plots.save(drawn, folder)
+        assert files == [folder / "validation.png", folder / "validation.svg"]
+        written.append({path.name: path.read_bytes() for path in files})
+    assert written[0] == written[1]
 
 
 def test_the_contrast_is_the_one_of_wcag() -> None:
