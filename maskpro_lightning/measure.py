@@ -44,7 +44,7 @@ class Timing:
 
 
 class _Layer(NamedTuple):
-    count: int  # how many layers of the model have this shape
+    copies: int  # how many layers of the model have this shape
     dense: Tensor
     sparse: Tensor | None
 
@@ -145,10 +145,10 @@ def _timing(layers: Sequence[_Layer], batch: int, seconds: float) -> Timing:
     for layer in layers:
         rows = layer.dense.new_empty(batch, layer.dense.shape[1]).normal_()
         took = _time(rows, layer.dense, seconds)
-        dense += layer.count * took
+        dense += layer.copies * took
         if layer.sparse is not None:
             took = _time(rows, layer.sparse, seconds)
-        sparse += layer.count * took
+        sparse += layer.copies * took
     runs = any(layer.sparse is not None for layer in layers)
     return Timing(batch, dense, sparse if runs else None)
 

@@ -114,7 +114,7 @@ def mask_metrics(optimizer: MaskPro) -> dict[str, dict[str, float]]:
     return values
 
 
-def histograms(optimizer: MaskPro) -> dict[str, list[dict[str, float]]]:
+def histograms(optimizer: MaskPro) -> dict[str, list[dict[str, int]]]:
     """Each weight's groups by how decided they are, and by what the initial mask kept of them.
 
     Returns:

@@ -48,7 +48,8 @@ def figures(run: Run) -> dict[str, Figure]:
         "groups", where masks changed; "confidence", how decided they are. What was not logged has
         no figure. A series is a line, or bars, whose gid is its key.
     """
-    rows, drawn = run.history, {}
+    rows = run.history
+    drawn: dict[str, Figure] = {}
     if rows:
         drawn |= {"loss": _loss(rows), "exploration": _exploration(rows)}
     if any(row.keys() & _OF_BASELINE for row in rows):
