@@ -28,8 +28,8 @@ from maskpro_lightning.baseline import (
     traceless,
 )
 from maskpro_lightning.distillation import Distillation, Teacher
-from maskpro_lightning.export import load_masks
 from maskpro_lightning.journal import Journal
+from maskpro_lightning.maskfiles import load_maskllm, load_masks
 from maskpro_lightning.metrics import mask_metrics
 from maskpro_lightning.optimizer import Estimator, MaskPro, Version, policy_lr
 from maskpro_lightning.pattern import NMPattern
@@ -58,8 +58,8 @@ class MaskProCallback(pl.Callback):
         include: Globs of layers to mask instead of the default choice, see :func:`find_targets`.
         exclude: Globs of layers to leave out.
         init: Initial masks: "magnitude", "wanda", "sparsegpt", "reconstruction" (the best without
-            learning), "random", "nonzeros" (the model is sparse already), the path of a mask file,
-            or masks by parameter name.
+            learning), "random", "nonzeros" (the model is sparse already), the path of a mask file
+            (ours, or MaskLLM's ``.npz``), or masks by parameter name.
         calibration_batches: Training batches that "wanda", "sparsegpt" and "reconstruction" look
             at.
         estimator: "policy" learns from the loss alone, without a backward pass;
@@ -339,6 +339,8 @@ class MaskProCallback(pl.Callback):
             layers = mask_metrics(self._optimizer)
             layers.pop("")
             self._journal.layers(layers)
+            logged = trainer._results.metrics(on_step=False)["callback"]
+            self._journal.validation(trainer.global_step, logged)
             self._tracking_.metrics(
                 {
                     f"maskpro/{name}/{layer}": value
@@ -419,6 +421,9 @@ class MaskProCallback(pl.Callback):
     ) -> Mapping[str, Tensor]:
         if isinstance(self.init, Mapping):
             return self.init
+        if self.init.endswith(".npz"):
+            shapes = {target.name: target.parameter.shape for target in self._targets}
+            return load_maskllm(self.init, shapes, self.pattern)
         if _is_file(self.init):
             return load_masks(self.init, self.pattern)
 
@@ -491,7 +496,7 @@ class MaskProCallback(pl.Callback):
 
 
 def _is_file(init: str) -> bool:
-    return init.endswith(".safetensors")
+    return init.endswith((".safetensors", ".npz"))
 
 
 def _loss_of(output: Any) -> Tensor | None:

@@ -43,13 +43,14 @@ class Draw:
 
 @dataclass(frozen=True)
 class Groups:
-    """Some groups of one weight: the logits that masks are drawn from, and masks, each (G, M).
+    """Some groups of one weight: it dense, the logits that draws are from, masks, each (G, M).
 
     ``previous_GM`` is the mask drawn before ``drawn_GM``; all False before the second draw.
     """
 
     name: str
     pattern: NMPattern
+    dense_GM: Tensor
     logits_GM: Tensor
     initial_GM: Tensor
     drawn_GM: Tensor
@@ -151,11 +152,12 @@ class MaskedWeight:
 
     def groups(self, sharpness: float) -> Iterator[Groups]:
         """Go through all groups in blocks, for statistics."""
-        for _, logits, masks in self._blocks(self.logits, self.masks):
+        for _, dense, logits, masks in self._blocks(self.dense, self.logits, self.masks):
             masks_GM = _columns(masks)
             yield Groups(
                 self.name,
                 self.pattern,
+                _columns(dense),
                 _columns(logits) * sharpness,
                 *((masks_GM & bit).bool() for bit in (_INITIAL, _DRAWN, _PREVIOUS)),
             )
