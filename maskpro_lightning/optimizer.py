@@ -19,18 +19,22 @@ from what keeping a weight does to the loss: with c the gradient with respect to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, count
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from maskpro_lightning import initializers, tracker
+from maskpro_lightning.layout import Layout, like, local, sums, whole_of
 from maskpro_lightning.masked_weight import Draw, Groups, MaskedWeight, Version
 from maskpro_lightning.pattern import NMPattern
+from maskpro_lightning.sharding import layouts, settle
 
 Estimator = Literal["policy", "straight_through"]
 
@@ -70,10 +74,14 @@ class MaskPro(Optimizer):
             losses of any size. False is the published rule (for Llama-2 7B: lr 50, logit_scale
             10), whose lr has to be found for each model.
         seed: Seed of the draws.
+        model: The model that the weights belong to, where FSDP shards it (``fully_shard`` or
+            ``FullyShardedDataParallel`` with ``use_orig_params=True``): each rank then keeps the
+            state of its own shards, and draws what one rank would draw. The closure's loss has to
+            be the mean over all ranks.
 
     Raises:
-        ValueError: an argument out of range, an unknown pattern, or a weight that M does not
-            divide.
+        ValueError: an argument out of range, an unknown pattern, a weight that M does not
+            divide, or groups cut by a shard's edge with "straight_through".
     """
 
     def __init__(
@@ -88,6 +96,7 @@ class MaskPro(Optimizer):
         momentum: float = 0.99,
         normalize: bool = True,
         seed: int = 0,
+        model: nn.Module | None = None,
     ) -> None:
         if estimator not in DEFAULTS:
             raise ValueError(f"estimator is one of {', '.join(DEFAULTS)}; got {estimator!r}.")
@@ -119,18 +128,10 @@ class MaskPro(Optimizer):
             # The tracker of residuals; every group holds the same, since there is one loss.
             group.update(tracker.new())
             group["initial_lr"] = group["lr"]
-        for group, name, parameter in self._parameters():
-            pattern, inputs = NMPattern.parse(group["pattern"]), parameter.shape[group["input_dim"]]
-            if group["estimator"] == "straight_through" and pattern.n > 2:
-                raise ValueError(
-                    f"The estimator 'straight_through' learns patterns that keep 1 or 2 of a "
-                    f"group, not {pattern}: choose estimator='policy'."
-                )
-            if inputs % pattern.m:
-                raise ValueError(
-                    f"{name!r} has {inputs} input features, not a multiple of {pattern.m} "
-                    f"(pattern {pattern})."
-                )
+        self._model = model
+        self._layouts = self._find_layouts()
+        # What state holds of weights whose groups are cut is a view of these.
+        self._padded: dict[Tensor, dict[str, Tensor]] = {}
         self._holds: Version = "dense"
         #: Loss, baseline, residual and advantage of the last step, scalars.
         self.last: dict[str, Tensor] = {}
@@ -141,12 +142,15 @@ class MaskPro(Optimizer):
         return bool(self.state)
 
     @torch.no_grad()
-    def begin(self, masks: Mapping[str, Tensor] | None = None) -> None:
+    def begin(
+        self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None
+    ) -> None:
         """Keep the dense weights, start the logits from the initial masks and draw the first.
 
         Args:
-            masks: Initial masks by parameter name, bool, shaped like the weights, exactly N of
-                every M; without them the largest weights are kept.
+            masks: Initial masks by parameter name, bool, shaped like the whole weights, exactly N
+                of every M; or pairs of them, of which each is dropped before the next is asked
+                for. Without them the largest weights are kept.
 
         Raises:
             RuntimeError: begun already.
@@ -154,23 +158,26 @@ class MaskPro(Optimizer):
         """
         if self.begun:
             raise RuntimeError("The masks have begun already: make a new MaskPro to start over.")
-        known = {name for _, name, _ in self._parameters()}
-        unknown = sorted(set(masks or ()) - known)
-        if unknown:
-            raise ValueError(f"There are masks of unknown weights: {unknown[:3]}.")
-        initial = {}
-        for group, name, parameter in self._parameters():
-            pattern, input_dim = NMPattern.parse(group["pattern"]), group["input_dim"]
-            if masks is None:
-                mask = initializers.magnitude(parameter, pattern, input_dim)
-            else:
-                mask = _mask_of(name, parameter, masks)
-            pattern.check(mask, input_dim, f"the mask of {name!r}")
-            initial[name] = mask
-        for group, name, parameter in self._parameters():
-            self.state[parameter] = MaskedWeight.state(
-                parameter, initial[name], group["logit_scale"]
+        known = {name: (group, parameter) for group, name, parameter in self._parameters()}
+        state, seen = {}, set()
+        for name, mask in self._initial(known, masks):
+            group, parameter = known[name]
+            layout, mask = self._layouts[parameter], whole_of(mask)
+            if tuple(mask.shape) != layout.shape:
+                raise ValueError(
+                    f"The mask of {name!r} has shape {tuple(mask.shape)}, the weight "
+                    f"{layout.shape}."
+                )
+            layout.pattern.check(mask, layout.input_dim, f"the mask of {name!r}")
+            state[parameter] = MaskedWeight.state(
+                local(parameter), layout.take(mask), group["logit_scale"]
             )
+            seen.add(name)
+        for name in known:
+            if name not in seen:
+                raise ValueError(f"There is no initial mask for {name!r} among {len(seen)} masks.")
+        for parameter, tensors in state.items():
+            self._keep(parameter, tensors)
         self._draw()
 
     @torch.no_grad()
@@ -242,7 +249,7 @@ class MaskPro(Optimizer):
             raise ValueError(f"version is one of {get_args(Version)}, got {version!r}.")
         if not self.begun or version == self._holds:
             return
-        for _, masked in self._masked_weights():
+        for _, _, masked in self._masked_weights():
             masked.write(version)
         self._holds = version
 
@@ -265,7 +272,21 @@ class MaskPro(Optimizer):
         """
         if not self.begun:
             raise RuntimeError("There are no masks before the first step or begin().")
-        return {masked.name: masked.mask(version) for _, masked in self._masked_weights()}
+        return {
+            masked.name: like(masked.mask(version), parameter)
+            for _, parameter, masked in self._masked_weights()
+        }
+
+    @torch.no_grad()
+    def whole_masks(self, version: Version = "mode") -> Iterator[tuple[str, Tensor]]:
+        """Masks of whole weights, one after the other; all ranks have to ask for all of them."""
+        for _, _, masked in self._masked_weights():
+            yield masked.name, masked.layout.whole(masked.mask(version))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a weight is split over ranks; what is shaped like a weight then is, too."""
+        return any(layout.across for layout in self._layouts.values())
 
     def logits(self) -> dict[str, Tensor]:
         """The logits by parameter name, float32, shaped like the weights; not copies."""
@@ -274,7 +295,7 @@ class MaskPro(Optimizer):
     @torch.no_grad()
     def groups(self) -> Iterator[Groups]:
         """Go through all groups in blocks, for statistics."""
-        for group, masked in self._masked_weights():
+        for group, _, masked in self._masked_weights():
             yield from masked.groups(_sharpness(group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -285,12 +306,20 @@ class MaskPro(Optimizer):
         """
         self._check_state(state_dict)
         self.write("dense")  # what is begun here ends here
-        super().load_state_dict(state_dict)
-        # The base class casts what it loads to the parameter's dtype; logits and masks have theirs.
         order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for key, (_, _, parameter) in zip(order, self._parameters(), strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                self.state[parameter][name] = value.detach().to(parameter.device).clone()
+        state = {
+            parameter: {
+                name: self._part(parameter, name, value)
+                for name, value in state_dict["state"].get(key, {}).items()
+            }
+            for key, (_, _, parameter) in zip(order, self._parameters(), strict=True)
+        }
+        # The base class would cast to the parameter's dtype; logits and masks have their own.
+        super().load_state_dict({**state_dict, "state": {}})
+        self._padded.clear()
+        for parameter, tensors in state.items():
+            if tensors:
+                self._keep(parameter, tensors)
         self._holds = "dense"
         self.write("drawn")
 
@@ -306,13 +335,87 @@ class MaskPro(Optimizer):
             for name, parameter in zip(names, group["params"], strict=True):
                 yield group, name, parameter
 
-    def _masked_weights(self) -> Iterator[tuple[dict[str, Any], MaskedWeight]]:
+    def _masked_weights(self) -> Iterator[tuple[dict[str, Any], Tensor, MaskedWeight]]:
+        if self._model is not None:
+            settle(self._model)
         for group, name, parameter in self._parameters():
-            pattern = NMPattern.parse(group["pattern"])
-            yield (
-                group,
-                MaskedWeight(name, pattern, group["input_dim"], parameter, **self.state[parameter]),
+            state = {key: local(value) for key, value in self.state[parameter].items()}
+            state |= self._padded.get(parameter, {})
+            layout = self._layouts[parameter]
+            yield group, parameter, MaskedWeight(name, layout, local(parameter), **state)
+
+    def _find_layouts(self) -> dict[Tensor, Layout]:
+        weights = [
+            (parameter, NMPattern.parse(group["pattern"]), group["input_dim"])
+            for group, _, parameter in self._parameters()
+        ]
+        found = layouts(self._model, weights)
+        for layout, (group, name, _) in zip(found, self._parameters(), strict=True):
+            pattern, inputs = layout.pattern, layout.shape[layout.input_dim]
+            if group["estimator"] == "straight_through" and pattern.n > 2:
+                raise ValueError(
+                    f"The estimator 'straight_through' learns patterns that keep 1 or 2 of a "
+                    f"group, not {pattern}: choose estimator='policy'."
+                )
+            if inputs % pattern.m:
+                raise ValueError(
+                    f"{name!r} has {inputs} input features, not a multiple of {pattern.m} "
+                    f"(pattern {pattern})."
+                )
+            if group["estimator"] == "straight_through" and layout.may_be_cut:
+                raise ValueError(
+                    f"{name!r} is cut within groups of {pattern.m} inputs (FSDP1, or tensor "
+                    f"parallelism along the inputs), but the estimator 'straight_through' needs "
+                    f"the gradients of whole groups: use fully_shard (FSDP2), or choose "
+                    f"estimator='policy'."
+                )
+        return {parameter: layout for (parameter, _, _), layout in zip(weights, found, strict=True)}
+
+    def _initial(
+        self,
+        known: Mapping[str, Any],
+        masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None,
+    ) -> Iterable[tuple[str, Tensor]]:
+        if masks is None:
+            return (
+                (
+                    name,
+                    initializers.magnitude(
+                        layout.whole(local(p)), layout.pattern, layout.input_dim
+                    ),
+                )
+                for _, name, p in self._parameters()
+                for layout in (self._layouts[p],)
             )
+        if not isinstance(masks, Mapping):
+            return masks
+        unknown = sorted(set(masks) - set(known))
+        if unknown:
+            raise ValueError(f"There are masks of unknown weights: {unknown[:3]}.")
+        return masks.items()
+
+    def _keep(self, parameter: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Make tensors, padded where their layout says so, the state of a parameter."""
+        layout = self._layouts[parameter]
+        if layout.cut:
+            self._padded[parameter] = {k: v for k, v in tensors.items() if k != "dense"}
+        self.state[parameter] = {
+            name: like(layout.own(value) if name != "dense" else value, parameter)
+            for name, value in tensors.items()
+        }
+
+    def _part(self, parameter: Tensor, name: str, value: Tensor) -> Tensor:
+        """This rank's part of a saved state, which may be of the whole weight; a copy."""
+        layout = self._layouts[parameter]
+        if isinstance(value, DTensor) and not isinstance(parameter, DTensor):
+            value = value.full_tensor()
+        value = local(value.detach())
+        if tuple(value.shape) != layout.size:
+            value = layout.take(value)
+            value = layout.own(value) if name == "dense" else value
+        elif layout.may_be_cut and name != "dense":
+            value = layout.take(layout.whole(value.to(parameter.device)))
+        return value.to(parameter.device).clone()
 
     def _cuda_devices(self) -> list[torch.device]:
         return list({p.device for _, _, p in self._parameters() if p.device.type == "cuda"})
@@ -321,16 +424,33 @@ class MaskPro(Optimizer):
         """Move the logits, by an advantage or by gradients, then draw the next masks."""
         for group in self.param_groups:
             group["step"] += learn
-        for group, masked in self._masked_weights():
+        spreads = self._directions() if learn and advantage is None else {}
+        for group, parameter, masked in self._masked_weights():
             draw = Draw(group["seed"], group["step"], _sharpness(group))
             change = direction = None
             if advantage is not None:
                 change = group["lr"] * advantage
-            elif learn and masked.weight.grad is not None:
-                direction = masked.direction(masked.weight.grad, draw.sharpness).mul_(group["lr"])
+            elif parameter.grad is not None and masked.name in spreads:
+                spread = spreads[masked.name]
+                learns = spread.isfinite() & (spread > 0)
+                direction = local(parameter.grad).div_(spread / group["lr"]).where(learns, 0)
             masked.advance(draw, change, direction)
-            masked.weight.grad = None
+            parameter.grad = None
         self._holds = "drawn"
+
+    def _directions(self) -> dict[str, Tensor]:
+        """Turn gradients into what logits move along; by name, its root mean square.
+
+        Divided by that, one step size fits all; where it is not finite nothing can be learned.
+        """
+        parts, squares = {}, []
+        for group, parameter, masked in self._masked_weights():
+            if parameter.grad is not None:
+                direction = masked.direction(local(parameter.grad), _sharpness(group))
+                parts[masked.name] = masked.layout
+                squares.append(direction.float().square().sum())
+        totals = zip(parts.items(), sums(list(parts.values()), squares), strict=True)
+        return {name: (total / math.prod(part.shape)).sqrt() for (name, part), total in totals}
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         saved_groups = state_dict["param_groups"]
@@ -345,22 +465,12 @@ class MaskPro(Optimizer):
         order = chain.from_iterable(group["params"] for group in saved_groups)
         for key, (_, name, parameter) in zip(order, self._parameters(), strict=True):
             state = state_dict["state"].get(key, {})
-            if state and state["logits"].shape != parameter.shape:
+            layout = self._layouts[parameter]
+            if state and tuple(state["logits"].shape) not in (layout.shape, layout.size):
                 raise ValueError(
                     f"The saved masks belong to another model: {name!r} has shape "
-                    f"{tuple(state['logits'].shape)} there and {tuple(parameter.shape)} here."
+                    f"{tuple(state['logits'].shape)} there and {layout.shape} here."
                 )
-
-
-def _mask_of(name: str, parameter: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
-    if name not in masks:
-        raise ValueError(f"There is no initial mask for {name!r} among {len(masks)} masks.")
-    if masks[name].shape != parameter.shape:
-        raise ValueError(
-            f"The mask of {name!r} has shape {tuple(masks[name].shape)}, the weight "
-            f"{tuple(parameter.shape)}."
-        )
-    return masks[name]
 
 
 def _sharpness(group: dict[str, Any]) -> float:
