@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_reduce
+from torch.distributed import ProcessGroup, all_reduce, get_process_group_ranks
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -231,11 +231,15 @@ def whole_of(tensor: Tensor) -> Tensor:
 def sums(parts: Sequence[Layout], values: Sequence[Tensor]) -> list[Tensor]:
     """Scalars of parts, each summed over all parts of its weight, with few collectives."""
     found = list(values)
-    for across in dict.fromkeys(layout.across for layout in parts):
-        places = [i for i, layout in enumerate(parts) if layout.across == across]
-        together = torch.stack([values[i] for i in places])
-        for group in across:
-            all_reduce(together, group=group)
-        for i, total in zip(places, together, strict=True):
-            found[i] = total
+    # By ranks, as there can be several process groups of the same.
+    together: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for place, layout in enumerate(parts):
+        ranks = tuple(tuple(get_process_group_ranks(group)) for group in layout.across)
+        together.setdefault(ranks, []).append(place)
+    for places in together.values():
+        total = torch.stack([values[place] for place in places])
+        for group in parts[places[0]].across:
+            all_reduce(total, group=group)
+        for place, value in zip(places, total, strict=True):
+            found[place] = value
     return found

@@ -167,7 +167,7 @@ class MaskedWeight:
 
 def _columns(block: Tensor) -> Tensor:
     """A copy of a block as (G, M), stored column by column so that a column is contiguous."""
-    return block.movedim(-1, 0).reshape(block.shape[-1], -1).contiguous().T
+    return block.movedim(-1, 0).clone(memory_format=torch.contiguous_format).flatten(1).T
 
 
 def _masked(dense: Tensor, kept: Tensor) -> Tensor:

@@ -1,0 +1,283 @@
+"""Runs on 1, 2 and 4 ranks, in processes of their own, for tests of sharding.
+
+``python process_shards.py FOLDER TASK ...`` forks a process for each rank; what they have to tell
+lies in ``FOLDER/TASK-RANKS-RANK.pt``, by the name of the case.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import oracle
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.functional import mse_loss
+
+from maskpro_lightning import MaskPro, layout
+from maskpro_lightning.optimizer import Estimator
+
+STEPS, LR = 8, 20.0
+
+
+class Transposed(nn.Module):
+    """A layer that stores its weight as (inputs, outputs)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(oracle.random(inputs, outputs, seed=5) / inputs**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class Model(nn.Module):
+    """Weights of three layouts; 3 outputs are fewer than 4 ranks, 20 / 4 inputs cut groups.
+
+    Args:
+        channels: Four times as many inputs has ``transposed``; 6 cut groups on 4 ranks, 8 do not.
+    """
+
+    def __init__(self, channels: int = 6) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, channels, 3, padding=1)
+        self.transposed = Transposed(4 * channels, 12)
+        self.first = nn.Linear(12, 20)
+        self.second = nn.Linear(20, 3)
+        with torch.no_grad():
+            for seed, weight in enumerate((self.conv, self.first, self.second)):
+                shape = weight.weight.shape
+                scale = shape[1:].numel() ** -0.5
+                weight.weight.copy_(oracle.random(*shape, seed=seed) * scale)
+                weight.bias.fill_(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.transposed(self.conv(x).relu().flatten(1))
+        return self.second(self.first(hidden).relu())
+
+
+def weights(model: nn.Module, pattern: str = "2:4") -> list[dict[str, Any]]:
+    """The four weights as parameter groups, by name, whatever wraps the model."""
+    named = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in model.named_parameters()}
+    dims = {"conv.weight": 1, "transposed.weight": 0, "first.weight": -1, "second.weight": -1}
+    return [{"params": [(n, named[n])], "input_dim": dim} for n, dim in dims.items()]
+
+
+# What each strategy makes of a model, and over how many ranks data is split ("all", or a number).
+
+
+def ddp(model: nn.Module, ranks: int) -> nn.Module:
+    return model
+
+
+def fsdp2(model: nn.Module, ranks: int, **kwargs: Any) -> nn.Module:
+    mesh = kwargs.pop("mesh", None) or init_device_mesh("cpu", (ranks,))
+    for layer in model.children():
+        fully_shard(layer, mesh=mesh, **kwargs)
+    return fully_shard(model, mesh=mesh, **kwargs)
+
+
+def fsdp2_by_inputs(model: nn.Module, ranks: int) -> nn.Module:
+    """Shards along dimension 1: 12 and 20 inputs on 4 ranks cut groups."""
+    return fsdp2(model, ranks, shard_placement_fn=lambda p: Shard(min(1, p.dim() - 1)))
+
+
+def fsdp1(model: nn.Module, ranks: int, kind: str = "FULL_SHARD") -> nn.Module:
+    wrapped = partial(
+        FullyShardedDataParallel,
+        sharding_strategy=ShardingStrategy[kind],
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    for name, layer in list(model.named_children())[2:]:
+        setattr(model, name, wrapped(layer))
+    return wrapped(model)
+
+
+def tp(model: nn.Module, ranks: int, mesh: DeviceMesh | None = None) -> nn.Module:
+    plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+    return parallelize_module(model, mesh or init_device_mesh("cpu", (ranks,)), plan)
+
+
+def tp_and_fsdp2(model: nn.Module, ranks: int) -> nn.Module:
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
+    return fsdp2(tp(model, 2, mesh["tensor"]), ranks, mesh=mesh["data"])
+
+
+def hsdp2(model: nn.Module, ranks: int) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
+    return fsdp2(model, ranks, mesh=mesh)
+
+
+Wrap = Callable[[nn.Module, int], nn.Module]
+#: By name: how to wrap, and how many ranks see the same data.
+STRATEGIES: dict[str, tuple[Wrap, Callable[[int], int]]] = {
+    "ddp": (ddp, lambda _: 1),
+    "fsdp2": (fsdp2, lambda _: 1),
+    "fsdp2 keeping": (partial(fsdp2, reshard_after_forward=False), lambda _: 1),
+    "fsdp2 by inputs": (fsdp2_by_inputs, lambda _: 1),
+    "hsdp2": (hsdp2, lambda _: 1),
+    "fsdp1": (fsdp1, lambda _: 1),
+    "fsdp1 keeping": (partial(fsdp1, kind="SHARD_GRAD_OP"), lambda _: 1),
+    "fsdp1 unsharded": (partial(fsdp1, kind="NO_SHARD"), lambda _: 1),
+    "tp": (tp, lambda ranks: ranks),
+    "tp and fsdp2": (tp_and_fsdp2, lambda _: 2),
+}
+#: Where gradients of whole groups are at hand.
+WITH_GRADIENTS = ("fsdp2", "fsdp2 keeping", "hsdp2")
+REFUSED = ("fsdp1", "fsdp2 by inputs", "tp")
+
+
+def applies(name: str, ranks: int) -> bool:
+    """Two meshes need four ranks to be two."""
+    return ranks == 4 or name not in ("hsdp2", "tp and fsdp2")
+
+
+class Run:
+    """A few steps of one strategy, watched from outside."""
+
+    def __init__(
+        self, strategy: str, ranks: int, estimator: Estimator = "policy", **rule: Any
+    ) -> None:
+        wrap, copies = STRATEGIES[strategy]
+        self.model = wrap(Model(6 if estimator == "policy" else 8), ranks)
+        rule = {
+            "lr": LR if estimator == "policy" else 0.1,
+            "normalize": False,
+            "logit_scale": 1.0,
+        } | rule
+        self.optimizer = MaskPro(weights(self.model), estimator=estimator, model=self.model, **rule)
+        self._estimator = estimator
+        parts, part = ranks // copies(ranks), dist.get_rank() // copies(ranks)
+        self._x = oracle.random(8, 4, 2, 2, seed=20).chunk(parts)[part]
+        self._y = oracle.random(8, 3, seed=21).chunk(parts)[part]
+        self.losses: list[float] = []
+        self.sent: list[int] = []  # numbers in each collective of our own
+
+    def loss(self) -> Tensor:
+        loss = mse_loss(self.model(self._x), self._y)
+        if self._estimator == "straight_through":
+            loss.backward()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        return mean / dist.get_world_size()
+
+    def train(self, steps: int) -> None:
+        def counting(tensor: Tensor, **kwargs: Any) -> Any:
+            self.sent.append(tensor.numel())
+            return dist.all_reduce(tensor, **kwargs)
+
+        with mock.patch.object(layout, "all_reduce", counting):
+            for _ in range(steps):
+                self.losses.append(float(self.optimizer.step(self.loss)))
+
+    def told(self) -> dict[str, Any]:
+        """What must not depend on the ranks, whole; and the bytes that this rank keeps."""
+        logits = {
+            masked.name: masked.layout.whole(masked.layout.own(masked.logits)).clone()
+            for _, _, masked in self.optimizer._masked_weights()
+        }
+        state = self.optimizer.state.values()
+        kept = [
+            value.to_local() if isinstance(value, DTensor) else value
+            for tensors in state
+            for value in tensors.values()
+        ]
+        versions = ("initial", "drawn", "mode")
+        return {
+            "logits": logits,
+            **{version: dict(self.optimizer.whole_masks(version)) for version in versions},
+            "losses": self.losses,
+            "sent": self.sent,
+            "bytes": sum(value.untyped_storage().nbytes() for value in kept),
+        }
+
+
+def core(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """MaskPro without a trainer."""
+    for name in STRATEGIES:
+        if applies(name, ranks):
+            run = Run(name, ranks)
+            run.optimizer.begin()
+            start = run.told()
+            run.train(STEPS)
+            yield name, {"start": start, "end": run.told()}
+    for name in WITH_GRADIENTS:
+        if applies(name, ranks):
+            run = Run(name, ranks, "straight_through")
+            run.optimizer.begin()
+            start = run.told()
+            run.train(STEPS)
+            yield f"straight_through {name}", {"start": start, "end": run.told()}
+    for name in REFUSED if ranks > 1 else ():
+        try:
+            Run(name, ranks, "straight_through")
+        except ValueError as error:
+            yield f"refused {name}", str(error)
+
+
+TASKS = {"core": core}
+
+
+def _rank(task: str, folder: Path, rank: int, ranks: int, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    told = dict(TASKS[task](ranks, folder))
+    torch.save(told, folder / f"{task}-{ranks}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_on(ranks: int, task: str, folder: Path) -> None:
+    """Run a task on some ranks, and end as soon as one of them fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = set()
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            try:
+                _rank(task, folder, rank, ranks, port)
+            except BaseException:  # noqa: BLE001, nothing may leave a fork but through the exit
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.add(child)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(f"{task} failed on {ranks} ranks.")
+
+
+if __name__ == "__main__":
+    for task_ in sys.argv[2:]:
+        for ranks_ in (1, 2, 4):
+            run_on(ranks_, task_, Path(sys.argv[1]))
