@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
-from maskpro_lightning import calibration
+from maskpro_lightning import calibration, strategies
 from maskpro_lightning.baseline import (
     BaselineCache,
     fingerprint,
@@ -28,10 +28,11 @@ from maskpro_lightning.baseline import (
 )
 from maskpro_lightning.export import load_masks
 from maskpro_lightning.journal import Journal
+from maskpro_lightning.masked_weight import Version
 from maskpro_lightning.metrics import mask_metrics
-from maskpro_lightning.optimizer import Estimator, MaskPro, Version
+from maskpro_lightning.optimizer import Estimator, MaskPro
 from maskpro_lightning.pattern import NMPattern
-from maskpro_lightning.targets import Target, describe, find_targets, parameter_groups
+from maskpro_lightning.targets import Target, count, describe, find_targets, parameter_groups
 from maskpro_lightning.tracking import OnError, Tracking
 
 _log = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ _log = logging.getLogger(__name__)
 # A trainer or a logger is of either of two Lightnings, whose classes of a name are not the same.
 Trainer = Any
 Init = str | PathLike[str] | Mapping[str, Tensor]
-_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 
 
 class MaskProCallback(pl.Callback):
@@ -151,6 +151,13 @@ class MaskProCallback(pl.Callback):
         self._patch(trainer.strategy, "training_step", self._training_step)
         self._state_dict_inside = trainer.strategy.lightning_module_state_dict
         self._patch(trainer.strategy, "lightning_module_state_dict", self._state_dict)
+        patches = strategies.MaskCheckpoints.patches(
+            trainer,
+            lambda: self._optimizer,
+            lambda checkpoint: self.state_key in checkpoint.get("callbacks", {}),
+        )
+        for name, method in patches.items():
+            self._patch(trainer.strategy, name, method)
         # Lightning's last call on the way out, after a fit that failed as well.
         self._teardown_inside = trainer.strategy.teardown
         self._patch(trainer.strategy, "teardown", self._leave)
@@ -161,8 +168,8 @@ class MaskProCallback(pl.Callback):
         self._fitting = True
 
     def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
-        writes = trainer.is_global_zero and bool(trainer.loggers) and not trainer.fast_dev_run
-        self._journal.open(self._tracking_.folder(), writes)
+        keeps = bool(trainer.loggers) and not trainer.fast_dev_run
+        self._journal.open(self._tracking_.folder(), keeps, writes=trainer.is_global_zero)
         self._tracking_.parameters(self._parameters(pl_module))
         if self._optimizer.begun:
             self._tracking_.resume()
@@ -316,11 +323,8 @@ class MaskProCallback(pl.Callback):
         """Stands in for the strategy's state dict: the most likely mask's weights."""
         state: dict[str, Any]
         with self.optimizer.applied("mode") if self.optimizer is not None else nullcontext():
-            masked = {target.parameter.data_ptr() for target in self._targets}
             state = self._state_dict_inside()
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.data_ptr() in masked:
-                    state[name] = value.clone()
+            strategies.part_from(state, [target.parameter for target in self._targets])
         return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -358,9 +362,11 @@ class MaskProCallback(pl.Callback):
         return self._tracking
 
     def _configure_optimizers(self) -> Any:
-        module = self._module
+        sharded = strategies.sharded_model(self._trainer.strategy)
+        module = self._module if sharded is None else sharded
         self._targets = find_targets(module, self.pattern, self.include, self.exclude)
-        self.optimizer = MaskPro(parameter_groups(self._targets), self.pattern, **self.rule)
+        groups = parameter_groups(self._targets)
+        self.optimizer = MaskPro(groups, self.pattern, model=sharded, **self.rule)
         _log.info(describe(module, self._targets, self.pattern))
         steps = self._trainer.estimated_stepping_batches
         if self.lr_scheduler is not None:
@@ -377,7 +383,7 @@ class MaskProCallback(pl.Callback):
 
     def _initial_masks(
         self, trainer: Trainer, pl_module: pl.LightningModule
-    ) -> Mapping[str, Tensor]:
+    ) -> Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]:
         if isinstance(self.init, Mapping):
             return self.init
         if _is_file(self.init):
@@ -395,6 +401,7 @@ class MaskProCallback(pl.Callback):
             seed=self.rule["seed"],
             forward=forward,
             reduce=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"),
+            whole=self._optimizer.whole,
         )
 
     def _calibration_data(self, trainer: Trainer, pl_module: pl.LightningModule) -> Iterable[Any]:
@@ -413,8 +420,9 @@ class MaskProCallback(pl.Callback):
                 yield trainer.strategy.batch_to_device(converted, dataloader_idx=0)
 
     def _parameters(self, pl_module: nn.Module) -> dict[str, Any]:
-        masked = sum(target.parameter.numel() for target in self._targets)
-        total = sum(parameter.numel() for parameter in pl_module.parameters())
+        masked, total = count(
+            strategies.sharded_model(self._trainer.strategy) or pl_module, self._targets
+        )
         return {
             "pattern": str(self.pattern),
             "init": self.init if isinstance(self.init, str) else "masks",
@@ -425,12 +433,8 @@ class MaskProCallback(pl.Callback):
         }
 
     def _refuse_unsupported(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
-        module, strategy = type(pl_module).__name__, type(trainer.strategy).__name__
-        if strategy not in _STRATEGIES:
-            raise ValueError(
-                f"MaskProCallback is tested with {', '.join(_STRATEGIES)}, not with {strategy}: "
-                f'choose Trainer(strategy="ddp") or devices=1.'
-            )
+        module = type(pl_module).__name__
+        strategies.refuse_untested(trainer.strategy)
         if not pl_module.automatic_optimization:
             raise ValueError(
                 f"{module} optimizes manually (automatic_optimization=False), which hides its loss "

@@ -26,13 +26,13 @@ class Journal:
 
     def __init__(self) -> None:
         self._folder = Path("maskpro")
-        self._writes = False
+        self._keeps = self._writes = False
         self._rows: list[dict[str, float]] = []
         self._layers: dict[str, dict[str, float]] = {}
 
-    def open(self, folder: Path, writes: bool) -> None:
-        """Start writing into a folder; only on the rank that ``writes``."""
-        self._folder, self._writes = folder, writes
+    def open(self, folder: Path, keeps: bool, writes: bool) -> None:
+        """Start a run that ``keeps`` files in a folder; the rank that ``writes`` writes them."""
+        self._folder, self._keeps, self._writes = folder, keeps, keeps and writes
 
     def step(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a row to the history."""
@@ -45,20 +45,26 @@ class Journal:
         self._layers = {name: dict(values) for name, values in layers.items()}
 
     def distributions(self, optimizer: MaskPro, tracking: Tracking, step: int) -> None:
-        """Write the logits and hand them to the loggers, in a folder of the step."""
-        if self._writes:
+        """Write the logits and hand them to the loggers, in a folder of the step.
+
+        Not those of sharded weights: no rank shall hold them all, and the checkpoint has them.
+        """
+        if self._writes and not optimizer.sharded:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / "distributions.safetensors"
             save_distributions(optimizer, path)
             tracking.file(path, f"step={step}")
 
     def close(self, optimizer: MaskPro, tracking: Tracking) -> None:
-        """Write the final masks, the history and the figures."""
-        if not self._writes or not optimizer.begun:
+        """Write the final masks, the history and the figures; to be called on all ranks."""
+        if not self._keeps or not optimizer.begun:
+            return
+        masks = {n: m.cpu() for n, m in optimizer.whole_masks("mode") if self._writes}
+        if not self._writes:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         pattern = NMPattern.parse(optimizer.param_groups[0]["pattern"])
-        save_masks(optimizer.masks("mode"), pattern, self._folder / "masks.safetensors")
+        save_masks(masks, pattern, self._folder / "masks.safetensors")
         tracking.file(self._folder / "masks.safetensors")
         if not self._rows:
             return

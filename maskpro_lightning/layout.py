@@ -75,6 +75,11 @@ class Layout:
         return replace(whole, size=(length,), offset=(start,), across=across, flat=True)
 
     @property
+    def ranks(self) -> int:
+        """Number of ranks that the weight is split over; others hold copies of their parts."""
+        return math.prod(group.size() for group in self.across)
+
+    @property
     def padded_size(self) -> tuple[int, ...]:
         """Shape of the part padded to whole groups."""
         size = list(self.size)

@@ -85,26 +85,30 @@ def mask_metrics(optimizer: MaskPro) -> dict[str, dict[str, float]]:
         whose most likely mask is not the initial one), ``churn`` (share of groups whose mask was
         changed by the last draw); each in [0, 1].
     """
-    metrics: dict[str, tuple[MaskEntropy, MaskChange, MaskChange]] = {}
+    layers = {name: (MaskEntropy(), MaskChange(), MaskChange()) for name in optimizer.names}
     for groups in optimizer.groups():
-        if groups.name not in metrics:
-            metrics[groups.name] = (MaskEntropy(), MaskChange(), MaskChange())
-            for metric in metrics[groups.name]:
-                metric.to(groups.logits_GM.device)
         mode_GM = distribution.mode(groups.logits_GM, groups.pattern)
-        entropy, changed, churn = metrics[groups.name]
+        entropy, changed, churn = layers[groups.name]
+        for metric in layers[groups.name]:
+            metric.to(mode_GM.device)
         entropy.update(groups.logits_GM, groups.drawn_GM, groups.pattern)
         changed.update(mode_GM, groups.initial_GM)
         churn.update(groups.drawn_GM, groups.previous_GM)
+    # Not torchmetrics' own way of joining ranks, which asks for each number on its own.
+    sums = optimizer.over_ranks(
+        torch.tensor(
+            [
+                [float(entropy.entropy), float(changed.changed), float(churn.changed), groups]
+                for entropy, changed, churn in layers.values()
+                for groups in (float(entropy.total),)
+            ],
+            dtype=torch.float64,
+        )
+    )
+    sums = torch.cat([sums, sums.sum(0, keepdim=True)])
+    shares = (sums[:, :3] / sums[:, 3:]).tolist()
     names = ("entropy", "changed", "churn")
-    sizes = {layer: int(found[0].total) for layer, found in metrics.items()}
-    values = {
-        layer: {name: float(metric.compute()) for name, metric in zip(names, found, strict=True)}
-        for layer, found in metrics.items()
+    return {
+        layer: dict(zip(names, values, strict=True))
+        for layer, values in zip([*layers, ""], shares, strict=True)
     }
-    values[""] = {
-        name: sum(sizes[layer] * value[name] for layer, value in values.items())
-        / sum(sizes.values())
-        for name in names
-    }
-    return values

@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import all_reduce, get_world_size
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -129,7 +130,8 @@ class MaskPro(Optimizer):
             group.update(tracker.new())
             group["initial_lr"] = group["lr"]
         self._model = model
-        self._layouts = self._find_layouts()
+        #: Which part of each weight is this rank's.
+        self.layouts = self._find_layouts()
         # What state holds of weights whose groups are cut is a view of these.
         self._padded: dict[Tensor, dict[str, Tensor]] = {}
         self._holds: Version = "dense"
@@ -162,7 +164,7 @@ class MaskPro(Optimizer):
         state, seen = {}, set()
         for name, mask in self._initial(known, masks):
             group, parameter = known[name]
-            layout, mask = self._layouts[parameter], whole_of(mask)
+            layout, mask = self.layouts[parameter], whole_of(mask)
             if tuple(mask.shape) != layout.shape:
                 raise ValueError(
                     f"The mask of {name!r} has shape {tuple(mask.shape)}, the weight "
@@ -286,7 +288,29 @@ class MaskPro(Optimizer):
     @property
     def sharded(self) -> bool:
         """Whether a weight is split over ranks; what is shaped like a weight then is, too."""
-        return any(layout.across for layout in self._layouts.values())
+        return any(layout.across for layout in self.layouts.values())
+
+    @property
+    def names(self) -> list[str]:
+        """The weights' names, in their order."""
+        return [name for _, name, _ in self._parameters()]
+
+    def over_ranks(self, numbers: Tensor) -> Tensor:
+        """Add up what each rank has counted in its part of each weight, a row for a weight."""
+        if not self.sharded:
+            return numbers
+        parameter = next(iter(self.layouts))
+        shares = torch.tensor([layout.ranks / get_world_size() for layout in self.layouts.values()])
+        numbers = (numbers * shares[:, None]).to(parameter.device)
+        all_reduce(numbers)
+        return numbers.cpu()
+
+    @torch.no_grad()
+    def whole(self, parameter: Tensor) -> Tensor:
+        """The whole of a weight as it is now; all ranks have to ask for it."""
+        if self._model is not None:
+            settle(self._model)
+        return self.layouts[parameter].whole(local(parameter))
 
     def logits(self) -> dict[str, Tensor]:
         """The logits by parameter name, float32, shaped like the weights; not copies."""
@@ -341,7 +365,7 @@ class MaskPro(Optimizer):
         for group, name, parameter in self._parameters():
             state = {key: local(value) for key, value in self.state[parameter].items()}
             state |= self._padded.get(parameter, {})
-            layout = self._layouts[parameter]
+            layout = self.layouts[parameter]
             yield group, parameter, MaskedWeight(name, layout, local(parameter), **state)
 
     def _find_layouts(self) -> dict[Tensor, Layout]:
@@ -385,7 +409,7 @@ class MaskPro(Optimizer):
                     ),
                 )
                 for _, name, p in self._parameters()
-                for layout in (self._layouts[p],)
+                for layout in (self.layouts[p],)
             )
         if not isinstance(masks, Mapping):
             return masks
@@ -396,7 +420,7 @@ class MaskPro(Optimizer):
 
     def _keep(self, parameter: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """Make tensors, padded where their layout says so, the state of a parameter."""
-        layout = self._layouts[parameter]
+        layout = self.layouts[parameter]
         if layout.cut:
             self._padded[parameter] = {k: v for k, v in tensors.items() if k != "dense"}
         self.state[parameter] = {
@@ -406,7 +430,7 @@ class MaskPro(Optimizer):
 
     def _part(self, parameter: Tensor, name: str, value: Tensor) -> Tensor:
         """This rank's part of a saved state, which may be of the whole weight; a copy."""
-        layout = self._layouts[parameter]
+        layout = self.layouts[parameter]
         if isinstance(value, DTensor) and not isinstance(parameter, DTensor):
             value = value.full_tensor()
         value = local(value.detach())
@@ -465,7 +489,7 @@ class MaskPro(Optimizer):
         order = chain.from_iterable(group["params"] for group in saved_groups)
         for key, (_, name, parameter) in zip(order, self._parameters(), strict=True):
             state = state_dict["state"].get(key, {})
-            layout = self._layouts[parameter]
+            layout = self.layouts[parameter]
             if state and tuple(state["logits"].shape) not in (layout.shape, layout.size):
                 raise ValueError(
                     f"The saved masks belong to another model: {name!r} has shape "

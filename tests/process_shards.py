@@ -12,17 +12,30 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import lightning.pytorch as pl
 import oracle
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import fsdp as lightning_fsdp
+from modules import quiet_trainer
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import (
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    ShardingStrategy,
+    StateDictType,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -30,18 +43,21 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader
 
-from maskpro_lightning import MaskPro, layout
+from maskpro_lightning import MaskPro, MaskProCallback, layout
+from maskpro_lightning.metrics import mask_metrics
 from maskpro_lightning.optimizer import Estimator
 
 STEPS, LR = 8, 20.0
 
 
-class Transposed(nn.Module):
-    """A layer that stores its weight as (inputs, outputs)."""
+class Conv1D(nn.Module):
+    """A layer that stores its weight as (inputs, outputs), as Hugging Face's of this name."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
+        self.nx, self.nf = inputs, outputs
         self.weight = nn.Parameter(oracle.random(inputs, outputs, seed=5) / inputs**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +74,7 @@ class Model(nn.Module):
     def __init__(self, channels: int = 6) -> None:
         super().__init__()
         self.conv = nn.Conv2d(4, channels, 3, padding=1)
-        self.transposed = Transposed(4 * channels, 12)
+        self.transposed = Conv1D(4 * channels, 12)
         self.first = nn.Linear(12, 20)
         self.second = nn.Linear(20, 3)
         with torch.no_grad():
@@ -233,7 +249,172 @@ def core(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
             yield f"refused {name}", str(error)
 
 
-TASKS = {"core": core}
+# --- fits -----------------------------------------------------------------------------------------
+
+
+class OnCPU(FSDPStrategy):
+    """Lightning wants GPUs for its own class, and PyTorch a device for flat parameters."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        policy = partial(lambda_auto_wrap_policy, lambda_fn=lambda m: type(m) is nn.Linear)
+        super().__init__(auto_wrap_policy=policy, **kwargs)
+
+    def model_sharded_context(self) -> Any:
+        return nullcontext()
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        device = torch.device("cpu")
+        return FullyShardedDataParallel(model, device_id=device, **self.kwargs)
+
+
+class Fitted(pl.LightningModule):
+    """The model, its losses, and what its strategy asks it to do to itself."""
+
+    def __init__(self, wrap: Callable[[nn.Module, Any], None] | None = None) -> None:
+        super().__init__()
+        self._wrap = wrap
+        self.model: nn.Module | None = None
+        self.losses: list[float] = []
+        self.validated: list[Tensor] = []
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = Model()
+            if self._wrap is not None:
+                self._wrap(self.model, self.device_mesh)
+
+    def loss(self, batch: Any) -> Tensor:
+        assert self.model is not None
+        return mse_loss(self.model(batch[0]), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.validated.append(self.loss(batch).detach())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Losses(pl.Callback):
+    def __init__(self, masks: MaskProCallback) -> None:
+        self.masks = masks
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        assert self.masks.optimizer is not None
+        pl_module.losses.append(float(self.masks.optimizer.last["loss"]))
+
+
+def _fully_shard(model: nn.Module, mesh: Any) -> None:
+    fsdp2(model, 0, mesh=mesh["data_parallel"])
+
+
+def _split(model: nn.Module, mesh: Any) -> None:
+    tp(model, 0, mesh["tensor_parallel"])
+
+
+def _split_and_shard(model: nn.Module, mesh: Any) -> None:
+    _split(model, mesh)
+    _fully_shard(model, mesh)
+
+
+def _parallel(data: int, tensor: int, *, distributed: bool = True) -> ModelParallelStrategy:
+    return ModelParallelStrategy(
+        data_parallel_size=data,
+        tensor_parallel_size=tensor,
+        save_distributed_checkpoint=distributed,
+    )
+
+
+#: By name: the strategy on so many ranks, how the module wraps itself, ranks with the same data.
+FITS: dict[str, tuple[Callable[[int], Any], Any, Callable[[int], int]]] = {
+    "ddp": (lambda _: "ddp", None, lambda _: 1),
+    "fsdp1 full": (lambda _: OnCPU(state_dict_type="full"), None, lambda _: 1),
+    "fsdp1 sharded": (lambda _: OnCPU(state_dict_type="sharded"), None, lambda _: 1),
+    "fsdp2 full": (lambda n: _parallel(n, 1, distributed=False), _fully_shard, lambda _: 1),
+    "fsdp2 sharded": (lambda n: _parallel(n, 1), _fully_shard, lambda _: 1),
+    "tp sharded": (lambda n: _parallel(1, n), _split, lambda n: n),
+    "tp and fsdp2 sharded": (lambda n: _parallel(n // 2, 2), _split_and_shard, lambda _: 2),
+}
+FIT_STEPS, SAVED_STEP = 6, 3
+
+
+def fits_on(name: str, ranks: int) -> bool:
+    return ranks == 4 or "tp and" not in name
+
+
+def fit_masks(name: str, ranks: int, folder: Path, ckpt_path: Path | None = None) -> dict[str, Any]:
+    """A fit whose every step sees the eight rows that one rank would see."""
+    make, wrap, copies = FITS[name]
+    parts, part = ranks // copies(ranks), dist.get_rank() // copies(ranks)
+    batches = [
+        (oracle.random(8, 4, 2, 2, seed=20 + i), oracle.random(8, 3, seed=30 + i))
+        for i in range(SAVED_STEP)
+    ]
+    own = [tuple(tensor.chunk(parts)[part] for tensor in batch) for batch in batches]
+    masks = MaskProCallback(lr=LR, normalize=False, logit_scale=1.0, baseline_cache=0)
+    save = ModelCheckpoint(folder, "{step}", every_n_train_steps=SAVED_STEP, save_top_k=-1)
+    trainer = quiet_trainer(
+        folder,
+        masks,
+        Losses(masks),
+        *([save] if ckpt_path is None else []),
+        devices=ranks,
+        strategy=make(ranks),
+        use_distributed_sampler=False,
+        max_steps=FIT_STEPS,
+        limit_val_batches=1,
+    )
+    module = Fitted(wrap)
+    data = DataLoader(own, batch_size=None)
+    # Lightning's own context for whole state dicts makes PyTorch crash without a GPU.
+    with mock.patch.object(lightning_fsdp, "_get_full_state_dict_context", _whole_on_cpu):
+        trainer.fit(module, data, DataLoader(own, batch_size=None), ckpt_path=ckpt_path)
+    optimizer = masks.optimizer
+    assert optimizer is not None
+    validated = torch.stack(module.validated)
+    dist.all_reduce(validated)
+    return {
+        "logits": {
+            masked.name: masked.layout.whole(masked.layout.own(masked.logits)).clone()
+            for _, _, masked in optimizer._masked_weights()
+        },
+        **{v: dict(optimizer.whole_masks(v)) for v in ("initial", "drawn", "mode")},
+        "weights": {
+            n: optimizer.whole(p).clone()
+            for n, p in zip(optimizer.names, optimizer.layouts, strict=True)
+        },
+        "losses": module.losses,
+        "validated": (validated / ranks).tolist(),
+        "metrics": mask_metrics(optimizer),
+        "step": optimizer.param_groups[0]["step"],
+    }
+
+
+def _whole_on_cpu(module: nn.Module, world_size: int, rank0_only: bool = True) -> Any:
+    return FullyShardedDataParallel.state_dict_type(
+        module, StateDictType.FULL_STATE_DICT, FullStateDictConfig(False, rank0_only)
+    )
+
+
+def fit(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    for name in FITS:
+        if fits_on(name, ranks):
+            yield name, fit_masks(name, ranks, folder / f"{name}-{ranks}")
+
+
+def resume(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """Goes on with what ``fit`` has saved on other numbers of ranks."""
+    for name in FITS:
+        for saved in (1, 2, 4):
+            if fits_on(name, ranks) and fits_on(name, saved):
+                path = folder / f"{name}-{saved}" / f"step={SAVED_STEP}.ckpt"
+                resumed = fit_masks(name, ranks, folder / "resumed", path)
+                yield f"{name} of {saved}", resumed
+
+
+TASKS = {"core": core, "fit": fit, "resume": resume}
 
 
 def _rank(task: str, folder: Path, rank: int, ranks: int, port: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import process_shards
@@ -16,23 +17,24 @@ RANKS = (1, 2, 4)
 Told = dict[int, list[dict[str, Any]]]
 
 
-def run(tmp_path_factory: pytest.TempPathFactory, task: str) -> Told:
-    folder = tmp_path_factory.mktemp(task)
-    command = [sys.executable, "-W", "ignore", process_shards.__file__, str(folder), task]
+def run(folder: Path, *tasks: str) -> dict[str, Told]:
+    """What every rank tells of each task, on 1, 2 and 4 of them."""
+    command = [sys.executable, "-W", "ignore", process_shards.__file__, str(folder), *tasks]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert not done.returncode, done.stdout + done.stderr
+
+    def told(task: str, ranks: int, rank: int) -> Any:
+        return torch.load(folder / f"{task}-{ranks}-{rank}.pt", weights_only=False)
+
     return {
-        ranks: [
-            torch.load(folder / f"{task}-{ranks}-{rank}.pt", weights_only=False)
-            for rank in range(ranks)
-        ]
-        for ranks in RANKS
+        task: {ranks: [told(task, ranks, rank) for rank in range(ranks)] for ranks in RANKS}
+        for task in tasks
     }
 
 
 @pytest.fixture(scope="module")
 def core(tmp_path_factory: pytest.TempPathFactory) -> Told:
-    return run(tmp_path_factory, "core")
+    return run(tmp_path_factory.mktemp("core"), "core")["core"]
 
 
 POLICY = [(name, ranks) for name in STRATEGIES for ranks in RANKS if applies(name, ranks)]
