@@ -30,7 +30,7 @@ from maskpro_lightning.export import load_masks
 from maskpro_lightning.journal import Journal
 from maskpro_lightning.masked_weight import Version
 from maskpro_lightning.metrics import mask_metrics
-from maskpro_lightning.optimizer import Estimator, MaskPro
+from maskpro_lightning.optimizer import Estimator, Exploration, MaskPro
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.targets import Target, count, describe, find_targets, parameter_groups
 from maskpro_lightning.tracking import OnError, Tracking
@@ -70,6 +70,9 @@ class MaskProCallback(pl.Callback):
         momentum: Decay of the tracker of residuals.
         normalize: Scale residuals by their running spread; False is the published rule.
         seed: Seed of all draws.
+        exploration: "shared": the ranks evaluate one mask on all their data. "per_replica": each
+            copy of the model evaluates a mask of its own on its own data, and all learn from all,
+            see :class:`MaskPro`; with ``strategy="ddp"`` each rank is one.
         baseline_cache: Batches whose baseline is remembered; 0 measures it at every step.
         log_distributions: Hand the logits to the loggers that keep files at every checkpoint
             (4 bytes per weight).
@@ -96,6 +99,7 @@ class MaskProCallback(pl.Callback):
         momentum: float = 0.99,
         normalize: bool = True,
         seed: int = 0,
+        exploration: Exploration = "shared",
         baseline_cache: int = 2**16,
         log_distributions: bool = True,
         on_logger_error: OnError = "warn",
@@ -118,6 +122,7 @@ class MaskProCallback(pl.Callback):
             "momentum": momentum,
             "normalize": normalize,
             "seed": seed,
+            "exploration": exploration,
         }
         self.log_distributions = log_distributions
         self.on_logger_error = on_logger_error
@@ -266,7 +271,9 @@ class MaskProCallback(pl.Callback):
             return
         losses = torch.stack(self._window).mean(0)
         self._window.clear()
-        loss, *baseline = self._trainer.strategy.reduce(losses, reduce_op="mean")
+        if not (self._forward_only and self.rule["exploration"] == "per_replica"):
+            losses = self._trainer.strategy.reduce(losses, reduce_op="mean")
+        loss, *baseline = losses
         self._optimizer.step(lambda: loss, *baseline)
         self._module.zero_grad()
         self._stepped = True

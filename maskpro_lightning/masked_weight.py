@@ -8,7 +8,7 @@ Shape suffixes: ``G`` groups of a block, ``M`` group size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,11 +33,13 @@ class Draw:
         seed: Seed of all draws.
         step: Number of the draw, in [0, 2^64).
         sharpness: Masks are drawn from softmax(sharpness * logits).
+        replica: Number of the replica that draws a mask of its own; 0 where all share theirs.
     """
 
     seed: int
     step: int
     sharpness: float
+    replica: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,21 @@ class MaskedWeight:
         }
 
     def advance(
-        self, draw: Draw, change: Tensor | None = None, direction: Tensor | None = None
+        self,
+        draw: Draw,
+        change: Tensor | None = None,
+        direction: Tensor | None = None,
+        judged: Sequence[Draw] = (),
     ) -> None:
         """Move the logits, then draw the next mask and write it into the weight.
 
         Args:
             draw: The next draw.
-            change: Scalar; the logits move against it along grad log P(drawn mask).
+            change: (K,); the logits move against the mean over K masks of each change along
+                grad log P(mask).
             direction: Shaped like the weight; the logits move against it.
+            judged: The K draws that ``change`` is about; without them, the mask drawn last.
         """
-        key = philox.key_of(draw.seed, self.name)
-        step = torch.tensor(draw.step, device=self.weight.device)
         moves = [] if direction is None else [direction]
         blocks = self.layout.blocks(self.weight, self.dense, self.logits, self.masks, *moves)
         for groups_G, (weight, dense, logits, masks, *block_moves) in blocks:
@@ -104,19 +110,35 @@ class MaskedWeight:
             if block_moves:
                 logits_GM -= _columns(block_moves[0])
             if change is not None:
-                drawn_GM = (masks_GM & _DRAWN).bool()
-                logits_GM -= change * distribution.score(
-                    logits_GM * draw.sharpness, drawn_GM, self.layout.pattern
-                )
+                kept_KGM = [self._sample(groups_G, logits_GM, each) for each in judged]
+                kept_KGM = kept_KGM or [(masks_GM & _DRAWN).bool()]
+                sharpened_GM = logits_GM * draw.sharpness
+                for each, kept_GM in zip(change / len(change), kept_KGM, strict=True):
+                    logits_GM -= each * distribution.score(
+                        sharpened_GM, kept_GM, self.layout.pattern
+                    )
             logits.copy_(logits_GM.view_as(logits))
-            noise_GM = philox.exponential(key, step, groups_G, self.layout.pattern.m)
-            drawn_GM = distribution.sample(
-                logits_GM * draw.sharpness, noise_GM, self.layout.pattern
-            )
+            drawn_GM = self._sample(groups_G, logits_GM, draw)
             previous_GM = (masks_GM & _DRAWN) * (_PREVIOUS // _DRAWN)
             masks_GM = masks_GM & _INITIAL | previous_GM | drawn_GM.to(torch.uint8) * _DRAWN
             masks.copy_(masks_GM.view_as(masks))
             weight.copy_(_masked(dense, drawn_GM.view_as(dense)))
+
+    def redraw(self, draw: Draw) -> None:
+        """Replace the mask drawn last by that of a draw from the same logits."""
+        for groups_G, (logits, masks) in self.layout.blocks(self.logits, self.masks):
+            drawn_GM = self._sample(groups_G, _columns(logits), draw)
+            masks_GM = _columns(masks) & (_INITIAL | _PREVIOUS)
+            masks_GM |= drawn_GM.to(torch.uint8) * _DRAWN
+            masks.copy_(masks_GM.view_as(masks))
+
+    def _sample(self, groups_G: Tensor, logits_GM: Tensor, draw: Draw) -> Tensor:
+        """What a draw makes of a block's logits, bool (G, M)."""
+        replica = (draw.replica,) if draw.replica else ()
+        key = philox.key_of(draw.seed, self.name, *replica)
+        step = torch.tensor(draw.step, device=logits_GM.device)
+        noise_GM = philox.exponential(key, step, groups_G, self.layout.pattern.m)
+        return distribution.sample(logits_GM * draw.sharpness, noise_GM, self.layout.pattern)
 
     def direction(self, gradient: Tensor, sharpness: float) -> Tensor:
         """The gradient of the expected loss, to first order, in the logits.

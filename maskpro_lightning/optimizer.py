@@ -19,15 +19,17 @@ from what keeping a weight does to the loss: with c the gradient with respect to
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import chain, count
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_reduce, get_world_size
+from torch.distributed import all_reduce, get_world_size, is_initialized
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -35,9 +37,12 @@ from maskpro_lightning import initializers, tracker
 from maskpro_lightning.layout import Layout, like, local, sums, whole_of
 from maskpro_lightning.masked_weight import Draw, Groups, MaskedWeight, Version
 from maskpro_lightning.pattern import NMPattern
-from maskpro_lightning.sharding import layouts, settle
+from maskpro_lightning.sharding import Replicas, find_replicas, layouts, settle
 
 Estimator = Literal["policy", "straight_through"]
+Exploration = Literal["shared", "per_replica"]
+
+_log = logging.getLogger(__name__)
 
 #: Step size, initial logit and final sharpness by estimator, where they are not given.
 DEFAULTS: dict[Estimator, dict[str, float]] = {
@@ -75,10 +80,14 @@ class MaskPro(Optimizer):
             losses of any size. False is the published rule (for Llama-2 7B: lr 50, logit_scale
             10), whose lr has to be found for each model.
         seed: Seed of the draws.
+        exploration: "shared": all ranks evaluate the same mask, each on its data; the closure's
+            loss has to be the mean over them. "per_replica": each copy of the model evaluates a
+            mask of its own; the closure's loss is the rank's own, only losses travel, and the
+            logits move by the mean of what each mask teaches (with "straight_through": along the
+            gradients, which the strategy averages).
         model: The model that the weights belong to, where FSDP shards it (``fully_shard`` or
             ``FullyShardedDataParallel`` with ``use_orig_params=True``): each rank then keeps the
-            state of its own shards, and draws what one rank would draw. The closure's loss has to
-            be the mean over all ranks.
+            state of its own shards, and draws what one rank would draw.
 
     Raises:
         ValueError: an argument out of range, an unknown pattern, a weight that M does not
@@ -97,10 +106,15 @@ class MaskPro(Optimizer):
         momentum: float = 0.99,
         normalize: bool = True,
         seed: int = 0,
+        exploration: Exploration = "shared",
         model: nn.Module | None = None,
     ) -> None:
         if estimator not in DEFAULTS:
             raise ValueError(f"estimator is one of {', '.join(DEFAULTS)}; got {estimator!r}.")
+        if exploration not in get_args(Exploration):
+            raise ValueError(
+                f"exploration is one of {', '.join(get_args(Exploration))}; got {exploration!r}."
+            )
         lr = DEFAULTS[estimator]["lr"] if lr is None else lr
         logit_scale = DEFAULTS[estimator]["logit_scale"] if logit_scale is None else logit_scale
         sharpness = DEFAULTS[estimator]["sharpness"] if sharpness is None else sharpness
@@ -122,7 +136,9 @@ class MaskPro(Optimizer):
             "momentum": momentum,
             "normalize": normalize,
             "seed": seed,
+            "exploration": exploration,
             "step": 0,
+            "drawn_sharpness": 1.0,
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
@@ -222,21 +238,32 @@ class MaskPro(Optimizer):
                 baseline = closure()
         self.write("drawn")
         loss = closure()
-        residual = loss.detach().float() - baseline.detach().float()
-        first = self.param_groups[0]
-        advantage, judged = tracker.judge(
-            self.tracker, residual, first["momentum"], normalize=first["normalize"]
-        )
-        for group in self.param_groups:
-            group.update(judged)
+        losses_K2 = torch.stack([loss.detach().float(), baseline.detach().float()])[None]
+        if self._explores_apart:
+            losses_K2 = self._replicas.gather(losses_K2[0])
+        advantage_K = self._judge(losses_K2[:, 0] - losses_K2[:, 1])
         self.last = {
-            "loss": loss.detach(),
-            "baseline": baseline.detach(),
-            "residual": residual,
-            "advantage": advantage,
+            "loss": losses_K2[:, 0].mean(),
+            "baseline": losses_K2[:, 1].mean(),
+            "residual": (losses_K2[:, 0] - losses_K2[:, 1]).mean(),
+            "advantage": advantage_K.mean(),
         }
-        self._draw(advantage, learn=True)
+        self._draw(advantage_K, learn=True)
         return loss
+
+    def _judge(self, residual_K: Tensor) -> Tensor:
+        """The advantages of masks that were drawn together; the tracker learns of all alike."""
+        first = self.param_groups[0]
+        judged = [
+            tracker.judge(self.tracker, each, first["momentum"], normalize=first["normalize"])
+            for each in residual_K
+        ]
+        advantage_K = torch.stack([advantage for advantage, _ in judged])
+        for name in self.tracker:
+            after = torch.stack([after[name] for _, after in judged]).mean()
+            for group in self.param_groups:
+                group[name] = after
+        return advantage_K
 
     @torch.no_grad()
     def write(self, version: Version) -> None:
@@ -296,8 +323,11 @@ class MaskPro(Optimizer):
         return [name for _, name, _ in self._parameters()]
 
     def over_ranks(self, numbers: Tensor) -> Tensor:
-        """Add up what each rank has counted in its part of each weight, a row for a weight."""
-        if not self.sharded:
+        """Add up what ranks have counted in their parts of each weight, a row for a weight.
+
+        Copies of a part count once, or by their mean, where they have masks of their own.
+        """
+        if not self.sharded and not (self._explores_apart and is_initialized()):
             return numbers
         parameter = next(iter(self.layouts))
         shares = torch.tensor([layout.ranks / get_world_size() for layout in self.layouts.values()])
@@ -344,6 +374,10 @@ class MaskPro(Optimizer):
         for parameter, tensors in state.items():
             if tensors:
                 self._keep(parameter, tensors)
+        explored = {group.get("exploration") for group in state_dict["param_groups"]}
+        if self._explores_apart or "per_replica" in explored:
+            for group, _, masked in self._masked_weights() if self.begun else ():
+                masked.redraw(self._draws(group, group["step"], group["drawn_sharpness"])[0])
         self._holds = "dense"
         self.write("drawn")
 
@@ -444,23 +478,60 @@ class MaskPro(Optimizer):
     def _cuda_devices(self) -> list[torch.device]:
         return list({p.device for _, _, p in self._parameters() if p.device.type == "cuda"})
 
-    def _draw(self, advantage: Tensor | None = None, *, learn: bool = False) -> None:
+    def _draw(self, advantage_K: Tensor | None = None, *, learn: bool = False) -> None:
         """Move the logits, by an advantage or by gradients, then draw the next masks."""
         for group in self.param_groups:
             group["step"] += learn
-        spreads = self._directions() if learn and advantage is None else {}
+        spreads = self._directions() if learn and advantage_K is None else {}
         for group, parameter, masked in self._masked_weights():
-            draw = Draw(group["seed"], group["step"], _sharpness(group))
+            draw, *_ = self._draws(group, group["step"], _sharpness(group))
+            judged: list[Draw] = []
             change = direction = None
-            if advantage is not None:
-                change = group["lr"] * advantage
+            if advantage_K is not None:
+                change = group["lr"] * advantage_K
+                if self._explores_apart:
+                    _, *judged = self._draws(group, group["step"] - 1, group["drawn_sharpness"])
             elif parameter.grad is not None and masked.name in spreads:
                 spread = spreads[masked.name]
                 learns = spread.isfinite() & (spread > 0)
                 direction = local(parameter.grad).div_(spread / group["lr"]).where(learns, 0)
-            masked.advance(draw, change, direction)
+            masked.advance(draw, change, direction, judged)
             parameter.grad = None
+        for group in self.param_groups:
+            group["drawn_sharpness"] = _sharpness(group)
         self._holds = "drawn"
+        if _log.isEnabledFor(logging.DEBUG):
+            self._refuse_drift()
+
+    @property
+    def _explores_apart(self) -> bool:
+        return bool(self.defaults["exploration"] == "per_replica")
+
+    @cached_property
+    def _replicas(self) -> Replicas:
+        return find_replicas(list(self.layouts.values()), next(iter(self.layouts)).device)
+
+    def _draws(self, group: dict[str, Any], step: int, sharpness: float) -> list[Draw]:
+        """This replica's draw, and then those of all replicas."""
+        if not self._explores_apart:
+            return [Draw(group["seed"], step, sharpness)]
+        replicas = self._replicas
+        draws = [
+            Draw(group["seed"], step, sharpness, replica)
+            for replica in range(len(replicas.members))
+        ]
+        return [draws[replicas.index], *draws]
+
+    def _refuse_drift(self) -> None:
+        """Compare the logits of replicas, which must never differ in a bit."""
+        checksum = torch.zeros((), dtype=torch.int64, device=next(iter(self.layouts)).device)
+        for value in self.logits().values():
+            checksum += local(value).contiguous().view(torch.int32).sum(dtype=torch.int64)
+        if not self._replicas.agree(checksum):
+            raise RuntimeError(
+                "The logits of the ranks have drifted apart: they were given different losses. "
+                "Average the closure's loss over all ranks, or set exploration='per_replica'."
+            )
 
     def _directions(self) -> dict[str, Tensor]:
         """Turn gradients into what logits move along; by name, its root mean square.

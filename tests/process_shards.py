@@ -6,6 +6,7 @@ lies in ``FOLDER/TASK-RANKS-RANK.pt``, by the name of the case.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,6 +183,8 @@ class Run:
         } | rule
         self.optimizer = MaskPro(weights(self.model), estimator=estimator, model=self.model, **rule)
         self._estimator = estimator
+        self._apart = rule.get("exploration") == "per_replica"
+        self.own: list[Tensor] = []  # baseline and loss of each step, of this rank alone
         parts, part = ranks // copies(ranks), dist.get_rank() // copies(ranks)
         self._x = oracle.random(8, 4, 2, 2, seed=20).chunk(parts)[part]
         self._y = oracle.random(8, 3, seed=21).chunk(parts)[part]
@@ -189,6 +193,9 @@ class Run:
 
     def loss(self) -> Tensor:
         loss = mse_loss(self.model(self._x), self._y)
+        if self._apart:
+            self.own.append(loss)
+            return loss
         if self._estimator == "straight_through":
             loss.backward()
         mean = loss.detach().clone()
@@ -337,6 +344,7 @@ FITS: dict[str, tuple[Callable[[int], Any], Any, Callable[[int], int]]] = {
     "tp sharded": (lambda n: _parallel(1, n), _split, lambda n: n),
     "tp and fsdp2 sharded": (lambda n: _parallel(n // 2, 2), _split_and_shard, lambda _: 2),
 }
+STARTS = ("ddp", "fsdp1 sharded", "fsdp2 sharded", "tp and fsdp2 sharded")
 FIT_STEPS, SAVED_STEP = 6, 3
 
 
@@ -344,7 +352,9 @@ def fits_on(name: str, ranks: int) -> bool:
     return ranks == 4 or "tp and" not in name
 
 
-def fit_masks(name: str, ranks: int, folder: Path, ckpt_path: Path | None = None) -> dict[str, Any]:
+def fit_masks(
+    name: str, ranks: int, folder: Path, ckpt_path: Path | None = None, **rule: Any
+) -> dict[str, Any]:
     """A fit whose every step sees the eight rows that one rank would see."""
     make, wrap, copies = FITS[name]
     parts, part = ranks // copies(ranks), dist.get_rank() // copies(ranks)
@@ -353,7 +363,8 @@ def fit_masks(name: str, ranks: int, folder: Path, ckpt_path: Path | None = None
         for i in range(SAVED_STEP)
     ]
     own = [tuple(tensor.chunk(parts)[part] for tensor in batch) for batch in batches]
-    masks = MaskProCallback(lr=LR, normalize=False, logit_scale=1.0, baseline_cache=0)
+    rule = {"lr": LR, "normalize": False, "logit_scale": 1.0, "baseline_cache": 0} | rule
+    masks = MaskProCallback(**rule)
     save = ModelCheckpoint(folder, "{step}", every_n_train_steps=SAVED_STEP, save_top_k=-1)
     trainer = quiet_trainer(
         folder,
@@ -363,7 +374,7 @@ def fit_masks(name: str, ranks: int, folder: Path, ckpt_path: Path | None = None
         devices=ranks,
         strategy=make(ranks),
         use_distributed_sampler=False,
-        max_steps=FIT_STEPS,
+        max_steps=1 if "init" in rule else FIT_STEPS,
         limit_val_batches=1,
     )
     module = Fitted(wrap)
@@ -402,6 +413,10 @@ def fit(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
     for name in FITS:
         if fits_on(name, ranks):
             yield name, fit_masks(name, ranks, folder / f"{name}-{ranks}")
+    for name in STARTS:
+        for init in ("wanda", "sparsegpt", "random") if fits_on(name, ranks) else ():
+            told = fit_masks(name, ranks, folder / "start", init=init, calibration_batches=2)
+            yield f"{name} from {init}", told["initial"]
 
 
 def resume(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
@@ -414,7 +429,46 @@ def resume(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{name} of {saved}", resumed
 
 
-TASKS = {"core": core, "fit": fit, "resume": resume}
+def explore(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """A mask for each replica."""
+    apart: dict[str, Any] = {"exploration": "per_replica", "normalize": True, "momentum": 0.9}
+    run = Run("ddp", ranks, lr=1.0, **apart)
+    run.optimizer.begin()
+    steps = []
+    for _ in range(3):
+        before = {"state": deepcopy(run.optimizer.state_dict()), "told": run.told()}
+        run.train(1)
+        steps.append(before | {"losses": run.own[-2:], "after": run.told()})
+    yield "steps", steps
+    for name in ("ddp", "fsdp2", "hsdp2"):
+        if applies(name, ranks):
+            run = Run(name, ranks, lr=1.0, **apart)
+            run.train(STEPS)
+            yield name, run.told()
+    shared = Run("ddp", ranks, lr=1.0, **apart | {"exploration": "shared"})
+    shared.train(STEPS)
+    yield "shared", shared.told()
+    rule = apart | {"lr": 1.0}
+    yield "whole", fit_masks("ddp", ranks, folder / f"apart-{ranks}", **rule)
+    path = folder / f"apart-{ranks}" / f"step={SAVED_STEP}.ckpt"
+    yield "resumed", fit_masks("ddp", ranks, folder / "resumed", path, **rule)
+    yield "drift", list(_drift())
+
+
+def _drift() -> Iterator[str]:
+    """What comes of losses that differ between ranks, and of one that does not."""
+    logging.getLogger("maskpro_lightning").setLevel(logging.DEBUG)
+    for loss in (1.0, 1.0 + dist.get_rank()):
+        optimizer = MaskPro([("w", nn.Parameter(oracle.random(4, 8)))], normalize=False)
+        try:
+            optimizer.step(lambda loss=loss: torch.tensor(loss), torch.tensor(0.0))
+            yield ""
+        except RuntimeError as error:
+            yield str(error)
+    logging.getLogger("maskpro_lightning").setLevel(logging.NOTSET)
+
+
+TASKS = {"core": core, "fit": fit, "resume": resume, "explore": explore}
 
 
 def _rank(task: str, folder: Path, rank: int, ranks: int, port: int) -> None:

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from modules import ROUNDING, equal, identical
-from process_shards import FIT_STEPS, FITS, LR, SAVED_STEP, Model, fits_on, weights
+from process_shards import FIT_STEPS, FITS, LR, SAVED_STEP, STARTS, Model, fits_on, weights
 from test_sharding import RANKS, Told, assert_alike, run
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -57,6 +57,21 @@ def test_a_fit_resumes_on_any_number_of_ranks(
     later["validated"] = one["validated"][-1:]
     for told in fits["resume"][ranks]:
         assert_fitted_alike(told[f"{strategy} of {saved}"], one | later)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["wanda", "sparsegpt", "random"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_initial_masks_do_not_depend_on_the_strategy(
+    fits: dict[str, Told], init: str, ranks: int
+) -> None:
+    one = fits["fit"][1][0]
+    expected = one[f"ddp from {init}"]
+    assert not equal(expected, one["ddp"]["initial"])
+    for told in fits["fit"][ranks]:
+        for name in STARTS:
+            if fits_on(name, ranks):
+                assert equal(told[f"{name} from {init}"], expected), name
 
 
 def weights_in(checkpoint: Path, folder: Path) -> dict[str, Tensor]:
