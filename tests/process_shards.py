@@ -375,6 +375,7 @@ def fit_masks(
         strategy=make(ranks),
         use_distributed_sampler=False,
         max_steps=1 if "init" in rule else FIT_STEPS,
+        val_check_interval=1 if "init" in rule else None,
         limit_val_batches=1,
     )
     module = Fitted(wrap)
