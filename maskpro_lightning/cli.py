@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
+from rich.table import Table
 
 from maskpro_lightning.callback import MaskProCallback
 from maskpro_lightning.catalog import recipes
 from maskpro_lightning.compare import callback_of, compare, table, write_csv
 from maskpro_lightning.export import export_sparse
+from maskpro_lightning.plan import Strategy, plan
+from maskpro_lightning.targets import find_targets
 from maskpro_lightning.tracking import Tracking
 
 _USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
@@ -23,6 +27,7 @@ _USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
   validate  measure a model, or a checkpoint with --ckpt_path
   compare   measure the dense model and one-shot masks, learn a mask, print one table, export
   export    write a checkpoint's sparse model for others to load
+  plan      tell what a fit needs on --devices ranks with --strategy, without loading the model
 
 RECIPE is a YAML file or one of: {recipes}.
 Every value can be overridden: maskpro fit --config quickstart --trainer.max_steps 100"""
@@ -36,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = _named(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else "--help"
-    after_fit = {"compare": _compare, "export": _export}
+    after_fit = {"compare": _compare, "export": _export, "plan": _plan}
     # LightningCLI reads them there; given as its args, it warns of mixing them up with these.
     sys.argv[1:] = arguments[1:] if command in after_fit else arguments
     if command in ("-h", "--help"):
@@ -97,6 +102,40 @@ class _AfterFit(LightningCLI):
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return folder.absolute()
+
+
+class _BeforeFit(LightningCLI):
+    """Builds what a recipe describes without memory for its weights."""
+
+    def __init__(self) -> None:
+        with torch.device("meta"):
+            super().__init__(run=False, save_config_callback=None)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--devices", type=int, default=1, help="Number of ranks.")
+        parser.add_argument("--strategy", type=Strategy, default="fsdp2", help="How to shard.")
+
+
+def _plan() -> None:
+    cli = _BeforeFit()
+    callback, data = callback_of(cli.trainer), cli.datamodule
+    shape = [data.hparams.get(name) if data else None for name in ("batch_size", "length")]
+    found = plan(
+        cli.model,
+        find_targets(cli.model, callback.pattern, callback.include, callback.exclude, on_meta=True),
+        devices=cli.config["devices"],
+        strategy=cli.config["strategy"],
+        estimator=callback.rule["estimator"],
+        rows=None if None in shape else math.prod(size or 0 for size in shape),
+    )
+    parts = {**found.state, "largest unit, gathered": found.gathered}
+    parts |= {} if found.activations is None else {"activations (estimate)": found.activations}
+    rows = Table(title=f"One of {cli.config['devices']} ranks, {cli.config['strategy']}")
+    rows.add_column("what")
+    rows.add_column("bytes", justify="right")
+    for name, size in {**parts, "together": found.total}.items():
+        rows.add_row(name, f"{size:,}")
+    Console().print(rows, f"Forward passes per step: {found.forwards}")
 
 
 def _compare() -> None:

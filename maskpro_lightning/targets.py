@@ -41,6 +41,8 @@ def find_targets(
     pattern: str | NMPattern,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
+    *,
+    on_meta: bool = False,
 ) -> list[Target]:
     """Choose the weights to mask.
 
@@ -56,6 +58,7 @@ def find_targets(
             replace the default choice: what they match is masked even if left out by default.
         exclude: Globs, likewise, of what to leave out. A shared weight is left out by any of its
             names.
+        on_meta: Whether weights without values will do, as for a plan.
 
     Returns:
         The targets in the model's order, each weight once.
@@ -86,7 +89,7 @@ def find_targets(
             f"weights are all left out (include={include}, exclude={list(exclude)})."
         )
     for target in chosen:
-        _refuse_unsuitable(target, pattern)
+        _refuse_unsuitable(target, pattern, on_meta)
     return chosen
 
 
@@ -199,7 +202,7 @@ def _refuse_idle_globs(model: nn.Module, globs: Iterable[str]) -> None:
             )
 
 
-def _refuse_unsuitable(target: Target, pattern: NMPattern) -> None:
+def _refuse_unsuitable(target: Target, pattern: NMPattern, on_meta: bool) -> None:
     weight, layer = target.parameter, target.name.rpartition(".")[0]
     remedy = f'leave it out with exclude=["{layer or target.name}"]'
     if target.name.rpartition(".")[2] not in target.module._parameters:
@@ -214,7 +217,7 @@ def _refuse_unsuitable(target: Target, pattern: NMPattern) -> None:
             f"{target.name!r} holds {kind} numbers; masks need dense floating-point weights: "
             f"{remedy} or load the model unquantised."
         )
-    if weight.is_meta:
+    if weight.is_meta and not on_meta:
         raise ValueError(
             f"{target.name!r} is on the meta device, without values: load the weights before "
             f"masking."

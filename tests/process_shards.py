@@ -229,6 +229,7 @@ class Run:
             **{version: dict(self.optimizer.whole_masks(version)) for version in versions},
             "losses": self.losses,
             "sent": self.sent,
+            "weight_bytes": sum(layout.local(p).nbytes for p in self.model.parameters()),
             "bytes": sum(value.untyped_storage().nbytes() for value in kept),
         }
 

@@ -11,7 +11,10 @@ import process_shards
 import pytest
 import torch
 from modules import ROUNDING, equal, identical
-from process_shards import LR, STEPS, STRATEGIES, WITH_GRADIENTS, applies
+from process_shards import LR, STEPS, STRATEGIES, WITH_GRADIENTS, Model, applies
+
+from maskpro_lightning import find_targets
+from maskpro_lightning.plan import plan
 
 RANKS = (1, 2, 4)
 Told = dict[int, list[dict[str, Any]]]
@@ -97,6 +100,22 @@ def test_flat_shards_keep_nothing_twice_but_cut_groups(core: Told, ranks: int) -
     # Logits and masks, 5 bytes a weight, of the groups at two ends of four weights.
     edges = 5 * 2 * (36 + 48 + 4 + 4)
     assert sum(kept) <= core[1][0]["ddp"]["end"]["bytes"] + ranks * edges
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_plan_tells_what_the_largest_rank_keeps(core: Told, ranks: int) -> None:
+    model = Model()
+    for strategy in ("ddp", "fsdp2"):
+        found = plan(model, find_targets(model, "2:4"), devices=ranks, strategy=strategy)
+        kept = max(told[strategy]["end"]["bytes"] for told in core[ranks])
+        weights = max(told[strategy]["end"]["weight_bytes"] for told in core[ranks])
+        # Six rows are cut from groups of four, and two more kept, which is not planned.
+        cut = 5 * 12 * 2 if (strategy, ranks) == ("fsdp2", 4) else 0
+        assert found.state["dense"] + found.state["logits"] + found.state["masks"] == kept - cut
+        assert found.state["weights"] == weights
+    found = plan(model, find_targets(model, "2:4"), devices=ranks, strategy="fsdp1")
+    mean = sum(told["fsdp1"]["end"]["weight_bytes"] for told in core[ranks]) / ranks
+    assert mean <= found.state["weights"] <= mean + 4 * 8  # eight weights, each rounded up
 
 
 def test_a_step_sends_nothing_but_a_scalar_of_each_weight(core: Told) -> None:
