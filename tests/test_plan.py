@@ -32,7 +32,7 @@ def test_what_is_sharded_falls_as_the_inverse_of_the_ranks(devices: int) -> None
 
 
 def test_a_forward_pass_gathers_one_block() -> None:
-    assert planned(4).gathered == 4 * 49 * 48
+    assert planned(4).gathered == 4 * 65 * 48
     assert planned(1).gathered == planned(4, "ddp").gathered == 0
 
 
