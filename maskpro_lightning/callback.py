@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from os import PathLike
 from typing import Any
@@ -26,11 +27,12 @@ from maskpro_lightning.baseline import (
     notices_random_numbers,
     traceless,
 )
-from maskpro_lightning.export import load_masks
+from maskpro_lightning.distillation import Distillation, Teacher
 from maskpro_lightning.journal import Journal
 from maskpro_lightning.masked_weight import Version
+from maskpro_lightning.maskfiles import load_maskllm, load_masks
 from maskpro_lightning.metrics import mask_metrics
-from maskpro_lightning.optimizer import Estimator, Exploration, MaskPro
+from maskpro_lightning.optimizer import Estimator, Exploration, MaskPro, policy_lr
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.targets import Target, count, describe, find_targets, parameter_groups
 from maskpro_lightning.tracking import OnError, Tracking
@@ -55,13 +57,15 @@ class MaskProCallback(pl.Callback):
         pattern: Weights kept of every M along the input dimension, such as "2:4".
         include: Globs of layers to mask instead of the default choice, see :func:`find_targets`.
         exclude: Globs of layers to leave out.
-        init: Initial masks: "magnitude", "wanda", "sparsegpt", "random", "nonzeros" (the model is
-            sparse already), the path of a mask file, or masks by parameter name.
-        calibration_batches: Training batches that "wanda" and "sparsegpt" look at.
+        init: Initial masks: "magnitude", "wanda", "sparsegpt", "reconstruction" (the best without
+            learning), "random", "nonzeros" (the model is sparse already), the path of a mask file
+            (ours, or MaskLLM's ``.npz``), or masks by parameter name.
+        calibration_batches: Training batches that "wanda", "sparsegpt" and "reconstruction" look
+            at.
         estimator: "policy" learns from the loss alone, without a backward pass;
-            "straight_through" from gradients, and gets further on the same compute, for patterns
-            with N <= 2.
-        lr: Step size of the logits, see :class:`MaskPro`.
+            "straight_through" from gradients, and gets further on the same compute.
+        lr: Step size of the logits, see :class:`MaskPro`. By default that of the policy depends on
+            the length of the fit, see :func:`policy_lr`.
         lr_scheduler: Makes a learning rate scheduler, stepped every training step, from the
             optimizer; as in ``LightningCLI``. By default the rate falls to 0, linearly, over the
             fit; with the published rule, or where the fit has no end, it is constant.
@@ -74,6 +78,8 @@ class MaskProCallback(pl.Callback):
             copy of the model evaluates a mask of its own on its own data, and all learn from all,
             see :class:`MaskPro`; with ``strategy="ddp"`` each rank is one.
         baseline_cache: Batches whose baseline is remembered; 0 measures it at every step.
+        distillation: Learn from the distance to the dense model's own outputs instead of the loss
+            of the training step; costs one more forward pass per batch.
         log_distributions: Hand the logits to the loggers that keep files at every checkpoint
             (4 bytes per weight).
         on_logger_error: "warn" goes on without a logger that fails, "raise" ends the fit.
@@ -101,6 +107,7 @@ class MaskProCallback(pl.Callback):
         seed: int = 0,
         exploration: Exploration = "shared",
         baseline_cache: int = 2**16,
+        distillation: Distillation | None = None,
         log_distributions: bool = True,
         on_logger_error: OnError = "warn",
     ) -> None:
@@ -112,6 +119,7 @@ class MaskProCallback(pl.Callback):
         if isinstance(self.init, str) and not _is_file(self.init):
             calibration.check_method(self.init)
         self.baseline_cache = baseline_cache
+        self.distillation = distillation
         self.calibration_batches = calibration_batches
         self.lr_scheduler = lr_scheduler
         self.rule: dict[str, Any] = {
@@ -134,8 +142,10 @@ class MaskProCallback(pl.Callback):
         self._targets: list[Target] = []
         self._patches: list[tuple[Any, str, Any]] = []
         self._tracking: Tracking | None = None
+        self._teacher: Teacher | None = None
         # Made for its checks, and for the defaults that it fills in.
         trial = MaskPro([nn.Parameter(torch.zeros(self.pattern.m))], self.pattern, **self.rule)
+        self._lr_given = lr is not None
         self.rule = {name: trial.defaults[name] for name in self.rule}
 
     # Entering and leaving the fit
@@ -148,6 +158,7 @@ class MaskProCallback(pl.Callback):
         self._baselines = BaselineCache(self.baseline_cache)
         self._journal = Journal()
         self.optimizer = None
+        self._teacher = None
         self._trainer, self._module = trainer, pl_module
         self._patch(pl_module, "configure_optimizers", self._configure_optimizers)
         self._patch(pl_module, "optimizer_step", self._optimizer_step)
@@ -227,9 +238,9 @@ class MaskProCallback(pl.Callback):
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the strategy's training step: baseline, then the drawn mask."""
         with torch.set_grad_enabled(not self._forward_only):
+            self._ask_teacher(*args, **kwargs)
             baseline = self._baseline(*args, **kwargs) if self._forward_only else None
-            output = self._training_step_inside(*args, **kwargs)
-        loss = _loss_of(output)
+            output, loss = self._evaluate(*args, **kwargs)
         if loss is not None and not (self._forward_only or loss.requires_grad):
             raise RuntimeError(
                 f"The loss of {type(self._module).__name__} has no gradient: let the masked "
@@ -239,6 +250,31 @@ class MaskProCallback(pl.Callback):
             losses = [loss] if baseline is None else [loss, baseline]
             self._window.append(torch.stack([value.detach().float() for value in losses]))
         return output
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
+        """A training step with the weights as they are: its output, and the loss to learn from."""
+        if self._teacher is None:
+            output = self._training_step_inside(*args, **kwargs)
+            return output, _loss_of(output)
+        with self._teacher.asking() as losses:
+            output = self._training_step_inside(*args, **kwargs)
+        if _loss_of(output) is None:
+            return output, None
+        output = {**output, "loss": losses[0]} if isinstance(output, Mapping) else losses[0]
+        return output, losses[0]
+
+    def _ask_teacher(self, *args: Any, **kwargs: Any) -> None:
+        if self.distillation is None:
+            return
+        if self._teacher is None:
+            self._teacher = Teacher(self.distillation, self._module)
+        with (
+            torch.no_grad(),
+            self._optimizer.applied("dense"),
+            traceless(self._trainer, self._module),
+            self._teacher.teaching(),
+        ):
+            self._training_step_inside(*args, **kwargs)
 
     def _baseline(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         """The initial mask's loss on a batch, remembered or measured."""
@@ -254,7 +290,7 @@ class MaskProCallback(pl.Callback):
             traceless(self._trainer, self._module),
             notices_random_numbers() as random,
         ):
-            loss = _loss_of(self._training_step_inside(batch, *args, **kwargs))
+            _, loss = self._evaluate(batch, *args, **kwargs)
         if loss is None:
             return None
         loss = loss.detach().float()
@@ -317,6 +353,8 @@ class MaskProCallback(pl.Callback):
             layers = mask_metrics(self._optimizer)
             layers.pop("")
             self._journal.layers(layers)
+            logged = trainer._results.metrics(on_step=False)["callback"]
+            self._journal.validation(trainer.global_step, logged)
             self._tracking_.metrics(
                 {
                     f"maskpro/{name}/{layer}": value
@@ -372,13 +410,16 @@ class MaskProCallback(pl.Callback):
         sharded = strategies.sharded_model(self._trainer.strategy)
         module = self._module if sharded is None else sharded
         self._targets = find_targets(module, self.pattern, self.include, self.exclude)
+        steps = self._trainer.estimated_stepping_batches
+        falls = self.lr_scheduler is None and self.rule["normalize"] and 0 < steps < math.inf
+        if falls and self._forward_only and not self._lr_given:
+            self.rule["lr"] = policy_lr(self.pattern, self.rule["logit_scale"], int(steps))
         groups = parameter_groups(self._targets)
         self.optimizer = MaskPro(groups, self.pattern, model=sharded, **self.rule)
         _log.info(describe(module, self._targets, self.pattern))
-        steps = self._trainer.estimated_stepping_batches
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(self.optimizer)
-        elif self.rule["normalize"] and 0 < steps < math.inf:
+        elif falls:
             # Not LinearLR, whose state holds the length: a fit resumed for longer would stay at 0.
             scheduler = LambdaLR(self.optimizer, lambda step: max(0.0, 1 - step / steps))
         else:
@@ -393,20 +434,26 @@ class MaskProCallback(pl.Callback):
     ) -> Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]:
         if isinstance(self.init, Mapping):
             return self.init
+        if self.init.endswith(".npz"):
+            shapes = {target.name: target.shape for target in self._targets}
+            return load_maskllm(self.init, shapes, self.pattern)
         if _is_file(self.init):
             return load_masks(self.init, self.pattern)
 
-        def forward() -> None:
+        def batches() -> Iterator[Callable[[], None]]:
+            for number, batch in enumerate(self._calibration_data(trainer, pl_module)):
+                yield partial(run, batch, number)
+
+        def run(batch: Any, number: int) -> None:
             with traceless(trainer, pl_module):
-                for number, batch in enumerate(self._calibration_data(trainer, pl_module)):
-                    self._training_step_inside(batch, number)
+                self._training_step_inside(batch, number)
 
         return calibration.initial_masks(
             self.init,
             self._targets,
             self.pattern,
             seed=self.rule["seed"],
-            forward=forward,
+            batches=batches,
             reduce=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"),
             whole=self._optimizer.whole,
         )
@@ -442,6 +489,12 @@ class MaskProCallback(pl.Callback):
     def _refuse_unsupported(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         module = type(pl_module).__name__
         strategies.refuse_untested(trainer.strategy)
+        if self.init == "reconstruction" and strategies.shards(trainer.strategy):
+            raise ValueError(
+                f"init='reconstruction' keeps a second copy of whole weights, which "
+                f"{type(trainer.strategy).__name__} shards: choose init='sparsegpt', or find the "
+                f"masks on one device and give their file."
+            )
         if not pl_module.automatic_optimization:
             raise ValueError(
                 f"{module} optimizes manually (automatic_optimization=False), which hides its loss "
@@ -460,7 +513,7 @@ class MaskProCallback(pl.Callback):
 
 
 def _is_file(init: str) -> bool:
-    return init.endswith(".safetensors")
+    return init.endswith((".safetensors", ".npz"))
 
 
 def _loss_of(output: Any) -> Tensor | None:

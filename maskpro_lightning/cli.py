@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 from rich.table import Table
 
+from maskpro_lightning import measure, runs
 from maskpro_lightning.callback import MaskProCallback
 from maskpro_lightning.catalog import recipes
 from maskpro_lightning.compare import callback_of, compare, table, write_csv
-from maskpro_lightning.export import export_sparse
+from maskpro_lightning.export import Format, export_sparse
 from maskpro_lightning.plan import Strategy, plan
 from maskpro_lightning.targets import find_targets
 from maskpro_lightning.tracking import Tracking
@@ -26,8 +30,10 @@ _USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
   fit       learn a mask
   validate  measure a model, or a checkpoint with --ckpt_path
   compare   measure the dense model and one-shot masks, learn a mask, print one table, export
-  export    write a checkpoint's sparse model for others to load
+  export    write a checkpoint's sparse model for others to load (--format)
+  measure   time the layers dense and 2:4 on this device (--batch_sizes, --dtype)
   plan      tell what a fit needs on --devices ranks with --strategy, without loading the model
+  plot      draw what a run logged: maskpro plot RUN [--tracking_uri URI] [--output FOLDER]
 
 RECIPE is a YAML file or one of: {recipes}.
 Every value can be overridden: maskpro fit --config quickstart --trainer.max_steps 100"""
@@ -41,13 +47,19 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = _named(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else "--help"
-    after_fit = {"compare": _compare, "export": _export, "plan": _plan}
+    own = {
+        "compare": _compare,
+        "export": _export,
+        "measure": _measure,
+        "plan": _plan,
+        "plot": _plot,
+    }
     # LightningCLI reads them there; given as its args, it warns of mixing them up with these.
-    sys.argv[1:] = arguments[1:] if command in after_fit else arguments
+    sys.argv[1:] = arguments[1:] if command in own else arguments
     if command in ("-h", "--help"):
         print(_USAGE.format(recipes=", ".join(recipes())))
-    elif command in after_fit:
-        after_fit[command]()
+    elif command in own:
+        own[command]()
     else:
         LightningCLI(save_config_callback=SaveConfig)
 
@@ -75,19 +87,33 @@ class SaveConfig(SaveConfigCallback):
                 Path(logger.log_dir, "config.yaml").write_text(config)
 
 
-class _AfterFit(LightningCLI):
+class _Built(LightningCLI):
     """Builds model, data and trainer from a recipe and runs nothing."""
 
     def __init__(self) -> None:
         super().__init__(run=False, save_config_callback=SaveConfig)
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--output", type=str, default="sparse-model", help="Folder to write.")
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint.")
-
     @property
     def callback(self) -> MaskProCallback:
         return callback_of(self.trainer)
+
+
+class _Measured(_Built):
+    """Adds the options of ``maskpro measure``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        sizes, dtypes = list[PositiveInt], Literal["bfloat16", "float16", "float32"]
+        parser.add_argument("--batch_sizes", type=sizes, default=[1, 16, 256, 4096])
+        parser.add_argument("--dtype", type=dtypes, default="bfloat16")
+
+
+class _AfterFit(_Built):
+    """Adds the options of what comes after a fit."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--output", type=str, default="sparse-model", help="Folder to write.")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint.")
+        parser.add_argument("--format", type=Format, default="auto", help="See export_sparse.")
 
     def export(self) -> Path:
         callback, output = self.callback, self.config["output"]
@@ -97,9 +123,10 @@ class _AfterFit(LightningCLI):
             callback.pattern,
             include=callback.include,
             exclude=callback.exclude,
+            file_format=self.config["format"],
         )
         tokenizer = getattr(self.datamodule, "tokenizer", None)
-        if tokenizer is not None:
+        if tokenizer is not None and (folder / "config.json").exists():
             tokenizer.save_pretrained(folder)
         return folder.absolute()
 
@@ -143,8 +170,10 @@ def _compare() -> None:
     console = Console()
     rows = compare(cli.trainer, cli.model, cli.datamodule)
     folder = cli.export()
-    write_csv(rows, folder / "comparison.csv")
-    Tracking(cli.trainer, "warn").file(folder / "comparison.csv")
+    tracking = Tracking(cli.trainer, "warn")
+    for path in (folder / "comparison.csv", tracking.folder() / "comparison.csv"):
+        write_csv(rows, path)
+    tracking.file(path)
     console.print(table(rows, f"{cli.callback.pattern} masks of {cli.model.hparams.get('model')}"))
     console.print(f"Sparse model: {folder}", soft_wrap=True)
     _tell_mlflow(cli, console)
@@ -158,6 +187,39 @@ def _export() -> None:
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     cli.model.load_state_dict(state)
     Console().print(f"Sparse model: {cli.export()}", soft_wrap=True)
+
+
+def _measure() -> None:
+    cli = _Measured()
+    callback, device = cli.callback, cli.trainer.strategy.root_device
+    targets = find_targets(cli.model, "2:4", callback.include, callback.exclude)
+    dtype = getattr(torch, cli.config["dtype"])
+    found = measure.measure(targets, device, dtype, cli.config["batch_sizes"])
+    console = Console()
+    console.print(measure.table(found))
+    console.print(measure.conclusion(found), soft_wrap=True)
+
+
+def _plot() -> None:
+    from maskpro_lightning import plots
+
+    parser = ArgumentParser("maskpro plot", description="Draw what a run logged, PNG and SVG.")
+    parser.add_argument("run", help="a run's folder, or the id of an MLflow run")
+    parser.add_argument("--tracking_uri", help="where MLflow keeps the run, such as sqlite:///...")
+    parser.add_argument("--output", type=Path, help="folder to write; the run's by default")
+    given = parser.parse_args()
+    with TemporaryDirectory() as fetched:
+        folder = Path(given.run)
+        if given.tracking_uri is not None:
+            runs.download_run(given.run, given.tracking_uri, Path(fetched))
+            folder = Path(fetched)
+        try:
+            run = runs.read_run(folder)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+    own = Path("figures", given.run) if given.tracking_uri else runs.folder_of(folder)
+    for path in plots.save(plots.figures(run), given.output or own):
+        print(path)
 
 
 def _tell_mlflow(cli: LightningCLI, console: Console) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskpro_lightning.export import save_distributions, save_masks
+from maskpro_lightning.export import save_distributions
+from maskpro_lightning.maskfiles import save_masks
+from maskpro_lightning.metrics import histograms
 from maskpro_lightning.optimizer import MaskPro
 from maskpro_lightning.pattern import NMPattern
+from maskpro_lightning.runs import Run
 from maskpro_lightning.tracking import Tracking
 
 _log = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ class Journal:
         self._keeps = self._writes = False
         self._rows: list[dict[str, float]] = []
         self._layers: dict[str, dict[str, float]] = {}
+        self._validation: list[dict[str, float]] = []
 
     def open(self, folder: Path, keeps: bool, writes: bool) -> None:
         """Start a run that ``keeps`` files in a folder; the rank that ``writes`` writes them."""
@@ -43,6 +46,10 @@ class Journal:
     def layers(self, layers: Mapping[str, Mapping[str, float]]) -> None:
         """Remember the latest statistics of each layer."""
         self._layers = {name: dict(values) for name, values in layers.items()}
+
+    def validation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add what the module logged in a validation, under the most likely mask."""
+        self._validation.append({"step": step, **{name: float(v) for name, v in values.items()}})
 
     def distributions(self, optimizer: MaskPro, tracking: Tracking, step: int) -> None:
         """Write the logits and hand them to the loggers, in a folder of the step.
@@ -60,6 +67,7 @@ class Journal:
         if not self._keeps or not optimizer.begun:
             return
         masks = {n: m.cpu() for n, m in optimizer.whole_masks("mode") if self._writes}
+        found = histograms(optimizer)
         if not self._writes:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -68,23 +76,21 @@ class Journal:
         tracking.file(self._folder / "masks.safetensors")
         if not self._rows:
             return
-        with (self._folder / "history.csv").open("w", newline="") as file:
-            names = list(dict.fromkeys(name for row in self._rows for name in row))
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self._rows)
-        tracking.file(self._folder / "history.csv")
+        run = Run(self._rows, self._layers, found, self._validation)
+        for path in run.write(self._folder):
+            tracking.file(path)
         try:
             from maskpro_lightning import plots
         except ModuleNotFoundError:
             _log.info("No figures without matplotlib: pip install 'maskpro-lightning[plots]'.")
             return
-        for name, figure in plots.figures(self._rows, self._layers).items():
+        for name, figure in plots.figures(run).items():
             tracking.figure(self._folder / f"{name}.png", figure)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self._rows, "layers": self._layers}
+        return {"rows": self._rows, "layers": self._layers, "validation": self._validation}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._rows = list(state_dict["rows"])
         self._layers = dict(state_dict["layers"])
+        self._validation = list(state_dict.get("validation", ()))

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from maskpro_lightning import distribution, philox
+from maskpro_lightning import distribution, inclusion, philox
 from maskpro_lightning.layout import Layout
 from maskpro_lightning.pattern import NMPattern
 
@@ -44,13 +44,14 @@ class Draw:
 
 @dataclass(frozen=True)
 class Groups:
-    """Some groups of one weight: the logits that masks are drawn from, and masks, each (G, M).
+    """Some groups of one weight: it dense, the logits that draws are from, masks, each (G, M).
 
     ``previous_GM`` is the mask drawn before ``drawn_GM``; all False before the second draw.
     """
 
     name: str
     pattern: NMPattern
+    dense_GM: Tensor
     logits_GM: Tensor
     initial_GM: Tensor
     drawn_GM: Tensor
@@ -148,7 +149,7 @@ class MaskedWeight:
         """
         for _, (values, dense, logits) in self.layout.blocks(gradient, self.dense, self.logits):
             worth_GM = _columns(values).float() * _columns(dense).float()
-            direction_GM = distribution.inclusion_gradient(
+            direction_GM = inclusion.gradient(
                 _columns(logits) * sharpness, worth_GM, self.layout.pattern
             )
             values.copy_(direction_GM.view_as(values))
@@ -169,11 +170,13 @@ class MaskedWeight:
 
     def groups(self, sharpness: float) -> Iterator[Groups]:
         """Go through all groups in blocks, for statistics; a cut one counts on one rank."""
-        for _, (logits, masks) in self.layout.blocks(self.logits, self.masks, once=True):
+        blocks = self.layout.blocks(self.dense, self.logits, self.masks, once=True)
+        for _, (dense, logits, masks) in blocks:
             masks_GM = _columns(masks)
             yield Groups(
                 self.name,
                 self.layout.pattern,
+                _columns(dense),
                 _columns(logits) * sharpness,
                 *((masks_GM & bit).bool() for bit in (_INITIAL, _DRAWN, _PREVIOUS)),
             )

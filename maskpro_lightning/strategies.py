@@ -54,9 +54,14 @@ def refuse_untested(strategy: Any) -> None:
         )
 
 
+def shards(strategy: Any) -> bool:
+    """Whether a strategy splits weights over ranks."""
+    return _kind(strategy) in _SHARDED
+
+
 def sharded_model(strategy: Any) -> nn.Module | None:
     """The model as FSDP has wrapped it, or None where no weight is sharded."""
-    model: nn.Module | None = strategy.model if _kind(strategy) in _SHARDED else None
+    model: nn.Module | None = strategy.model if shards(strategy) else None
     return model
 
 
@@ -93,7 +98,7 @@ class MaskCheckpoints:
     @classmethod
     def patches(cls, trainer: Any, *args: Any) -> dict[str, Any]:
         """Methods to put on the strategy; none where no weight is sharded."""
-        if _kind(trainer.strategy) not in _SHARDED:
+        if not shards(trainer.strategy):
             return {}
         checkpoints = cls(trainer, *args)
         return {

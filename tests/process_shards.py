@@ -24,6 +24,7 @@ import lightning.pytorch as pl
 import oracle
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies import fsdp as lightning_fsdp
 from modules import quiet_trainer
@@ -300,6 +301,7 @@ class Fitted(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.validated.append(self.loss(batch).detach())
+        self.log("val_loss", self.validated[-1], sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -345,6 +347,7 @@ FITS: dict[str, tuple[Callable[[int], Any], Any, Callable[[int], int]]] = {
     "tp sharded": (lambda n: _parallel(1, n), _split, lambda n: n),
     "tp and fsdp2 sharded": (lambda n: _parallel(n // 2, 2), _split_and_shard, lambda _: 2),
 }
+LOGGED = (("fsdp1 sharded", 2), ("fsdp2 sharded", 4))
 STARTS = ("ddp", "fsdp1 sharded", "fsdp2 sharded", "tp and fsdp2 sharded")
 FIT_STEPS, SAVED_STEP = 6, 3
 
@@ -378,6 +381,11 @@ def fit_masks(
         max_steps=1 if "init" in rule else FIT_STEPS,
         val_check_interval=1 if "init" in rule else None,
         limit_val_batches=1,
+        log_every_n_steps=2,
+        # Slow for its figures, so on few.
+        logger=CSVLogger(folder, "", "")
+        if (name, ranks) in LOGGED and ckpt_path is None
+        else False,
     )
     module = Fitted(wrap)
     data = DataLoader(own, batch_size=None)

@@ -9,10 +9,12 @@ import oracle
 import pytest
 import torch
 from modules import ROUNDING, equal, identical
-from process_shards import FIT_STEPS, FITS, LR, SAVED_STEP, STARTS, Model, fits_on, weights
+from process_shards import FIT_STEPS, FITS, LOGGED, LR, SAVED_STEP, STARTS, Model, fits_on, weights
 from test_sharding import RANKS, Told, assert_alike, run
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from maskpro_lightning import NMPattern, load_masks
 
 FITTED = [(name, ranks) for name in FITS for ranks in RANKS if fits_on(name, ranks)]
 RESUMED = [(n, saved, r) for n, r in FITTED for saved in RANKS if fits_on(n, saved)]
@@ -72,6 +74,18 @@ def test_initial_masks_do_not_depend_on_the_strategy(
         for name in STARTS:
             if fits_on(name, ranks):
                 assert equal(told[f"{name} from {init}"], expected), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "ranks"), LOGGED)
+def test_a_sharded_fit_leaves_its_files(
+    fits: dict[str, Told], folder: Path, strategy: str, ranks: int
+) -> None:
+    left = folder / f"{strategy}-{ranks}" / "maskpro"
+    masks = load_masks(left / "masks.safetensors", NMPattern(2, 4))
+    assert equal(masks, fits["fit"][ranks][0][strategy]["mode"])
+    assert (left / "history.csv").exists()
+    assert not (left / "distributions.safetensors").exists()
 
 
 def weights_in(checkpoint: Path, folder: Path) -> dict[str, Tensor]:
