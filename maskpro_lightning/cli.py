@@ -135,6 +135,7 @@ class _BeforeFit(LightningCLI):
     """Builds what a recipe describes without memory for its weights."""
 
     def __init__(self) -> None:
+        sys.argv.append("--trainer.logger=false")  # a plan is no run
         with torch.device("meta"):
             super().__init__(run=False, save_config_callback=None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,12 +59,14 @@ def test_strategies_without_a_plan_are_refused() -> None:
 
 @pytest.mark.slow
 def test_the_command_plans_a_recipe_without_its_weights(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["maskpro"])
     main(["plan", "--config", "quickstart", "--devices", "8", "--strategy", "fsdp2"])
     told = capsys.readouterr().out
     assert "One of 8 ranks, fsdp2" in told
     assert re.search(r"dense\s+│\s+491,520", told)
     assert "Forward passes per step: 3" in told
+    assert not list(tmp_path.iterdir())
