@@ -9,7 +9,18 @@ import oracle
 import pytest
 import torch
 from modules import ROUNDING, equal, identical
-from process_shards import FIT_STEPS, FITS, LOGGED, LR, SAVED_STEP, STARTS, Model, fits_on, weights
+from process_shards import (
+    FIT_STEPS,
+    FITS,
+    LOGGED,
+    LR,
+    MOVES,
+    SAVED_STEP,
+    STARTS,
+    Model,
+    fits_on,
+    weights,
+)
 from test_sharding import RANKS, Told, assert_alike, run
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -54,11 +65,24 @@ def test_a_fit_does_not_depend_on_the_strategy(
 def test_a_fit_resumes_on_any_number_of_ranks(
     fits: dict[str, Told], strategy: str, saved: int, ranks: int
 ) -> None:
-    one = fits["fit"][1][0]["ddp"]
-    later = {key: one[key][-(FIT_STEPS - SAVED_STEP) :] for key in ("losses",)}
-    later["validated"] = one["validated"][-1:]
     for told in fits["resume"][ranks]:
-        assert_fitted_alike(told[f"{strategy} of {saved}"], one | later)
+        assert_fitted_alike(told[f"{strategy} of {saved}"], later_half(fits))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), MOVES)
+def test_a_whole_file_moves_between_strategies(
+    fits: dict[str, Told], before: str, after: str
+) -> None:
+    for told in fits["resume"][2]:
+        assert_fitted_alike(told[f"{before} to {after}"], later_half(fits))
+
+
+def later_half(fits: dict[str, Told]) -> dict[str, Any]:
+    """What a fit on one rank has learned, and told since its checkpoint."""
+    one = fits["fit"][1][0]["ddp"]
+    since = one["losses"][-(FIT_STEPS - SAVED_STEP) :]
+    return one | {"losses": since, "validated": one["validated"][-1:]}
 
 
 @pytest.mark.slow

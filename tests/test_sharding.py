@@ -23,7 +23,7 @@ Told = dict[int, list[dict[str, Any]]]
 def run(folder: Path, *tasks: str) -> dict[str, Told]:
     """What every rank tells of each task, on 1, 2 and 4 of them."""
     command = [sys.executable, "-W", "ignore", process_shards.__file__, str(folder), *tasks]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900)
     assert not done.returncode, done.stdout + done.stderr
 
     def told(task: str, ranks: int, rank: int) -> Any:
