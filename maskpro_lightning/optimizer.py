@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain, count
@@ -33,11 +33,12 @@ from torch.distributed import all_reduce, get_world_size, is_initialized
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from maskpro_lightning import distribution, initializers, tracker
+from maskpro_lightning import admission, distribution, initializers, saved_state, tracker
+from maskpro_lightning.admission import LARGEST
 from maskpro_lightning.layout import Layout, like, local, sums, whole_of
 from maskpro_lightning.masked_weight import Draw, Groups, MaskedWeight, Version
 from maskpro_lightning.pattern import NMPattern
-from maskpro_lightning.sharding import Replicas, find_replicas, layouts, settle
+from maskpro_lightning.sharding import Replicas, find_replicas, flat_shapes, layouts, settle
 
 Estimator = Literal["policy", "straight_through"]
 Exploration = Literal["shared", "per_replica"]
@@ -140,14 +141,6 @@ class MaskPro(Optimizer):
         lr = DEFAULTS[estimator]["lr"] if lr is None else lr
         logit_scale = DEFAULTS[estimator]["logit_scale"] if logit_scale is None else logit_scale
         sharpness = DEFAULTS[estimator]["sharpness"] if sharpness is None else sharpness
-        for name, value, holds, rule in (
-            ("lr", lr, lr > 0, "lr > 0"),
-            ("logit_scale", logit_scale, logit_scale > 0, "logit_scale > 0"),
-            ("sharpness", sharpness, sharpness > 0, "sharpness > 0"),
-            ("momentum", momentum, 0 <= momentum < 1, "0 <= momentum < 1"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} is {value}, but {rule} must hold.")
         defaults = {
             "pattern": str(NMPattern.parse(pattern)),
             "input_dim": -1,
@@ -164,6 +157,7 @@ class MaskPro(Optimizer):
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
+            admission.check_rule(group)
             # The tracker of residuals; every group holds the same, since there is one loss.
             group.update(tracker.new())
             group["initial_lr"] = group["lr"]
@@ -172,7 +166,7 @@ class MaskPro(Optimizer):
         self.layouts = self._find_layouts()
         # What state holds of weights whose groups are cut is a view of these.
         self._padded: dict[Tensor, dict[str, Tensor]] = {}
-        self._holds: Version = "dense"
+        self._holds: Version | None = "dense"
         #: Loss, baseline, residual and advantage of the last step, scalars.
         self.last: dict[str, Tensor] = {}
 
@@ -198,24 +192,17 @@ class MaskPro(Optimizer):
         """
         if self.begun:
             raise RuntimeError("The masks have begun already: make a new MaskPro to start over.")
-        known = {name: (group, parameter) for group, name, parameter in self._parameters()}
-        state, seen = {}, set()
-        for name, mask in self._initial(known, masks):
+        state, known = {}, {name: (g, parameter) for g, name, parameter in self._parameters()}
+        for name, mask in self._initial(list(known), masks):
             group, parameter = known[name]
-            layout, mask = self.layouts[parameter], whole_of(mask)
-            if tuple(mask.shape) != layout.shape:
-                raise ValueError(
-                    f"The mask of {name!r} has shape {tuple(mask.shape)}, the weight "
-                    f"{layout.shape}."
-                )
+            layout = self.layouts[parameter]
+            admission.check_mask(name, mask, layout.shape)
+            mask = whole_of(mask)
             layout.pattern.check(mask, layout.input_dim, f"the mask of {name!r}")
             state[parameter] = MaskedWeight.state(
                 local(parameter), layout.take(mask), group["logit_scale"]
             )
-            seen.add(name)
-        for name in known:
-            if name not in seen:
-                raise ValueError(f"There is no initial mask for {name!r} among {len(seen)} masks.")
+        # At once, so that an error on the way, such as no memory, leaves nothing begun.
         for parameter, tensors in state.items():
             self._keep(parameter, tensors)
         self._draw()
@@ -247,19 +234,25 @@ class MaskPro(Optimizer):
             self.write("drawn")
             with torch.enable_grad():
                 loss = closure()
+            admission.check_loss(loss)
             if all(parameter.grad is None for _, _, parameter in self._parameters()):
                 raise RuntimeError(
                     "No gradient has reached any masked weight: the closure has to call "
                     "loss.backward(), and weights need requires_grad=True and a part in the loss."
                 )
             self.last = {"loss": loss.detach()}
-            self._draw(learn=True)
+            finite = loss.detach().isfinite()
+            for group in self.param_groups:
+                group.update(tracker.skips(self.tracker, finite))
+            self._draw(finite=finite)
             return loss
         if baseline is None:
             with self.applied("initial"), torch.random.fork_rng(self._cuda_devices()):
                 baseline = closure()
+            admission.check_loss(baseline)
         self.write("drawn")
         loss = closure()
+        admission.check_loss(loss)
         losses_K2 = torch.stack([loss.detach().float(), baseline.detach().float()])[None]
         if self._explores_apart:
             losses_K2 = self._replicas.gather(losses_K2[0])
@@ -270,7 +263,7 @@ class MaskPro(Optimizer):
             "residual": (losses_K2[:, 0] - losses_K2[:, 1]).mean(),
             "advantage": advantage_K.mean(),
         }
-        self._draw(advantage_K, learn=True)
+        self._draw(advantage_K)
         return loss
 
     def _judge(self, residual_K: Tensor) -> Tensor:
@@ -282,7 +275,7 @@ class MaskPro(Optimizer):
         ]
         advantage_K = torch.stack([advantage for advantage, _ in judged])
         for name in self.tracker:
-            after = torch.stack([after[name] for _, after in judged]).mean()
+            after = torch.stack([after[name] for _, after in judged]).float().mean()
             for group in self.param_groups:
                 group[name] = after
         return advantage_K
@@ -300,6 +293,7 @@ class MaskPro(Optimizer):
             raise ValueError(f"version is one of {get_args(Version)}, got {version!r}.")
         if not self.begun or version == self._holds:
             return
+        self._holds = None  # what an interrupted write leaves is no version
         for _, _, masked in self._masked_weights():
             masked.write(version)
         self._holds = version
@@ -307,7 +301,7 @@ class MaskPro(Optimizer):
     @contextmanager
     def applied(self, version: Version) -> Iterator[None]:
         """Write a version into the parameters for the duration of a ``with`` block."""
-        before = self._holds
+        before = self._holds or "drawn"
         self.write(version)
         try:
             yield
@@ -378,10 +372,13 @@ class MaskPro(Optimizer):
         """Continue from a saved state; the parameters then hold the drawn mask of that state.
 
         Raises:
-            ValueError: the state belongs to other weights or another pattern.
+            ValueError: the state belongs to other weights, another pattern or another estimator, or
+            it is damaged; nothing is touched then.
         """
-        self._check_state(state_dict)
+        weights = list(zip(self.names, self.layouts.values(), strict=True))
+        saved_state.check(state_dict, self.param_groups, weights)
         self.write("dense")  # what is begun here ends here
+        self._holds = None
         order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         state = {
             parameter: {
@@ -402,6 +399,10 @@ class MaskPro(Optimizer):
                 masked.redraw(self._draws(group, group["step"], group["drawn_sharpness"])[0])
         self._holds = "dense"
         self.write("drawn")
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_holds", "last", "layouts", "_model", "_padded")
+        return super().__getstate__() | {name: vars(self)[name] for name in kept}
 
     @property
     def tracker(self) -> dict[str, Tensor]:
@@ -425,21 +426,19 @@ class MaskPro(Optimizer):
             yield group, parameter, MaskedWeight(name, layout, local(parameter), **state)
 
     def _find_layouts(self) -> dict[Tensor, Layout]:
+        shapes = {} if self._model is None else flat_shapes(self._model)
+        admission.check_weights(
+            (group, name, p, shapes.get(id(p), p.shape)) for group, name, p in self._parameters()
+        )
         weights = [
             (parameter, NMPattern.parse(group["pattern"]), group["input_dim"])
             for group, _, parameter in self._parameters()
         ]
         found = layouts(self._model, weights)
         for layout, (group, name, _) in zip(found, self._parameters(), strict=True):
-            pattern, inputs = layout.pattern, layout.shape[layout.input_dim]
-            if inputs % pattern.m:
-                raise ValueError(
-                    f"{name!r} has {inputs} input features, not a multiple of {pattern.m} "
-                    f"(pattern {pattern})."
-                )
             if group["estimator"] == "straight_through" and layout.may_be_cut:
                 raise ValueError(
-                    f"{name!r} is cut within groups of {pattern.m} inputs (FSDP1, or tensor "
+                    f"{name!r} is cut within groups of {layout.pattern.m} inputs (FSDP1, or tensor "
                     f"parallelism along the inputs), but the estimator 'straight_through' needs "
                     f"the gradients of whole groups: use fully_shard (FSDP2), or choose "
                     f"estimator='policy'."
@@ -448,26 +447,31 @@ class MaskPro(Optimizer):
 
     def _initial(
         self,
-        known: Mapping[str, Any],
+        known: Sequence[str],
         masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None,
-    ) -> Iterable[tuple[str, Tensor]]:
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The initial masks of all weights, one after the other."""
         if masks is None:
-            return (
-                (
-                    name,
-                    initializers.magnitude(
-                        layout.whole(local(p)), layout.pattern, layout.input_dim
-                    ),
+            for name, parameter in zip(known, self.layouts, strict=True):
+                layout, weight = self.layouts[parameter], self.whole(parameter)
+                yield name, initializers.magnitude(weight, layout.pattern, layout.input_dim)
+            return
+        unknown = sorted(set(masks) - set(known)) if isinstance(masks, Mapping) else []
+        missing = set(known)
+        for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
+            if unknown or name not in known:
+                raise ValueError(
+                    f"There are masks of unknown weights, {unknown[:3] or [name]}: those of this "
+                    f"model are named like {known[0]!r}."
                 )
-                for _, name, p in self._parameters()
-                for layout in (self.layouts[p],)
-            )
-        if not isinstance(masks, Mapping):
-            return masks
-        unknown = sorted(set(masks) - set(known))
-        if unknown:
-            raise ValueError(f"There are masks of unknown weights: {unknown[:3]}.")
-        return masks.items()
+            missing.discard(name)
+            yield name, mask
+        for name in known:
+            if name in missing:
+                raise ValueError(
+                    f"There is no initial mask for {name!r} among {len(known) - len(missing)} "
+                    f"masks: give one for every weight, or leave the weight out."
+                )
 
     def _keep(self, parameter: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """Make tensors, padded where their layout says so, the state of a parameter."""
@@ -495,23 +499,27 @@ class MaskPro(Optimizer):
     def _cuda_devices(self) -> list[torch.device]:
         return list({p.device for _, _, p in self._parameters() if p.device.type == "cuda"})
 
-    def _draw(self, advantage_K: Tensor | None = None, *, learn: bool = False) -> None:
-        """Move the logits, by an advantage or by gradients, then draw the next masks."""
+    def _draw(self, advantage_K: Tensor | None = None, *, finite: Tensor | None = None) -> None:
+        """Move the logits, by an advantage or, if finite, gradients; draw the next masks."""
+        self._refuse_learning_rates()
+        self._holds = None
         for group in self.param_groups:
-            group["step"] += learn
-        spreads = self._directions() if learn and advantage_K is None else {}
+            group["step"] += advantage_K is not None or finite is not None
+        spreads = {} if finite is None else self._directions()
         for group, parameter, masked in self._masked_weights():
             draw, *_ = self._draws(group, group["step"], _sharpness(group))
             judged: list[Draw] = []
             change = direction = None
             if advantage_K is not None:
-                change = group["lr"] * advantage_K
+                change = (group["lr"] * advantage_K).clamp(-LARGEST, LARGEST)
                 if self._explores_apart:
                     _, *judged = self._draws(group, group["step"] - 1, group["drawn_sharpness"])
-            elif parameter.grad is not None and masked.name in spreads:
+            elif finite is not None and parameter.grad is not None:
                 spread = spreads[masked.name]
-                learns = spread.isfinite() & (spread > 0)
-                direction = local(parameter.grad).div_(spread / group["lr"]).where(learns, 0)
+                learns = spread.isfinite() & (spread > 0) & finite
+                direction = local(parameter.grad).div_(spread).where(learns, 0).mul_(group["lr"])
+                if direction.dtype == torch.float16:  # where a large step does not fit
+                    direction.nan_to_num_()
             masked.advance(draw, change, direction, judged)
             parameter.grad = None
         for group in self.param_groups:
@@ -564,24 +572,12 @@ class MaskPro(Optimizer):
         totals = zip(parts.items(), sums(list(parts.values()), squares), strict=True)
         return {name: (total / math.prod(part.shape)).sqrt() for (name, part), total in totals}
 
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        saved_groups = state_dict["param_groups"]
-        for key in ("param_names", "pattern", "input_dim"):
-            saved = [group.get(key) for group in saved_groups]
-            own = [group.get(key) for group in self.param_groups]
-            if saved != own:
+    def _refuse_learning_rates(self) -> None:
+        for group in self.param_groups:
+            if not 0 <= group["lr"] <= LARGEST:
                 raise ValueError(
-                    f"The saved masks belong to another model or pattern: {key} is {saved} there "
-                    f"and {own} here."
-                )
-        order = chain.from_iterable(group["params"] for group in saved_groups)
-        for key, (_, name, parameter) in zip(order, self._parameters(), strict=True):
-            state = state_dict["state"].get(key, {})
-            layout = self.layouts[parameter]
-            if state and tuple(state["logits"].shape) not in (layout.shape, layout.size):
-                raise ValueError(
-                    f"The saved masks belong to another model: {name!r} has shape "
-                    f"{tuple(state['logits'].shape)} there and {layout.shape} here."
+                    f"The learning rate is {group['lr']} at step {group['step']}: a scheduler has "
+                    f"to keep it in [0, {LARGEST:.0e}]."
                 )
 
 

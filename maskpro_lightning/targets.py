@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from maskpro_lightning.admission import is_maskable, kind_of
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.sharding import flat_shapes
 
@@ -193,7 +194,7 @@ def _is_metric(module: nn.Module) -> bool:
 def _refuse_idle_globs(model: nn.Module, globs: Iterable[str]) -> None:
     modules = model.named_modules(remove_duplicate=False)
     parameters = model.named_parameters(remove_duplicate=False)
-    names = {clean_name(name) for name, _ in (*modules, *parameters)}
+    names = [clean_name(name) for name, _ in (*modules, *parameters)]
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(
@@ -211,11 +212,10 @@ def _refuse_unsuitable(target: Target, pattern: NMPattern, on_meta: bool) -> Non
             f"parametrization), so a mask written into it is lost: {remedy} or remove the "
             f"parametrization first."
         )
-    if not weight.is_floating_point() or weight.layout != torch.strided:
-        kind = weight.dtype if weight.layout == torch.strided else weight.layout
+    if not is_maskable(weight):
         raise ValueError(
-            f"{target.name!r} holds {kind} numbers; masks need dense floating-point weights: "
-            f"{remedy} or load the model unquantised."
+            f"{target.name!r} holds {kind_of(weight)} numbers; masks need dense floating-point "
+            f"weights of at least 16 bits: {remedy} or load the model unquantised."
         )
     if weight.is_meta and not on_meta:
         raise ValueError(
