@@ -1,7 +1,10 @@
 """Learn strict N:M sparsity masks with one Lightning callback (MaskPro, arXiv 2506.12876)."""
 
 from maskpro_lightning.callback import MaskProCallback
-from maskpro_lightning.export import export_sparse, load_masks, save_masks
+from maskpro_lightning.compressed import load_compressed
+from maskpro_lightning.distillation import Distillation
+from maskpro_lightning.export import export_sparse
+from maskpro_lightning.maskfiles import load_masks, save_masks
 from maskpro_lightning.optimizer import MaskPro
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.targets import find_targets, parameter_groups
@@ -9,11 +12,13 @@ from maskpro_lightning.targets import find_targets, parameter_groups
 __version__ = "0.1.0"
 
 __all__ = [
+    "Distillation",
     "MaskPro",
     "MaskProCallback",
     "NMPattern",
     "export_sparse",
     "find_targets",
+    "load_compressed",
     "load_masks",
     "parameter_groups",
     "save_masks",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from os import PathLike
 from typing import Any, get_args
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
-from maskpro_lightning import calibration
+from maskpro_lightning import calibration, strategies
 from maskpro_lightning.admission import check_loss
 from maskpro_lightning.baseline import (
     BaselineCache,
@@ -27,13 +28,14 @@ from maskpro_lightning.baseline import (
     notices_random_numbers,
     traceless,
 )
-from maskpro_lightning.export import load_masks
+from maskpro_lightning.distillation import Distillation, Teacher
 from maskpro_lightning.journal import Journal
 from maskpro_lightning.masked_weight import Version
+from maskpro_lightning.maskfiles import load_maskllm, load_masks
 from maskpro_lightning.metrics import mask_metrics
-from maskpro_lightning.optimizer import Estimator, MaskPro
+from maskpro_lightning.optimizer import Estimator, Exploration, MaskPro, policy_lr
 from maskpro_lightning.pattern import NMPattern
-from maskpro_lightning.targets import Target, describe, find_targets, parameter_groups
+from maskpro_lightning.targets import Target, count, describe, find_targets, parameter_groups
 from maskpro_lightning.tracking import OnError, Tracking
 
 _log = logging.getLogger(__name__)
@@ -41,7 +43,6 @@ _log = logging.getLogger(__name__)
 # A trainer or a logger is of either of two Lightnings, whose classes of a name are not the same.
 Trainer = Any
 Init = str | PathLike[str] | Mapping[str, Tensor]
-_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 # A fit ends after so many updates in a row that were skipped since no loss was finite. Looked at as
 # often, since reading a number waits for the device; so it can be nearly twice as many.
 _PATIENCE = 100
@@ -62,13 +63,15 @@ class MaskProCallback(pl.Callback):
         pattern: Weights kept of every M along the input dimension, such as "2:4".
         include: Globs of layers to mask instead of the default choice, see :func:`find_targets`.
         exclude: Globs of layers to leave out.
-        init: Initial masks: "magnitude", "wanda", "sparsegpt", "random", "nonzeros" (the model is
-            sparse already), the path of a mask file, or masks by parameter name.
-        calibration_batches: Training batches that "wanda" and "sparsegpt" look at.
+        init: Initial masks: "magnitude", "wanda", "sparsegpt", "reconstruction" (the best without
+            learning), "random", "nonzeros" (the model is sparse already), the path of a mask file
+            (ours, or MaskLLM's ``.npz``), or masks by parameter name.
+        calibration_batches: Training batches that "wanda", "sparsegpt" and "reconstruction" look
+            at.
         estimator: "policy" learns from the loss alone, without a backward pass;
-            "straight_through" from gradients, and gets further on the same compute, for patterns
-            with N <= 2.
-        lr: Step size of the logits, see :class:`MaskPro`.
+            "straight_through" from gradients, and gets further on the same compute.
+        lr: Step size of the logits, see :class:`MaskPro`. By default that of the policy depends on
+            the length of the fit, see :func:`policy_lr`.
         lr_scheduler: Makes a learning rate scheduler, stepped every training step, from the
             optimizer; as in ``LightningCLI``. By default the rate falls to 0, linearly, over the
             fit; with the published rule, or where the fit has no end, it is constant.
@@ -77,7 +80,12 @@ class MaskProCallback(pl.Callback):
         momentum: Decay of the tracker of residuals.
         normalize: Scale residuals by their running spread; False is the published rule.
         seed: Seed of all draws.
+        exploration: "shared": the ranks evaluate one mask on all their data. "per_replica": each
+            copy of the model evaluates a mask of its own on its own data, and all learn from all,
+            see :class:`MaskPro`; with ``strategy="ddp"`` each rank is one.
         baseline_cache: Batches whose baseline is remembered; 0 measures it at every step.
+        distillation: Learn from the distance to the dense model's own outputs instead of the loss
+            of the training step; costs one more forward pass per batch.
         log_distributions: Hand the logits to the loggers that keep files at every checkpoint
             (4 bytes per weight).
         on_logger_error: "warn" goes on without a logger that fails, "raise" ends the fit.
@@ -103,7 +111,9 @@ class MaskProCallback(pl.Callback):
         momentum: float = 0.99,
         normalize: bool = True,
         seed: int = 0,
+        exploration: Exploration = "shared",
         baseline_cache: int = 2**16,
+        distillation: Distillation | None = None,
         log_distributions: bool = True,
         on_logger_error: OnError = "warn",
     ) -> None:
@@ -115,6 +125,7 @@ class MaskProCallback(pl.Callback):
         if isinstance(self.init, str) and not _is_file(self.init):
             calibration.check_method(self.init)
         self.baseline_cache = baseline_cache
+        self.distillation = distillation
         self.calibration_batches = calibration_batches
         self.lr_scheduler = lr_scheduler
         self.rule: dict[str, Any] = {
@@ -125,6 +136,7 @@ class MaskProCallback(pl.Callback):
             "momentum": momentum,
             "normalize": normalize,
             "seed": seed,
+            "exploration": exploration,
         }
         self.log_distributions = log_distributions
         self.on_logger_error = on_logger_error
@@ -149,8 +161,10 @@ class MaskProCallback(pl.Callback):
         self._targets: list[Target] = []
         self._patches: list[tuple[Any, str, Any]] = []
         self._tracking: Tracking | None = None
+        self._teacher: Teacher | None = None
         # Made for its checks, and for the defaults that it fills in.
         trial = MaskPro([nn.Parameter(torch.zeros(self.pattern.m))], self.pattern, **self.rule)
+        self._lr_given = lr is not None
         self.rule = {name: trial.defaults[name] for name in self.rule}
 
     # Entering and leaving the fit
@@ -163,6 +177,7 @@ class MaskProCallback(pl.Callback):
         self._baselines = BaselineCache(self.baseline_cache)
         self._journal = Journal()
         self.optimizer = None
+        self._teacher = None
         self._trainer, self._module = trainer, pl_module
         self._patch(pl_module, "configure_optimizers", self._configure_optimizers)
         self._patch(pl_module, "optimizer_step", self._optimizer_step)
@@ -171,6 +186,13 @@ class MaskProCallback(pl.Callback):
         self._patch(trainer.strategy, "training_step", self._training_step)
         self._state_dict_inside = trainer.strategy.lightning_module_state_dict
         self._patch(trainer.strategy, "lightning_module_state_dict", self._state_dict)
+        patches = strategies.MaskCheckpoints.patches(
+            trainer,
+            lambda: self._optimizer,
+            lambda checkpoint: self.state_key in checkpoint.get("callbacks", {}),
+        )
+        for name, method in patches.items():
+            self._patch(trainer.strategy, name, method)
         # Lightning's last call on the way out, after a fit that failed as well.
         self._teardown_inside = trainer.strategy.teardown
         self._patch(trainer.strategy, "teardown", self._leave)
@@ -181,8 +203,8 @@ class MaskProCallback(pl.Callback):
         self._fitting = True
 
     def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
-        writes = trainer.is_global_zero and bool(trainer.loggers) and not trainer.fast_dev_run
-        self._journal.open(self._tracking_.folder(), writes)
+        keeps = bool(trainer.loggers) and not trainer.fast_dev_run
+        self._journal.open(self._tracking_.folder(), keeps, writes=trainer.is_global_zero)
         self._journal.parameters(self._parameters(pl_module), self._tracking_)
         if self._optimizer.begun:
             self._tracking_.resume()
@@ -239,9 +261,9 @@ class MaskProCallback(pl.Callback):
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the strategy's training step: baseline, then the drawn mask."""
         with torch.set_grad_enabled(not self._forward_only):
+            self._ask_teacher(*args, **kwargs)
             baseline = self._baseline(*args, **kwargs) if self._forward_only else None
-            output = self._training_step_inside(*args, **kwargs)
-        loss = _loss_of(output)
+            output, loss = self._evaluate(*args, **kwargs)
         if loss is not None and not (self._forward_only or loss.requires_grad):
             raise RuntimeError(
                 f"The loss of {type(self._module).__name__} has no gradient: let the masked "
@@ -251,6 +273,31 @@ class MaskProCallback(pl.Callback):
             losses = [loss] if baseline is None else [loss, baseline]
             self._window.append(torch.stack([value.detach().float() for value in losses]))
         return output
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
+        """A training step with the weights as they are: its output, and the loss to learn from."""
+        if self._teacher is None:
+            output = self._training_step_inside(*args, **kwargs)
+            return output, _loss_of(output)
+        with self._teacher.asking() as losses:
+            output = self._training_step_inside(*args, **kwargs)
+        if _loss_of(output) is None:
+            return output, None
+        output = {**output, "loss": losses[0]} if isinstance(output, Mapping) else losses[0]
+        return output, losses[0]
+
+    def _ask_teacher(self, *args: Any, **kwargs: Any) -> None:
+        if self.distillation is None:
+            return
+        if self._teacher is None:
+            self._teacher = Teacher(self.distillation, self._module)
+        with (
+            torch.no_grad(),
+            self._optimizer.applied("dense"),
+            traceless(self._trainer, self._module),
+            self._teacher.teaching(),
+        ):
+            self._training_step_inside(*args, **kwargs)
 
     def _baseline(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         """The initial mask's loss on a batch, remembered or measured."""
@@ -266,7 +313,7 @@ class MaskProCallback(pl.Callback):
             traceless(self._trainer, self._module),
             notices_random_numbers() as random,
         ):
-            loss = _loss_of(self._training_step_inside(batch, *args, **kwargs))
+            _, loss = self._evaluate(batch, *args, **kwargs)
         if loss is None:
             return None
         loss = loss.detach().float()
@@ -283,7 +330,9 @@ class MaskProCallback(pl.Callback):
             return
         losses = torch.stack(self._window).mean(0)
         self._window.clear()
-        loss, *baseline = self._trainer.strategy.reduce(losses, reduce_op="mean")
+        if not (self._forward_only and self.rule["exploration"] == "per_replica"):
+            losses = self._trainer.strategy.reduce(losses, reduce_op="mean")
+        loss, *baseline = losses
         self._optimizer.step(lambda: loss, *baseline)
         self._module.zero_grad()
         self._stepped = True
@@ -346,6 +395,8 @@ class MaskProCallback(pl.Callback):
             layers = mask_metrics(self._optimizer)
             layers.pop("")
             self._journal.layers(layers)
+            logged = trainer._results.metrics(on_step=False)["callback"]
+            self._journal.validation(trainer.global_step, logged)
             self._tracking_.metrics(
                 {
                     # A tracker may take a slash for a folder, and leave it by "..".
@@ -360,11 +411,8 @@ class MaskProCallback(pl.Callback):
         """Stands in for the strategy's state dict: the most likely mask's weights."""
         state: dict[str, Any]
         with self.optimizer.applied("mode") if self.optimizer is not None else nullcontext():
-            masked = {target.parameter.data_ptr() for target in self._targets}
             state = self._state_dict_inside()
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.data_ptr() in masked:
-                    state[name] = value.clone()
+            strategies.part_from(state, [target.parameter for target in self._targets])
         return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -419,14 +467,19 @@ class MaskProCallback(pl.Callback):
         return self._tracking
 
     def _configure_optimizers(self) -> Any:
-        module = self._module
+        sharded = strategies.sharded_model(self._trainer.strategy)
+        module = self._module if sharded is None else sharded
         self._targets = find_targets(module, self.pattern, self.include, self.exclude)
-        self.optimizer = MaskPro(parameter_groups(self._targets), self.pattern, **self.rule)
-        _log.info(describe(module, self._targets, self.pattern))
         steps = self._trainer.estimated_stepping_batches
+        falls = self.lr_scheduler is None and self.rule["normalize"] and 0 < steps < math.inf
+        if falls and self._forward_only and not self._lr_given:
+            self.rule["lr"] = policy_lr(self.pattern, self.rule["logit_scale"], int(steps))
+        groups = parameter_groups(self._targets)
+        self.optimizer = MaskPro(groups, self.pattern, model=sharded, **self.rule)
+        _log.info(describe(module, self._targets, self.pattern))
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(self.optimizer)
-        elif self.rule["normalize"] and 0 < steps < math.inf:
+        elif falls:
             # Not LinearLR, whose state holds the length: a fit resumed for longer would stay at 0.
             scheduler = LambdaLR(self.optimizer, lambda step: max(0.0, 1 - step / steps))
         else:
@@ -438,24 +491,31 @@ class MaskProCallback(pl.Callback):
 
     def _initial_masks(
         self, trainer: Trainer, pl_module: pl.LightningModule
-    ) -> Mapping[str, Tensor]:
+    ) -> Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]:
         if isinstance(self.init, Mapping):
             return self.init
+        if self.init.endswith(".npz"):
+            shapes = {target.name: target.shape for target in self._targets}
+            return load_maskllm(self.init, shapes, self.pattern)
         if _is_file(self.init):
             return load_masks(self.init, self.pattern)
 
-        def forward() -> None:
+        def batches() -> Iterator[Callable[[], None]]:
+            for number, batch in enumerate(self._calibration_data(trainer, pl_module)):
+                yield partial(run, batch, number)
+
+        def run(batch: Any, number: int) -> None:
             with traceless(trainer, pl_module):
-                for number, batch in enumerate(self._calibration_data(trainer, pl_module)):
-                    self._training_step_inside(batch, number)
+                self._training_step_inside(batch, number)
 
         return calibration.initial_masks(
             self.init,
             self._targets,
             self.pattern,
             seed=self.rule["seed"],
-            forward=forward,
+            batches=batches,
             reduce=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"),
+            whole=self._optimizer.whole,
         )
 
     def _calibration_data(self, trainer: Trainer, pl_module: pl.LightningModule) -> Iterable[Any]:
@@ -474,8 +534,9 @@ class MaskProCallback(pl.Callback):
                 yield trainer.strategy.batch_to_device(converted, dataloader_idx=0)
 
     def _parameters(self, pl_module: nn.Module) -> dict[str, Any]:
-        masked = sum(target.parameter.numel() for target in self._targets)
-        total = sum(parameter.numel() for parameter in pl_module.parameters())
+        masked, total = count(
+            strategies.sharded_model(self._trainer.strategy) or pl_module, self._targets
+        )
         return {
             "pattern": str(self.pattern),
             "init": self.init if isinstance(self.init, str) else "masks",
@@ -486,11 +547,13 @@ class MaskProCallback(pl.Callback):
         }
 
     def _refuse_unsupported(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
-        module, strategy = type(pl_module).__name__, type(trainer.strategy).__name__
-        if strategy not in _STRATEGIES:
+        module = type(pl_module).__name__
+        strategies.refuse_untested(trainer.strategy)
+        if self.init == "reconstruction" and strategies.shards(trainer.strategy):
             raise ValueError(
-                f"MaskProCallback is tested with {', '.join(_STRATEGIES)}, not with {strategy}: "
-                f'choose Trainer(strategy="ddp") or devices=1.'
+                f"init='reconstruction' keeps a second copy of whole weights, which "
+                f"{type(trainer.strategy).__name__} shards: choose init='sparsegpt', or find the "
+                f"masks on one device and give their file."
             )
         if not pl_module.automatic_optimization:
             raise ValueError(
@@ -510,7 +573,7 @@ class MaskProCallback(pl.Callback):
 
 
 def _is_file(init: str) -> bool:
-    return init.endswith(".safetensors")
+    return init.endswith((".safetensors", ".npz"))
 
 
 def _loss_of(output: Any) -> Tensor | None:

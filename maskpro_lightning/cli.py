@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
+from rich.table import Table
 
+from maskpro_lightning import measure, runs
 from maskpro_lightning.callback import MaskProCallback
 from maskpro_lightning.catalog import recipes
 from maskpro_lightning.compare import callback_of, compare, table, write_csv
 from maskpro_lightning.delivery import send
-from maskpro_lightning.export import export_sparse
+from maskpro_lightning.export import Format, export_sparse
+from maskpro_lightning.plan import Strategy, plan
+from maskpro_lightning.targets import find_targets
 from maskpro_lightning.tracking import Tracking, without_credentials
 
 _USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
@@ -24,7 +32,10 @@ _USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
   fit       learn a mask
   validate  measure a model, or a checkpoint with --ckpt_path
   compare   measure the dense model and one-shot masks, learn a mask, print one table, export
-  export    write a checkpoint's sparse model for others to load
+  export    write a checkpoint's sparse model for others to load (--format)
+  measure   time the layers dense and 2:4 on this device (--batch_sizes, --dtype)
+  plan      tell what a fit needs on --devices ranks with --strategy, without loading the model
+  plot      draw what a run logged: maskpro plot RUN [--tracking_uri URI] [--output FOLDER]
   send      send the folder that a run kept to MLflow, after its server was away (no recipe)
 
 RECIPE is a YAML file or one of: {recipes}.
@@ -39,13 +50,20 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = _named(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else "--help"
-    after_fit = {"compare": _compare, "export": _export, "send": _send}
+    own = {
+        "compare": _compare,
+        "export": _export,
+        "measure": _measure,
+        "plan": _plan,
+        "plot": _plot,
+        "send": _send,
+    }
     # LightningCLI reads them there; given as its args, it warns of mixing them up with these.
-    sys.argv[1:] = arguments[1:] if command in after_fit else arguments
+    sys.argv[1:] = arguments[1:] if command in own else arguments
     if command in ("-h", "--help"):
         print(_USAGE.format(recipes=", ".join(recipes())))
-    elif command in after_fit:
-        after_fit[command]()
+    elif command in own:
+        own[command]()
     else:
         LightningCLI(save_config_callback=SaveConfig)
 
@@ -73,19 +91,33 @@ class SaveConfig(SaveConfigCallback):
                 Path(logger.log_dir, "config.yaml").write_text(config)
 
 
-class _AfterFit(LightningCLI):
+class _Built(LightningCLI):
     """Builds model, data and trainer from a recipe and runs nothing."""
 
     def __init__(self) -> None:
         super().__init__(run=False, save_config_callback=SaveConfig)
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--output", type=str, default="sparse-model", help="Folder to write.")
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint.")
-
     @property
     def callback(self) -> MaskProCallback:
         return callback_of(self.trainer)
+
+
+class _Measured(_Built):
+    """Adds the options of ``maskpro measure``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        sizes, dtypes = list[PositiveInt], Literal["bfloat16", "float16", "float32"]
+        parser.add_argument("--batch_sizes", type=sizes, default=[1, 16, 256, 4096])
+        parser.add_argument("--dtype", type=dtypes, default="bfloat16")
+
+
+class _AfterFit(_Built):
+    """Adds the options of what comes after a fit."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--output", type=str, default="sparse-model", help="Folder to write.")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint.")
+        parser.add_argument("--format", type=Format, default="auto", help="See export_sparse.")
 
     def export(self) -> Path:
         callback, output = self.callback, self.config["output"]
@@ -95,11 +127,47 @@ class _AfterFit(LightningCLI):
             callback.pattern,
             include=callback.include,
             exclude=callback.exclude,
+            file_format=self.config["format"],
         )
         tokenizer = getattr(self.datamodule, "tokenizer", None)
-        if tokenizer is not None:
+        if tokenizer is not None and (folder / "config.json").exists():
             tokenizer.save_pretrained(folder)
         return folder.absolute()
+
+
+class _BeforeFit(LightningCLI):
+    """Builds what a recipe describes without memory for its weights."""
+
+    def __init__(self) -> None:
+        sys.argv.append("--trainer.logger=false")  # a plan is no run
+        with torch.device("meta"):
+            super().__init__(run=False, save_config_callback=None)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--devices", type=int, default=1, help="Number of ranks.")
+        parser.add_argument("--strategy", type=Strategy, default="fsdp2", help="How to shard.")
+
+
+def _plan() -> None:
+    cli = _BeforeFit()
+    callback, data = callback_of(cli.trainer), cli.datamodule
+    shape = [data.hparams.get(name) if data else None for name in ("batch_size", "length")]
+    found = plan(
+        cli.model,
+        find_targets(cli.model, callback.pattern, callback.include, callback.exclude, on_meta=True),
+        devices=cli.config["devices"],
+        strategy=cli.config["strategy"],
+        estimator=callback.rule["estimator"],
+        rows=None if None in shape else math.prod(size or 0 for size in shape),
+    )
+    parts = {**found.state, "largest unit, gathered": found.gathered}
+    parts |= {} if found.activations is None else {"activations (estimate)": found.activations}
+    rows = Table(title=f"One of {cli.config['devices']} ranks, {cli.config['strategy']}")
+    rows.add_column("what")
+    rows.add_column("bytes", justify="right")
+    for name, size in {**parts, "together": found.total}.items():
+        rows.add_row(name, f"{size:,}")
+    Console().print(rows, f"Forward passes per step: {found.forwards}")
 
 
 def _compare() -> None:
@@ -107,8 +175,10 @@ def _compare() -> None:
     console = Console()
     rows = compare(cli.trainer, cli.model, cli.datamodule)
     folder = cli.export()
-    write_csv(rows, folder / "comparison.csv")
-    Tracking(cli.trainer, "warn").file(folder / "comparison.csv")
+    tracking = Tracking(cli.trainer, "warn")
+    for path in (folder / "comparison.csv", tracking.folder() / "comparison.csv"):
+        write_csv(rows, path)
+    tracking.file(path)
     console.print(table(rows, f"{cli.callback.pattern} masks of {cli.model.hparams.get('model')}"))
     console.print(f"Sparse model: {folder}", soft_wrap=True)
     _tell_mlflow(cli, console)
@@ -122,6 +192,39 @@ def _export() -> None:
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     cli.model.load_state_dict(state)
     Console().print(f"Sparse model: {cli.export()}", soft_wrap=True)
+
+
+def _measure() -> None:
+    cli = _Measured()
+    callback, device = cli.callback, cli.trainer.strategy.root_device
+    targets = find_targets(cli.model, "2:4", callback.include, callback.exclude)
+    dtype = getattr(torch, cli.config["dtype"])
+    found = measure.measure(targets, device, dtype, cli.config["batch_sizes"])
+    console = Console()
+    console.print(measure.table(found))
+    console.print(measure.conclusion(found), soft_wrap=True)
+
+
+def _plot() -> None:
+    from maskpro_lightning import plots
+
+    parser = ArgumentParser("maskpro plot", description="Draw what a run logged, PNG and SVG.")
+    parser.add_argument("run", help="a run's folder, or the id of an MLflow run")
+    parser.add_argument("--tracking_uri", help="where MLflow keeps the run, such as sqlite:///...")
+    parser.add_argument("--output", type=Path, help="folder to write; the run's by default")
+    given = parser.parse_args()
+    with TemporaryDirectory() as fetched:
+        folder = Path(given.run)
+        if given.tracking_uri is not None:
+            runs.download_run(given.run, given.tracking_uri, Path(fetched))
+            folder = Path(fetched)
+        try:
+            run = runs.read_run(folder)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+    own = Path("figures", given.run) if given.tracking_uri else runs.folder_of(folder)
+    for path in plots.save(plots.figures(run), given.output or own):
+        print(path)
 
 
 def _send() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def compare(
                 targets,
                 callback.pattern,
                 seed=callback.rule["seed"],
-                forward=lambda: _calibrate(trainer, module, data, callback.calibration_batches),
+                batches=partial(_calibrate, trainer, module, data, callback.calibration_batches),
             )
         )
         with optimizer.applied("initial"):
@@ -145,9 +146,11 @@ def _row(
 
 def _calibrate(
     trainer: Any, module: pl.LightningModule, data: pl.LightningDataModule, count: int
-) -> None:
+) -> Iterator[Callable[[], None]]:
+    def run(batch: Any, number: int) -> None:
+        with traceless(trainer, module):
+            module.training_step(batch, number)
+
     batches = islice(data.train_dataloader(), count)
-    with traceless(trainer, module):
-        for number, batch in enumerate(tqdm(batches, desc="Calibrating", total=count, leave=False)):
-            on_device = trainer.strategy.batch_to_device(batch)
-            module.training_step(on_device, number)
+    for number, batch in enumerate(tqdm(batches, desc="Calibrating", total=count, leave=False)):
+        yield partial(run, trainer.strategy.batch_to_device(batch), number)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from maskpro_lightning.journal import HISTORY, PARAMETERS
+from maskpro_lightning.journal import PARAMETERS
+from maskpro_lightning.runs import HISTORY
 from maskpro_lightning.tracking import UNSENT
 
 # MLflow takes no more metrics in one request.

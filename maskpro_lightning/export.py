@@ -1,31 +1,29 @@
-"""Files: sparse models that others load, masks and their distributions.
-
-Everything is safetensors, written under a temporary name and renamed, so that a file is either
-whole or not there.
-"""
+"""A sparse model for others to load, in the format that they read."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskpro_lightning.header import sort_notes
+from maskpro_lightning import archive, initializers
+from maskpro_lightning.compressed import save_compressed, state_of
+from maskpro_lightning.grouping import check_sparse
+from maskpro_lightning.maskfiles import save_maskllm
 from maskpro_lightning.optimizer import MaskPro
 from maskpro_lightning.pattern import NMPattern
-from maskpro_lightning.targets import find_targets
+from maskpro_lightning.targets import Target, clean_name, find_targets
 
-_MASKS = "maskpro masks 1"
 _DISTRIBUTIONS = "maskpro distributions 1"
+# What makes a server look for packed or quantised weights, which are not there.
+_FOREIGN_CONFIGS = ("quantization_config", "sparsity_config", "compression_config")
+
+Format = Literal["auto", "huggingface", "safetensors", "compressed", "maskllm"]
 
 
 def export_sparse(
@@ -35,12 +33,19 @@ def export_sparse(
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
+    file_format: Format = "auto",
 ) -> Path:
-    """Write a model whose masks are applied, zeros included, for others to load.
+    """Write a model whose masks are applied, for others to load.
 
-    A Hugging Face model, or a module that holds exactly one, is written with ``save_pretrained``
-    and loads with ``from_pretrained`` where this package is not installed; anything else becomes
-    ``model.safetensors`` with the names of its ``state_dict``.
+    The formats:
+
+    - "huggingface": the one Hugging Face model that this is or holds, by ``save_pretrained``, zeros
+      included; loads with ``from_pretrained`` where this package is not installed.
+    - "safetensors": ``model.safetensors``, the ``state_dict``, zeros included.
+    - "compressed": ``compressed.safetensors``, the ``state_dict`` without the zeros; loads with
+      :func:`load_compressed`.
+    - "maskllm": ``masks.npz``, the masks alone, as MaskLLM writes them.
+    - "auto": "huggingface" where there is one such model, else "safetensors".
 
     Args:
         model: The model after the fit.
@@ -48,116 +53,119 @@ def export_sparse(
         pattern: What every masked weight must satisfy.
         include: Which layers are masked, as in :func:`find_targets`.
         exclude: Which layers are not.
+        file_format: One of the formats.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: a weight has a group with more than N nonzeros; nothing is written then.
+        ValueError: a weight has a group with more than N nonzeros; the format would lose a part of
+            the model; nothing is written then.
     """
     pattern = NMPattern.parse(pattern)
-    for target in find_targets(model, pattern, include, exclude):
+    targets = find_targets(model, pattern, include, exclude)
+    for target in targets:
         check_sparse(target.parameter, pattern, target.input_dim, target.name)
+    if file_format not in get_args(Format):
+        raise ValueError(f"file_format is one of {get_args(Format)}, got {file_format!r}.")
+    if file_format == "auto":
+        file_format = "huggingface" if len(_pretrained(model)) == 1 else "safetensors"
     folder = Path(folder)
+    if file_format == "huggingface":
+        _write_pretrained(_whole_pretrained(model), folder)
+        return folder
+    if file_format == "maskllm":
+        masks = _masks(model, targets, pattern)
+    state = state_of(model)
     folder.mkdir(parents=True, exist_ok=True)
-    pretrained = _pretrained_models(model)
-    if len(pretrained) == 1:
-        pretrained[0].save_pretrained(folder)
+    if file_format == "safetensors":
+        _write_state(state, folder / "model.safetensors")
+    elif file_format == "compressed":
+        save_compressed(
+            model, folder / "compressed.safetensors", pattern, include=include, exclude=exclude
+        )
     else:
-        _save(_without_sharing(model.state_dict()), folder / "model.safetensors", {"format": "pt"})
+        save_maskllm(masks, folder / "masks.npz")
     return folder
-
-
-def check_sparse(weight: Tensor, pattern: NMPattern, input_dim: int, name: str) -> None:
-    """Refuse a weight with more than N nonzeros in a group of M.
-
-    Fewer are fine: a kept weight may itself be zero.
-
-    Raises:
-        ValueError: names the weight and its first group with too many nonzeros.
-    """
-    nonzeros_G = (pattern.group(weight.detach(), input_dim) != 0).sum(-1).flatten()
-    too_many_G = nonzeros_G > pattern.n
-    if too_many_G.any():
-        first = int(too_many_G.nonzero()[0])
-        raise ValueError(
-            f"{name!r} is not {pattern}: group {first} has {int(nonzeros_G[first])} nonzeros "
-            f"({int(too_many_G.sum())} of {nonzeros_G.numel()} groups have too many). Export after "
-            f"the fit, with the pattern, include and exclude of the fit."
-        )
-
-
-def save_masks(
-    masks: Mapping[str, Tensor], pattern: NMPattern, path: str | os.PathLike[str]
-) -> None:
-    """Write masks as one bit per weight (row-major, highest bit first)."""
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    metadata = {"format": _MASKS, "pattern": str(pattern), "shapes": json.dumps(shapes)}
-    packed = {
-        name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in masks.items()
-    }
-    _save(packed, Path(path), metadata)
-
-
-def load_masks(path: str | os.PathLike[str], pattern: NMPattern) -> dict[str, Tensor]:
-    """Read masks that :func:`save_masks` wrote, bool, by parameter name.
-
-    Raises:
-        ValueError: not such a file, or masks of another pattern.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from None
-    if metadata.get("format") != _MASKS:
-        raise ValueError(
-            f"{os.fspath(path)!r} holds {metadata.get('format', 'unnamed tensors')!r}, not "
-            f"{_MASKS!r}: give a file that save_masks wrote."
-        )
-    if metadata["pattern"] != str(pattern):
-        raise ValueError(
-            f"{os.fspath(path)!r} holds {metadata['pattern']} masks, but the pattern is {pattern}."
-        )
-    shapes = json.loads(metadata["shapes"])
-    return {name: _unpacked(name, bits, shapes.get(name, [])) for name, bits in packed.items()}
 
 
 def save_distributions(optimizer: MaskPro, path: str | os.PathLike[str]) -> None:
     """Write the logits of every masked weight, float32, in the weights' shapes and names."""
     groups = optimizer.param_groups
-    metadata = {
-        "format": _DISTRIBUTIONS,
+    notes = {
         "pattern": groups[0]["pattern"],
         "seed": str(groups[0]["seed"]),
         "step": str(groups[0]["step"]),
     }
-    _save(optimizer.logits(), Path(path), metadata)
+    archive.write(optimizer.logits(), path, _DISTRIBUTIONS, notes)
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-    sort_notes(partial)
-    partial.replace(path)
+def _pretrained(module: nn.Module, name: str = "") -> dict[str, Any]:
+    """The outermost Hugging Face models in a module, by name."""
+    if hasattr(module, "save_pretrained"):
+        return {name: module}
+    found: dict[str, Any] = {}
+    for child_name, child in module.named_children():
+        found |= _pretrained(child, f"{name}.{child_name}".removeprefix("."))
+    return found
 
 
-def _pretrained_models(model: nn.Module) -> list[Any]:
-    """The outermost Hugging Face models in a module."""
-    if hasattr(model, "save_pretrained"):
-        return [model]
-    return [found for child in model.children() for found in _pretrained_models(child)]
+def _whole_pretrained(model: nn.Module) -> Any:
+    """The one Hugging Face model in a module, if ``save_pretrained`` writes all that there is."""
+    found = _pretrained(model)
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} Hugging Face models, but this format is "
+            f'for one: choose file_format="safetensors".'
+        )
+    ((name, inner),) = found.items()
+    ours = {id(value) for value in state_of(inner).values()}
+    lost = [key for key, value in state_of(model).items() if id(value) not in ours]
+    if lost:
+        raise ValueError(
+            f"{type(model).__name__} holds a Hugging Face model ({name!r}) and {len(lost)} tensors "
+            f"more, such as {lost[0]!r}, which its folder would lose: choose "
+            f'file_format="safetensors" to write everything, or export that model alone.'
+        )
+    if getattr(inner, "peft_config", None):
+        raise ValueError(
+            f"{type(inner).__name__} holds adapters, and its save_pretrained would write only "
+            f"them: merge them into the weights first (merge_and_unload)."
+        )
+    for key in _FOREIGN_CONFIGS:
+        if getattr(inner.config, key, None) is not None:
+            raise ValueError(
+                f"The config of {type(inner).__name__} has a {key}, by which others would look "
+                f"for packed weights instead of these: delete it first (del model.config.{key})."
+            )
+    return inner
 
 
-def _unpacked(name: str, bits: Tensor, shape: list[int]) -> Tensor:
-    size = math.prod(shape)
-    if bits.dtype != torch.uint8 or bits.dim() != 1 or bits.numel() != -(-size // 8):
-        raise ValueError(f"The mask of {name!r} does not have the size of its shape {shape}.")
-    mask = np.unpackbits(bits.numpy(), count=size)
-    return torch.from_numpy(mask).bool().view(shape)
+def _write_pretrained(model: Any, folder: Path) -> None:
+    """Files are moved into place when all are written; other files of the folder stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+        model.save_pretrained(partial)
+        for stale in folder.glob("model*.safetensors*"):  # would be loaded instead of new ones
+            stale.unlink()
+        for path in Path(partial).iterdir():
+            path.replace(folder / path.name)
 
 
-def _without_sharing(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict; those that share memory become copies, as safetensors asks."""
-    return {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
+def _write_state(state: Mapping[str, Tensor], path: Path) -> None:
+    # Copies, since safetensors refuses tensors that share memory.
+    plain = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+    with archive.whole(path) as partial:
+        save_file(plain, partial, {"format": "pt"})
+
+
+def _masks(model: nn.Module, targets: Sequence[Target], pattern: NMPattern) -> dict[str, Tensor]:
+    """The masks that nonzeros show, named as in the one Hugging Face model, if there is one."""
+    found = _pretrained(model)
+    prefix = clean_name(f"{next(iter(found))}.") if len(found) == 1 and "" not in found else ""
+    return {
+        target.name.removeprefix(prefix): initializers.nonzeros(
+            target.parameter.detach(), pattern, target.input_dim, name=target.name
+        )
+        for target in targets
+    }

@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
 from maskpro_lightning import philox
+from maskpro_lightning.layout import whole_of
 from maskpro_lightning.pattern import NMPattern
 
 # Groups, or rows of input, handled at once: bounds the memory of what is computed on the way.
@@ -39,7 +40,7 @@ def magnitude(weight: Tensor, pattern: NMPattern, input_dim: int = -1) -> Tensor
         ValueError: the weight holds NaN.
     """
     scores_GM = pattern.group(weight, input_dim).abs()
-    return _laid_out(_top(scores_GM, pattern), weight, input_dim)
+    return laid_out(_top(scores_GM, pattern), weight, input_dim)
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def random(
         pattern.top(-philox.exponential(key, step, some_G, pattern.m))
         for some_G in torch.arange(groups, device=weight.device).split(_GROUPS_AT_ONCE)
     ]
-    return _laid_out(torch.cat(kept), weight, input_dim)
+    return laid_out(torch.cat(kept), weight, input_dim)
 
 
 @torch.no_grad()
@@ -81,7 +82,7 @@ def nonzeros(
             f"are wrong). A kept weight can be zero, so masks are not guessed: give the mask "
             f"itself (masks=...)."
         )
-    return _laid_out(kept_GM, weight, input_dim)
+    return laid_out(kept_GM, weight, input_dim)
 
 
 @torch.no_grad()
@@ -94,9 +95,9 @@ def wanda(weight: Tensor, norm: Tensor, pattern: NMPattern, input_dim: int = -1)
     Raises:
         ValueError: the shapes do not fit, or there is NaN.
     """
-    rows_CRK = _rows(weight, norm, pattern, input_dim)
+    rows_CRK = rows_of(weight, norm, pattern, input_dim)
     scores_GM = pattern.group(rows_CRK.abs() * norm[:, None].to(weight.device))
-    return _laid_out(_top(scores_GM, pattern), weight, input_dim)
+    return laid_out(_top(scores_GM, pattern), weight, input_dim)
 
 
 @torch.no_grad()
@@ -136,7 +137,7 @@ def sparsegpt(
     """
     if damping < 0:
         raise ValueError(f"damping is {damping}, but damping >= 0 must hold.")
-    rows_CRK = _rows(weight, hessian.diagonal(dim1=-2, dim2=-1), pattern, input_dim)
+    rows_CRK = rows_of(weight, hessian.diagonal(dim1=-2, dim2=-1), pattern, input_dim)
     hessian_CKK = hessian.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
     for name, tensor in (("weight", weight), ("Hessian", hessian_CKK)):
         if not tensor.isfinite().all():
@@ -154,7 +155,7 @@ def sparsegpt(
         )
         weight_CKR[:, right] -= factor_CKK[:, here, right].mT @ error_CBR
     updated = weight_CKR.where(kept_CKR, 0).mT.to(weight.dtype)
-    return _laid_out(kept_CKR.mT, weight, input_dim), _laid_out(updated, weight, input_dim)
+    return laid_out(kept_CKR.mT, weight, input_dim), laid_out(updated, weight, input_dim)
 
 
 class InputStatistics:
@@ -179,7 +180,7 @@ class InputStatistics:
         self._rows = dict.fromkeys(self._modules, 0)
         self._means: dict[str, Tensor] = {}  # of x^2, or of 2 x x^T
         for name, module in self._modules.items():
-            if (shape := _mean_shape(module, second_moments)) is not None:
+            if (shape := mean_shape(module, second_moments)) is not None:
                 device = module.get_parameter("weight").device
                 self._means[name] = torch.zeros(shape, dtype=torch.float32, device=device)
 
@@ -232,7 +233,7 @@ class InputStatistics:
     def _see(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+        inputs = whole_of(args[0] if args else next(iter(kwargs.values())))
         if not inputs.numel():
             return  # an expert without tokens
         if not inputs.isfinite().all():
@@ -240,7 +241,7 @@ class InputStatistics:
                 f"The input of {name!r} holds NaN or infinity: look at the batch and at the layers "
                 f"before it."
             )
-        for rows_CTK in _input_rows(module, inputs):
+        for rows_CTK in input_rows(module, inputs):
             self._rows[name] += rows_CTK.shape[1]
             old, new = 1 - rows_CTK.shape[1] / self._rows[name], 1 / self._rows[name]
             # In place or with out=, and so beyond the reach of autocast. The product is formed
@@ -255,10 +256,10 @@ class InputStatistics:
 
 def bytes_needed(module: nn.Module, second_moments: bool) -> int:
     """Memory that :class:`InputStatistics` holds for a layer, in bytes; 0 if it stays unseen."""
-    return 4 * math.prod(_mean_shape(module, second_moments) or (0,))
+    return 4 * math.prod(mean_shape(module, second_moments) or (0,))
 
 
-def _mean_shape(module: nn.Module, second_moments: bool) -> tuple[int, ...] | None:
+def mean_shape(module: nn.Module, second_moments: bool) -> tuple[int, ...] | None:
     """(C, K), or (C, K, K) for second moments; None if the layer's inputs are not understood."""
     groups = 1
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -266,14 +267,14 @@ def _mean_shape(module: nn.Module, second_moments: bool) -> tuple[int, ...] | No
         columns = module.in_channels // groups * math.prod(module.kernel_size)
     elif isinstance(module, nn.Linear):
         columns = module.in_features
-    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        columns = module.get_parameter("weight").shape[0]
+    elif hasattr(module, "nf") and "Conv1D" in [kind.__name__ for kind in type(module).__mro__]:
+        columns = getattr(module, "nx", None) or module.get_parameter("weight").shape[0]
     else:
         return None
     return (groups, columns, columns) if second_moments else (groups, columns)
 
 
-def _input_rows(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+def input_rows(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
     """What a layer multiplies its weight with, in float32 pieces (C, T, K)."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         for rows_TK in inputs.reshape(-1, inputs.shape[-1]).split(_ROWS_AT_ONCE):
@@ -292,7 +293,7 @@ def _input_rows(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
         yield windows.flatten(1, dims).flatten(2)
 
 
-def _rows(weight: Tensor, statistic_CK: Tensor, pattern: NMPattern, input_dim: int) -> Tensor:
+def rows_of(weight: Tensor, statistic_CK: Tensor, pattern: NMPattern, input_dim: int) -> Tensor:
     """The weight as (C, R, K), to go with its inputs' statistics."""
     shape = pattern.group(weight, input_dim).flatten(-2).shape
     columns = [math.prod(shape[i:]) for i in range(1, len(shape))]
@@ -306,7 +307,7 @@ def _rows(weight: Tensor, statistic_CK: Tensor, pattern: NMPattern, input_dim: i
     return weight.movedim(input_dim, -1).reshape(given[0], -1, given[1])
 
 
-def _laid_out(values: Tensor, weight: Tensor, input_dim: int) -> Tensor:
+def laid_out(values: Tensor, weight: Tensor, input_dim: int) -> Tensor:
     """Values in the order of the group view, in the weight's shape and layout."""
     laid_out = torch.empty_like(weight, dtype=values.dtype)
     view = laid_out.movedim(input_dim, -1)

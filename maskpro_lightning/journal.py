@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskpro_lightning.export import save_distributions, save_masks
+from maskpro_lightning.export import save_distributions
+from maskpro_lightning.maskfiles import save_masks
+from maskpro_lightning.metrics import histograms
 from maskpro_lightning.optimizer import MaskPro
 from maskpro_lightning.pattern import NMPattern
+from maskpro_lightning.runs import HISTORY, Run
 from maskpro_lightning.tracking import Tracking
 
-HISTORY, PARAMETERS = "history.csv", "parameters.json"
+PARAMETERS = "parameters.json"
 
 _log = logging.getLogger(__name__)
 # Longer histories keep every other row, so that a run of any length fits in memory.
@@ -29,13 +31,14 @@ class Journal:
 
     def __init__(self) -> None:
         self._folder = Path("maskpro")
-        self._writes = False
+        self._keeps = self._writes = False
         self._rows: list[dict[str, float]] = []
         self._layers: dict[str, dict[str, float]] = {}
+        self._validation: list[dict[str, float]] = []
 
-    def open(self, folder: Path, writes: bool) -> None:
-        """Start writing into a folder; only on the rank that ``writes``."""
-        self._folder, self._writes = folder, writes
+    def open(self, folder: Path, keeps: bool, writes: bool) -> None:
+        """Start a run that ``keeps`` files in a folder; the rank that ``writes`` writes them."""
+        self._folder, self._keeps, self._writes = folder, keeps, keeps and writes
 
     def parameters(self, parameters: Mapping[str, Any], tracking: Tracking) -> None:
         """Log a fit's parameters, and keep them in the folder."""
@@ -54,49 +57,57 @@ class Journal:
         """Remember the latest statistics of each layer."""
         self._layers = {name: dict(values) for name, values in layers.items()}
 
+    def validation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add what the module logged in a validation, under the most likely mask."""
+        self._validation.append({"step": step, **{name: float(v) for name, v in values.items()}})
+
     def distributions(self, optimizer: MaskPro, tracking: Tracking, step: int) -> None:
-        """Write the logits and hand them to the loggers, in a folder of the step."""
-        if self._writes:
+        """Write the logits and hand them to the loggers, in a folder of the step.
+
+        Not those of sharded weights: no rank shall hold them all, and the checkpoint has them.
+        """
+        if self._writes and not optimizer.sharded:
             path = self._folder / "distributions.safetensors"
             if tracking.write(path, lambda: save_distributions(optimizer, path)):
                 tracking.file(path, f"step={step}")
 
     def close(self, optimizer: MaskPro, tracking: Tracking) -> None:
-        """Write the final masks, the history and the figures."""
-        if not self._writes or not optimizer.begun:
+        """Write the final masks, the history and the figures; to be called on all ranks."""
+        if not self._keeps or not optimizer.begun:
+            return
+        masks = {n: m.cpu() for n, m in optimizer.whole_masks("mode") if self._writes}
+        found = histograms(optimizer)
+        if not self._writes:
             return
         pattern = NMPattern.parse(optimizer.param_groups[0]["pattern"])
-        masks, history = self._folder / "masks.safetensors", self._folder / HISTORY
-        if tracking.write(masks, lambda: save_masks(optimizer.masks("mode"), pattern, masks)):
-            tracking.file(masks)
+        path, history = self._folder / "masks.safetensors", self._folder / HISTORY
+        if tracking.write(path, lambda: save_masks(masks, pattern, path)):
+            tracking.file(path)
         if not self._rows:
             return
-        if tracking.write(history, lambda: self._write_history(history)):
-            tracking.file(history)
-        tracking.write(self._folder / "figures", lambda: self._draw(tracking))
+        run = Run(self._rows, self._layers, found, self._validation)
+        tables: list[Path] = []
+        tracking.write(history, lambda: tables.extend(run.write(self._folder)))
+        for path in tables:
+            tracking.file(path)
+        tracking.write(self._folder / "figures", lambda: self._draw(run, tracking))
 
-    def _write_history(self, path: Path) -> None:
-        with path.open("w", newline="") as file:
-            names = list(dict.fromkeys(name for row in self._rows for name in row))
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self._rows)
-
-    def _draw(self, tracking: Tracking) -> None:
+    def _draw(self, run: Run, tracking: Tracking) -> None:
         try:
             from maskpro_lightning import plots
         except ModuleNotFoundError:
             _log.info("No figures without matplotlib: pip install 'maskpro-lightning[plots]'.")
             return
-        for name, figure in plots.figures(self._rows, self._layers).items():
+        for name, figure in plots.figures(run).items():
             tracking.figure(self._folder / f"{name}.png", figure)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self._rows, "layers": self._layers}
+        return {"rows": self._rows, "layers": self._layers, "validation": self._validation}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._rows = [_numbers(row) for row in state_dict["rows"]][-_MOST_ROWS:]
         self._layers = {str(name): _numbers(found) for name, found in state_dict["layers"].items()}
+        self._validation = [_numbers(row) for row in state_dict["validation"]]
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

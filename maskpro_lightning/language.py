@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchmetrics.text import Perplexity
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from maskpro_lightning.catalog import resolve
 from maskpro_lightning.python_docs import python_docs
@@ -33,7 +33,14 @@ class CausalLM(pl.LightningModule):
     def __init__(self, model: str, dtype: str = "auto") -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=dtype)
+        if torch.get_default_device().type == "meta":  # only the shapes are asked for
+            config = AutoConfig.from_pretrained(resolve(model))
+            kind = config.dtype if dtype == "auto" else dtype
+            self.model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=kind
+            )
+        else:
+            self.model = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=dtype)
         self.perplexity = Perplexity(ignore_index=-100)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -13,6 +13,10 @@ from maskpro_lightning import distribution
 from maskpro_lightning.optimizer import MaskPro
 from maskpro_lightning.pattern import NMPattern
 
+#: Bins of :func:`histograms`, of equal width over [0, 1].
+BINS = 20
+# Probabilities above 1 - 10^-5 are not told apart.
+_NINES = 5
 # Above, a group's entropy is estimated from its draw instead of summed over all masks.
 _LARGEST_SUM = 128
 
@@ -85,26 +89,70 @@ def mask_metrics(optimizer: MaskPro) -> dict[str, dict[str, float]]:
         whose most likely mask is not the initial one), ``churn`` (share of groups whose mask was
         changed by the last draw); each in [0, 1].
     """
-    metrics: dict[str, tuple[MaskEntropy, MaskChange, MaskChange]] = {}
+    layers = {name: (MaskEntropy(), MaskChange(), MaskChange()) for name in optimizer.names}
     for groups in optimizer.groups():
-        if groups.name not in metrics:
-            metrics[groups.name] = (MaskEntropy(), MaskChange(), MaskChange())
-            for metric in metrics[groups.name]:
-                metric.to(groups.logits_GM.device)
         mode_GM = distribution.mode(groups.logits_GM, groups.pattern)
-        entropy, changed, churn = metrics[groups.name]
+        entropy, changed, churn = layers[groups.name]
+        for metric in layers[groups.name]:
+            metric.to(mode_GM.device)
         entropy.update(groups.logits_GM, groups.drawn_GM, groups.pattern)
         changed.update(mode_GM, groups.initial_GM)
         churn.update(groups.drawn_GM, groups.previous_GM)
+    # Not torchmetrics' own way of joining ranks, which asks for each number on its own.
+    sums = optimizer.over_ranks(
+        torch.tensor(
+            [
+                [float(entropy.entropy), float(changed.changed), float(churn.changed), groups]
+                for entropy, changed, churn in layers.values()
+                for groups in (float(entropy.total),)
+            ],
+            dtype=torch.float64,
+        )
+    )
+    sums = torch.cat([sums, sums.sum(0, keepdim=True)])
+    shares = (sums[:, :3] / sums[:, 3:]).tolist()
     names = ("entropy", "changed", "churn")
-    sizes = {layer: int(found[0].total) for layer, found in metrics.items()}
-    values = {
-        layer: {name: float(metric.compute()) for name, metric in zip(names, found, strict=True)}
-        for layer, found in metrics.items()
+    return {
+        layer: dict(zip(names, values, strict=True))
+        for layer, values in zip([*layers, ""], shares, strict=True)
     }
-    values[""] = {
-        name: sum(sizes[layer] * value[name] for layer, value in values.items())
-        / sum(sizes.values())
-        for name in names
+
+
+def histograms(optimizer: MaskPro) -> dict[str, list[dict[str, int]]]:
+    """Each weight's groups by how decided they are, and by what the initial mask kept of them.
+
+    Returns:
+        By parameter name ``BINS`` rows: ``bin``, the number of a bin of [0, 1]; ``confidence``, the
+        groups whose most likely mask has a probability 1 - 10^-5x with x in it; ``retained``, those
+        of whose squared weights the initial mask keeps a share in it; ``changed``, how many of
+        these left that mask.
+    """
+    names = ("confidence", "retained", "changed")
+    counts = torch.zeros(len(optimizer.names), len(names), BINS, dtype=torch.float64)
+    rows = dict(zip(optimizer.names, counts, strict=True))
+    for groups in optimizer.groups():
+        mode_GM = distribution.mode(groups.logits_GM, groups.pattern)
+        doubt_G = -distribution.log_prob(groups.logits_GM, mode_GM, groups.pattern).expm1()
+        nines_G = -doubt_G.clamp(10.0**-_NINES, 1).log10() / _NINES
+        square_GM = groups.dense_GM.float().square()
+        # Of a group of zeros nothing is lost.
+        retained_G = ((square_GM * groups.initial_GM).sum(-1) / square_GM.sum(-1)).nan_to_num(1)
+        changed_G = (mode_GM != groups.initial_GM).any(-1)
+        for row, values_G in zip(
+            rows[groups.name], (nines_G, retained_G, retained_G[changed_G]), strict=True
+        ):
+            row += _counts(values_G)
+    counts = optimizer.over_ranks(counts.flatten(1)).view_as(counts).round().long()
+    return {
+        layer: [
+            {"bin": b, **dict(zip(names, bins, strict=True))}
+            for b, bins in enumerate(counts_3B.T.tolist())
+        ]
+        for layer, counts_3B in zip(optimizer.names, counts, strict=True)
     }
-    return values
+
+
+def _counts(values_G: Tensor) -> Tensor:
+    """The number of values in each bin, int64 (BINS,) on the CPU."""
+    bins_G = (values_G * BINS).long().clamp(0, BINS - 1)
+    return bins_G.bincount(minlength=BINS).cpu()

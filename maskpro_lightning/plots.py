@@ -6,18 +6,21 @@ that colour-blind readers tell apart. They are made without pyplot, so in any th
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from maskpro_lightning.runs import Run
+
 _Rows = Sequence[Mapping[str, float]]
 _Layers = Mapping[str, Mapping[str, float]]
+_Groups = Mapping[str, _Rows]
 
 _INK, _GREY, _BLUE, _GREEN, _ORANGE = "#797979", "#868686", "#0b76b8", "#0a9670", "#d55e00"
 _COLOURS = {"baseline": _GREY, "entropy": _GREEN, "churn": _ORANGE, "baseline_hit_rate": _GREEN}
@@ -28,35 +31,48 @@ _SHARES = {
     "churn": ("Redrawn (churn)", "the latest two draws differ", "of groups"),
 }
 _MOST_LAYERS = 40
+_MOST_METRICS = 3
+# A share of fewer groups is more noise than it tells.
+_FEW_GROUPS = 100
 # What only a run that compares with the initial mask logs.
 _OF_BASELINE = {"baseline", "residual", "delta", "advantage"}
 
 
-def figures(rows: _Rows, layers: _Layers) -> dict[str, Figure]:
+def figures(run: Run) -> dict[str, Figure]:
     """Draw what a run logged.
-
-    Args:
-        rows: The history: ``step`` and any of ``loss``, ``baseline``, ``residual``, ``advantage``,
-            ``delta``, ``entropy``, ``changed``, ``churn``, ``baseline_hit_rate``.
-        layers: ``entropy``, ``changed`` and ``churn`` of each layer by parameter name.
 
     Returns:
         By name: "loss", the drawn masks against the initial one; "exploration", how much masks
-        move; "signal", what draws taught and cost, where there was a baseline; "layers", where
-        masks changed. The first three need rows, the last layers. A series is a line, or bars,
-        whose gid is its key.
+        move; "signal", what draws taught and cost, where there was a baseline; "validation", the
+        most likely masks, beside other masks and none where these were compared; "layers" and
+        "groups", where masks changed; "confidence", how decided they are. What was not logged has
+        no figure. A series is a line, or bars, whose gid is its key.
     """
-    over_steps = {"loss": _loss, "exploration": _exploration}
+    rows = run.history
+    drawn: dict[str, Figure] = {}
+    if rows:
+        drawn |= {"loss": _loss(rows), "exploration": _exploration(rows)}
     if any(row.keys() & _OF_BASELINE for row in rows):
-        over_steps["signal"] = _signal
-    drawn = {name: draw(rows) for name, draw in over_steps.items() if rows}
-    return drawn | ({"layers": _layers(layers)} if layers else {})
+        drawn["signal"] = _signal(rows)
+    if run.validation:
+        drawn["validation"] = _validation(run.validation, run.comparison)
+    if run.layers:
+        drawn["layers"] = _layers(run.layers)
+    if run.groups:
+        drawn |= {"groups": _groups(run.groups), "confidence": _confidence(run.groups)}
+    return drawn
 
 
-def read_history(path: Path) -> list[dict[str, float]]:
-    """Read the rows of a ``history.csv``; what a row does not have is left out of it."""
-    with path.open(newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+def save(drawn: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write figures as PNG and as SVG, the same bytes for the same figure; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    with rc_context({"svg.hashsalt": "maskpro"}):
+        for name, figure in drawn.items():
+            for ending, metadata in (("png", {}), ("svg", {"Date": None})):
+                files.append(folder / f"{name}.{ending}")
+                figure.savefig(files[-1], metadata=metadata)
+    return files
 
 
 def _loss(rows: _Rows) -> Figure:
@@ -96,6 +112,89 @@ def _signal(rows: _Rows) -> Figure:
     _series(top, rows, "advantage", mean=True)
     _share(bottom, rows, "baseline_hit_rate")
     return figure
+
+
+def _validation(rows: _Rows, comparison: Mapping[str, Mapping[str, float]]) -> Figure:
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "step"))
+    keys = sorted(keys, key=lambda key: "loss" not in key)[:_MOST_METRICS]
+    titles = {f"{key} of the most likely masks": "" for key in keys}
+    figure, panels = _over_steps(titles, [1] * len(titles))
+    for axes, key in zip(panels, keys, strict=True):
+        _series(axes, rows, key, "MaskPro\n{:.4g}")
+        others = {mask: row[key] for mask, row in comparison.items() if key in row}
+        others.pop("maskpro", None)
+        for mask, value in others.items():
+            axes.axhline(value, color=_GREY, linewidth=1, linestyle="--", gid=f"{mask} {key}")
+            _label(axes, value, f"{mask} {value:.4g}", _GREY)
+        _spread_labels(axes)
+    panels[-1].set_xlabel("step")
+    return figure
+
+
+def _groups(layers: _Groups) -> Figure:
+    title = "Groups that left the initial mask, by how much of their squared weights it keeps"
+    below = "How many groups there are of each kind"
+    figure, (top, bottom) = _over_bins({title: "of such groups", below: "of all groups"}, (2, 1))
+    changed_LB, kept_LB = _counts(layers, "changed"), _counts(layers, "retained")
+    _ranges(top, _share_of(changed_LB, kept_LB))
+    changed_B, kept_B = changed_LB.sum(0), kept_LB.sum(0)
+    middles = (np.arange(len(kept_B)) + 0.5) / len(kept_B)
+    top.plot(middles, _share_of(changed_B, kept_B), color=_BLUE, marker=".", gid="changed")
+    top.set_ylim(0, max(1.05 * top.dataLim.y1, 0.01))
+    _bars(bottom, kept_B / max(1, kept_B.sum()), "retained")
+    note = "grey: from the least to the most of any layer"
+    bottom.set_xlabel(f"share of squared weights that the initial mask keeps ({note})")
+    return figure
+
+
+def _confidence(layers: _Groups) -> Figure:
+    titles = {"How decided the groups are: the probability of their most likely mask": "of groups"}
+    figure, (axes,) = _over_bins(titles, (1,))
+    counts_LB = _counts(layers, "confidence")
+    _bars(axes, counts_LB.sum(0) / max(1, counts_LB.sum()), "confidence")
+    _ranges(axes, counts_LB / np.maximum(1, counts_LB.sum(1, keepdims=True)))
+    nines = ["0%", "90%", "99%", "99.9%", "99.99%", "99.999%"]
+    axes.set_xticks(np.linspace(0, 1, len(nines)), nines)
+    note = "grey: from the least to the most of any layer"
+    axes.set_xlabel(f"probability of the most likely mask ({note})")
+    return figure
+
+
+def _counts(layers: _Groups, key: str) -> np.ndarray:
+    """The counts of every layer in every bin, (layers, bins)."""
+    return np.array([[row.get(key, 0) for row in rows] for rows in layers.values()])
+
+
+def _share_of(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """A share where there are enough to tell, else NaN."""
+    return part / np.where(whole >= min(_FEW_GROUPS, whole.max()), whole, np.nan)
+
+
+def _over_bins(titles: Mapping[str, str], heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """A figure of panels below each other with one axis of shares from 0 to 1."""
+    figure, panels = _over_steps(titles, heights)
+    for axes in panels:
+        axes.xaxis.set_major_locator(MaxNLocator(10))
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_xlim(0, 1)
+    return figure, panels
+
+
+def _bars(axes: Axes, shares_B: np.ndarray, key: str) -> None:
+    count = len(shares_B)
+    middles = (np.arange(count) + 0.5) / count
+    axes.bar(middles, shares_B, width=0.9 / count, color=_BLUE, gid=key)
+
+
+def _ranges(axes: Axes, shares_LB: np.ndarray) -> None:
+    """A line from the lowest to the highest layer in each bin."""
+    known = np.isfinite(shares_LB)
+    low_B = np.where(known, shares_LB, np.inf).min(0)
+    high_B = np.where(known, shares_LB, -np.inf).max(0)
+    seen = known.any(0)
+    middles = (np.arange(len(seen)) + 0.5) / len(seen)
+    axes.vlines(middles[seen], low_B[seen], high_B[seen], color=_GREY, linewidth=1.6, gid="range")
 
 
 def _layers(layers: _Layers) -> Figure:
@@ -169,9 +268,28 @@ def _series(axes: Axes, rows: _Rows, key: str, label: str = "", mean: bool = Fal
         values = np.array([values[abs(steps - step) <= half].mean() for step in steps])
         axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker)
     if label and len(values):
-        style = {"color": colour, "fontsize": 8, "va": "center"}
         text = label.format(values[-1]).replace("-", "\N{MINUS SIGN}")
-        axes.text(1.01, values[-1], text, style, transform=axes.get_yaxis_transform())
+        _label(axes, values[-1], text, colour)
+
+
+def _label(axes: Axes, height: float, text: str, colour: str) -> None:
+    """Write beside the end of a line."""
+    style = {"color": colour, "fontsize": 8, "va": "center"}
+    axes.text(1.01, height, text, style, transform=axes.get_yaxis_transform())
+
+
+def _spread_labels(axes: Axes) -> None:
+    """Move labels up that lie over others, lowest first."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    to_pixels, free = axes.transData, -math.inf
+    for text in sorted(axes.texts, key=lambda text: text.get_position()[1]):
+        box, (_, height) = text.get_window_extent(), text.get_position()
+        lift = max(0.0, free - box.y0)
+        _, pixels = to_pixels.transform((0, height))
+        text.set_y(to_pixels.inverted().transform((0, pixels + lift))[1])
+        free = box.y1 + lift
 
 
 def _share(axes: Axes, rows: _Rows, key: str) -> None:

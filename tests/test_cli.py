@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from maskpro_lightning import NMPattern, find_targets
+from maskpro_lightning import NMPattern, find_targets, load_compressed
 from maskpro_lightning.catalog import recipes, resolve
 from maskpro_lightning.cli import main
 
@@ -89,6 +89,58 @@ def test_compare_prints_one_row_for_each_mask_and_exports(
     assert is_sparse(tmp_path / "sparse-model")
 
 
+def test_export_writes_the_format_that_is_asked_for(tiny: list[str], tmp_path: Path) -> None:
+    main(["fit", *tiny])
+    (checkpoint,) = tmp_path.glob("runs/**/*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    for file_format in ("compressed", "maskllm"):
+        arguments = [f"--ckpt_path={checkpoint}", "--output=out", f"--format={file_format}"]
+        main(["export", *tiny, *arguments])
+    assert {path.name for path in Path("out").iterdir()} == {"compressed.safetensors", "masks.npz"}
+    found = load_compressed("out/compressed.safetensors")
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], value) for name, value in saved.items())
+    # The masks start the next fit.
+    main(["fit", *tiny, "--trainer.callbacks.init=out/masks.npz", "--trainer.max_steps=1"])
+
+
+def test_measure_times_the_dense_layers_and_says_that_a_cpu_has_no_kernel(
+    tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["measure", *tiny, "--batch_sizes=[1,3]", "--dtype=float32"])
+    printed = capsys.readouterr().out
+    assert "7 layers on cpu, torch.float32" in printed
+    assert printed.count("no kernel") == 2
+    assert "there is none for 'cpu'" in printed
+    assert "No 2:4 kernel runs these layers here" in printed
+
+
+def test_plot_draws_a_run_from_its_folder_or_from_mlflow(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["compare", *tiny])
+    (history,) = tmp_path.glob("runs/**/history.csv")
+    capsys.readouterr()
+    drawn = {"loss", "exploration", "validation", "layers", "groups", "confidence"}
+    drawn = {f"{name}.{ending}" for name in drawn for ending in ("png", "svg")}
+    main(["plot", str(history.parents[1])])
+    printed = capsys.readouterr().out.split()
+    assert {Path(path).name for path in printed} == drawn
+    assert all(Path(path).parent == history.parent for path in printed)
+    run_id = history.parents[1].name
+    main(["plot", run_id, "--tracking_uri=sqlite:///mlflow.db", "--output=figures"])
+    assert {path.name for path in Path("figures").iterdir()} == drawn
+    for name in drawn:
+        if name.endswith(".svg"):
+            assert (history.parent / name).read_bytes() == Path("figures", name).read_bytes()
+    assert "dense val_loss" in Path("figures/validation.svg").read_text()
+
+
+def test_plot_of_what_is_no_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"holds no history\.csv: give the folder of a run"):
+        main(["plot", str(tmp_path)])
+
+
 def test_export_without_a_checkpoint_says_what_is_missing(tiny: list[str]) -> None:
     with pytest.raises(SystemExit, match="maskpro export needs --ckpt_path"):
         main(["export", *tiny])
@@ -105,7 +157,7 @@ def test_a_wrong_option_is_refused_by_name(
 def test_help_names_commands_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     printed = capsys.readouterr().out
-    for word in ("fit", "validate", "compare", "export", *recipes()):
+    for word in ("fit", "validate", "compare", "export", "measure", "plot", *recipes()):
         assert word in printed
 
 

@@ -10,25 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
-from oracle import random
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
+from torchmetrics import MeanMetric
 
 from maskpro_lightning import (
     MaskPro,
     NMPattern,
+    archive,
     export,
     export_sparse,
     find_targets,
-    load_masks,
     parameter_groups,
-    save_masks,
 )
-from maskpro_lightning.export import check_sparse, save_distributions
+from maskpro_lightning.export import Format, save_distributions
+from maskpro_lightning.grouping import check_sparse
+from maskpro_lightning.maskfiles import load_maskllm
 
 TWO_OF_FOUR = NMPattern(2, 4)
 
@@ -168,35 +169,7 @@ def test_a_kept_weight_may_be_zero_and_nan_counts_as_a_weight() -> None:
         check_sparse(torch.tensor([nan, 0.0, nan, nan]), TWO_OF_FOUR, -1, "w")
 
 
-# --- masks and distributions --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "shapes",
-    [
-        {"fc.weight": (4, 8)},
-        {"a": (1, 5), "b": (7, 5), "c": (3, 5, 3, 1)},  # no multiple of eight bits
-        {"scalar": (), "one": (1,), "none": (0, 4)},
-    ],
-    ids=str,
-)
-def test_masks_are_read_as_they_were_written(
-    tmp_path: Path, shapes: dict[str, tuple[int, ...]]
-) -> None:
-    masks = {name: random(*shape) > 0 for name, shape in shapes.items()}
-    save_masks(masks, TWO_OF_FOUR, tmp_path / "masks")
-    found = load_masks(tmp_path / "masks", TWO_OF_FOUR)
-    assert found.keys() == masks.keys()
-    for name, mask in masks.items():
-        assert found[name].dtype == torch.bool
-        assert torch.equal(found[name], mask)
-    assert files(tmp_path) == ["masks"]
-
-
-def test_a_mask_takes_a_bit_per_weight_highest_first(tmp_path: Path) -> None:
-    mask = torch.tensor([[True, True, False, False], [False, True, False, True], [True] * 4])
-    save_masks({"w": mask.T.contiguous().T}, TWO_OF_FOUR, tmp_path / "masks")
-    assert load_file(tmp_path / "masks")["w"].tolist() == [0b11000101, 0b11110000]
+# --- distributions --------------------------------------------------------------------------------
 
 
 def test_distributions_are_the_logits_in_the_weights_names_and_shapes(tmp_path: Path) -> None:
@@ -209,92 +182,115 @@ def test_distributions_are_the_logits_in_the_weights_names_and_shapes(tmp_path: 
     found = load_file(tmp_path / "logits")
     assert found.keys() == optimizer.logits().keys() == {"0.weight", "2.weight"}
     assert all(torch.equal(found[name], pi) for name, pi in optimizer.logits().items())
-    with safe_open(tmp_path / "logits", "pt") as file:
-        assert file.metadata() == {
-            "format": "maskpro distributions 1",
-            "pattern": "2:4",
-            "seed": "3",
-            "step": "1",
-        }
+    read, notes = archive.read(tmp_path / "logits", "maskpro distributions 1")
+    assert read.keys() == found.keys()
+    expected = {"format": "maskpro distributions 1", "pattern": "2:4", "seed": "3", "step": "1"}
+    assert notes == expected
 
 
-# --- what is no mask file -----------------------------------------------------------------------
+# --- formats ------------------------------------------------------------------------------------
 
 
-def write_masks(path: Path) -> None:
-    save_masks({"w": torch.tensor([[True, True, False, False]] * 4)}, TWO_OF_FOUR, path)
+class Headed(Wrapper):
+    """A Hugging Face model and a head of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 4)
 
 
-def write_masks_with(shape: list[int], bits: Tensor) -> Callable[[Path], None]:
-    metadata = {"format": "maskpro masks 1", "pattern": "2:4", "shapes": json.dumps({"w": shape})}
-    return lambda path: save_file({"w": bits}, path, metadata)
+def test_a_head_beside_a_hugging_face_model_is_never_lost(tmp_path: Path) -> None:
+    module = masked(Headed())
+    message = (
+        "Headed holds a Hugging Face model ('model') and 2 tensors more, such as 'head.weight', "
+        'which its folder would lose: choose file_format="safetensors" to write everything, or '
+        "export that model alone."
+    )
+    for file_format in ("auto", "huggingface"):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            export_sparse(module, tmp_path / "out", file_format=file_format)
+        assert files(tmp_path) == []
+    export_sparse(module, tmp_path / "whole", file_format="safetensors")
+    found = load_file(tmp_path / "whole" / "model.safetensors")
+    assert found.keys() == module.state_dict().keys()
+    assert torch.equal(found["head.weight"], module.head.weight)
+    export_sparse(module.model, tmp_path / "alone")
+    assert "config.json" in files(tmp_path / "alone")
 
 
-def write_without_the_end(path: Path) -> None:
-    write_masks(path)
-    path.write_bytes(path.read_bytes()[:-1])
+def test_a_tied_weight_or_a_metric_without_state_is_nothing_that_is_lost(tmp_path: Path) -> None:
+    wrapper = Wrapper()
+    wrapper.metric = MeanMetric()
+    wrapper.same = nn.Linear(16, tiny_models.VOCABULARY, bias=False)
+    wrapper.same.weight = wrapper.model.get_input_embeddings().weight
+    export_sparse(masked(wrapper, exclude=["same"]), tmp_path, exclude=["same"])
+    assert "config.json" in files(tmp_path)
 
 
-BYTES = torch.zeros(2, dtype=torch.uint8)
-NO_MASKS = "not 'maskpro masks 1': give a file that save_masks wrote."
+def test_hugging_face_is_refused_where_there_is_no_such_model(tmp_path: Path) -> None:
+    for module, count in ((two_layers(), 0), (Ensemble(), 2)):
+        message = f"holds {count} Hugging Face models, but this format is for one"
+        with pytest.raises(ValueError, match=message):
+            export_sparse(masked(module), tmp_path / "out", file_format="huggingface")
+    assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("write", "pattern", "message"),
-    [
-        pytest.param(
-            write_masks,
-            "1:4",
-            "'masks' holds 2:4 masks, but the pattern is 1:4.",
-            id="another pattern",
-        ),
-        pytest.param(
-            lambda path: save_file({"w": BYTES}, path),
-            "2:4",
-            f"'masks' holds 'unnamed tensors', {NO_MASKS}",
-            id="other tensors",
-        ),
-        pytest.param(
-            lambda path: save_file({"w": BYTES}, path, {"format": "pt"}),
-            "2:4",
-            f"'masks' holds 'pt', {NO_MASKS}",
-            id="another format",
-        ),
-        *(
-            pytest.param(write, "2:4", "'masks' is not a whole safetensors file: ", id=name)
-            for name, write in {
-                "cut off": write_without_the_end,
-                "other bytes": lambda path: path.write_bytes(b"nothing of the kind"),
-                "empty": lambda path: path.write_bytes(b""),
-            }.items()
-        ),
-        *(
-            pytest.param(
-                write_masks_with(shape, bits),
-                "2:4",
-                f"The mask of 'w' does not have the size of its shape {shape}.",
-                id=name,
-            )
-            for name, shape, bits in [
-                ("fewer weights", [2, 4], BYTES),
-                ("more weights", [5, 4], BYTES),
-                ("not bytes", [4, 4], BYTES.float()),
-                ("not flat", [4, 4], BYTES[None]),
-            ]
-        ),
-    ],
-)
-def test_what_is_no_mask_file_is_refused(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    write: Callable[[Path], None],
-    pattern: str,
-    message: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write(Path("masks"))
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        load_masks("masks", NMPattern.parse(pattern))
+def test_adapters_and_foreign_configs_are_refused(tmp_path: Path) -> None:
+    model = masked(tiny_models.llama())
+    model.peft_config = {"default": "lora"}
+    with pytest.raises(ValueError, match=r"holds adapters.*merge them into the weights first"):
+        export_sparse(model, tmp_path / "out")
+    del model.peft_config
+    for name in ("quantization_config", "sparsity_config", "compression_config"):
+        setattr(model.config, name, {"format": "2:4"})
+        with pytest.raises(ValueError, match=f"has a {name}, by which others would look"):
+            export_sparse(model, tmp_path / "out")
+        delattr(model.config, name)
+    assert files(tmp_path) == []
+
+
+def test_a_new_model_takes_the_place_of_a_larger_one_and_leaves_other_files(tmp_path: Path) -> None:
+    shards = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    for name in (*shards, "comparison.csv"):
+        (tmp_path / name).write_text("an older one")
+    export_sparse(masked(tiny_models.llama()), tmp_path)
+    found = {"comparison.csv", "config.json", "generation_config.json", "model.safetensors"}
+    assert set(files(tmp_path)) == found
+
+
+def test_a_state_that_is_not_all_tensors_is_refused(tmp_path: Path) -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"version": 1}
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    module = masked(nn.Sequential(Extra(8, 4)))
+    message = (
+        "The state of Sequential holds '0._extra_state', of type dict, which a file of tensors "
+        "would lose: use torch.save."
+    )
+    for file_format in ("safetensors", "compressed"):
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            export_sparse(module, tmp_path / "out", file_format=file_format)
+        assert files(tmp_path) == []
+
+
+def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"file_format is one of \('auto', .*, got 'gguf'\."):
+        export_sparse(masked(two_layers()), tmp_path, file_format="gguf")
+
+
+def test_masks_for_maskllm_have_the_names_of_the_model_that_is_held(tmp_path: Path) -> None:
+    wrapper = masked(Wrapper())
+    export_sparse(wrapper, tmp_path, file_format="maskllm")
+    assert files(tmp_path) == ["masks.npz"]
+    weights = {t.name: t.parameter for t in find_targets(wrapper.model, "2:4")}
+    found = load_maskllm(tmp_path / "masks.npz", {k: w.shape for k, w in weights.items()})
+    assert all(torch.equal(found[name], weight != 0) for name, weight in weights.items())
+    with np.load(tmp_path / "masks.npz", allow_pickle=False) as npz:
+        assert set(npz.files) == {f"{name}.mask" for name in weights}
 
 
 # --- whole or not there -------------------------------------------------------------------------
@@ -305,25 +301,46 @@ def fails_half_way(tensors: Any, path: Path, metadata: Any) -> None:
     raise OSError("disk full")
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        pytest.param(lambda path: export_sparse(masked(two_layers()), path.parent), id="a model"),
-        pytest.param(write_masks, id="masks"),
-    ],
-)
+@pytest.mark.parametrize("file_format", ["safetensors", "compressed", "maskllm"])
 def test_a_file_is_whole_or_not_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: Format
 ) -> None:
-    path = tmp_path / "model.safetensors"
-    monkeypatch.setattr(export, "save_file", fails_half_way)
+    def write() -> None:
+        export_sparse(masked(two_layers()), tmp_path, file_format=file_format)
+
+    def break_the_disk() -> None:
+        for module in (export, archive):
+            monkeypatch.setattr(module, "save_file", fails_half_way)
+        monkeypatch.setattr(
+            np, "savez_compressed", lambda file, **_: fails_half_way(None, Path(file.name), None)
+        )
+
+    break_the_disk()
     with pytest.raises(OSError, match="disk full"):
-        write(path)
-    assert not path.exists()
+        write()
+    assert files(tmp_path) == []
     monkeypatch.undo()
-    write(path)
+    write()
+    (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
-    monkeypatch.setattr(export, "save_file", fails_half_way)
+    break_the_disk()
     with pytest.raises(OSError, match="disk full"):
-        write(path)
+        write()
     assert path.read_bytes() == whole
+    assert files(tmp_path) == [path.name]
+
+
+def test_a_hugging_face_model_that_cannot_be_written_leaves_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = masked(tiny_models.llama())
+    export_sparse(model, tmp_path)
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def save_pretrained(folder: str) -> None:
+        fails_half_way(None, Path(folder) / "model.safetensors", None)
+
+    monkeypatch.setattr(model, "save_pretrained", save_pretrained)
+    with pytest.raises(OSError, match="disk full"):
+        export_sparse(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole

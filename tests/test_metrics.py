@@ -11,8 +11,8 @@ from optimizer_cases import step
 from oracle import random
 from torch import Tensor, nn
 
-from maskpro_lightning import MaskPro, NMPattern, masked_weight
-from maskpro_lightning.metrics import MaskChange, MaskEntropy, mask_metrics
+from maskpro_lightning import MaskPro, NMPattern, layout
+from maskpro_lightning.metrics import BINS, MaskChange, MaskEntropy, histograms, mask_metrics
 
 # Up to 128 masks: 2:16 has 120, 2:17 has 136.
 EXACT = [NMPattern(*n_m) for n_m in [(1, 2), (1, 4), (2, 4), (3, 4), (3, 5), (4, 8), (2, 16)]]
@@ -101,7 +101,7 @@ def trained() -> MaskPro:
 
 
 def test_each_weight_has_the_statistics_of_its_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masked_weight, "_BLOCK", 3)
+    monkeypatch.setattr(layout, "_BLOCK", 3)
     optimizer = trained()
     before = optimizer.masks("drawn")
     step(optimizer, -1.0)
@@ -154,3 +154,50 @@ def test_entropy_is_that_of_the_sharpened_draws(pattern: NMPattern) -> None:
     # All groups have the same logits up to their order, and so the same entropy.
     expected = float(oracle_entropies(4 * optimizer.logits()["w"][:1, : pattern.m], pattern))
     assert mask_metrics(optimizer)["w"]["entropy"] == pytest.approx(expected, rel=0.2)
+
+
+def bins(values: list[float]) -> list[int]:
+    """How many values lie in each bin; none so close to an edge that rounding could decide."""
+    places = [min(value * BINS, BINS - 0.5) for value in values]
+    assert all(abs(place - round(place)) > 1e-3 or place == 0 for place in places)
+    return [sum(int(place) == b for place in places) for b in range(BINS)]
+
+
+def test_histograms_count_groups_by_certainty_and_by_what_the_initial_mask_keeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layout, "_BLOCK", 3)
+    optimizer = trained()
+    initial, mode = optimizer.masks("initial"), optimizer.masks("mode")
+    found = histograms(optimizer)
+    assert found.keys() == {"small", "large", "conv"}
+    for masked, (name, logits) in zip(
+        optimizer.param_groups, optimizer.logits().items(), strict=True
+    ):
+        pattern = NMPattern.parse(masked["pattern"])
+        dense = optimizer.state[masked["params"][0]]["dense"]
+        rows = [pattern.group(t, 1).reshape(-1, pattern.m) for t in (logits, dense)]
+        kept_GM, mode_GM = (
+            pattern.group(t[name], 1).reshape(-1, pattern.m) for t in (initial, mode)
+        )
+        p_G = [float(oracle.probabilities(row.double(), pattern.n).max()) for row in rows[0]]
+        square_GM = rows[1].double().square()
+        share_G = ((square_GM * kept_GM).sum(-1) / square_GM.sum(-1)).tolist()
+        moved_G = (kept_GM != mode_GM).any(-1).tolist()
+        moved = [share for share, moved in zip(share_G, moved_G, strict=True) if moved]
+        assert moved
+        for key, values in (
+            ("confidence", [-math.log10(1 - p) / 5 for p in p_G]),
+            ("retained", share_G),
+            ("changed", moved),
+        ):
+            assert [row[key] for row in found[name]] == bins(values), (name, key)
+        assert [row["bin"] for row in found[name]] == list(range(BINS))
+
+
+def test_certain_groups_and_groups_of_zeros_have_a_bin_too() -> None:
+    weight = nn.Parameter(torch.zeros(1, 8))
+    optimizer = MaskPro([("w", weight)], logit_scale=60.0)
+    optimizer.begin()
+    last = histograms(optimizer)["w"][-1]
+    assert last == {"bin": BINS - 1, "confidence": 2, "retained": 2, "changed": 0}

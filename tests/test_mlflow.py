@@ -22,8 +22,11 @@ from maskpro_lightning import MaskProCallback, NMPattern, load_masks
 # MLflow on SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
-FILES = {"masks.safetensors", "history.csv"}
-FIGURES = {"loss.png", "exploration.png", "signal.png", "layers.png"}
+FILES = {"masks.safetensors", "history.csv", "layers.csv", "groups.csv", "validation.csv"}
+FIGURES = {
+    f"{name}.png"
+    for name in ("loss", "exploration", "signal", "validation", "layers", "groups", "confidence")
+}
 
 
 class Store:
@@ -194,7 +197,7 @@ def broken(folder: Path, method: str) -> tuple[CSVLogger, list[str]]:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing them takes longer than all else in these tests."""
-    monkeypatch.setattr("maskpro_lightning.plots.figures", lambda rows, layers: {})
+    monkeypatch.setattr("maskpro_lightning.plots.figures", lambda run: {})
 
 
 METHODS = ["log_metrics", "log_hyperparams", "save", "after_save_checkpoint", "finalize"]

@@ -22,9 +22,10 @@ from optimizer_cases import (
 from oracle import random
 from torch import Tensor, nn
 from torch.nn.functional import dropout
+from torch.optim.lr_scheduler import LinearLR
 
-from maskpro_lightning import MaskPro, NMPattern
-from maskpro_lightning.optimizer import Version
+from maskpro_lightning import MaskPro, NMPattern, distribution
+from maskpro_lightning.optimizer import Version, policy_lr
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -228,3 +229,49 @@ def test_it_learns_most_of_the_way_from_a_random_mask_to_the_best(seed: int) -> 
     for _ in range(200):
         optimizer.step(problem.loss)
     assert problem.share_gained(optimizer) > 0.5
+
+
+@pytest.mark.parametrize("steps", [100, 1000])
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8"])
+def test_chance_alone_hardly_changes_a_mask_however_long_the_fit(pattern: str, steps: int) -> None:
+    # 4 sd of a binomial around 0.3 %, what the rule's docstring promises at most, of 4096 groups.
+    nm = NMPattern.parse(pattern)
+    weight = nn.Parameter(random(64, 64 * nm.m))
+    optimizer = one_weight(weight, pattern, lr=policy_lr(nm, 4.0, steps))
+    optimizer.begin()
+    scheduler = LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    losses = random(steps, seed=1).float()
+    for loss in losses:
+        step(optimizer, float(loss))
+        scheduler.step()
+    changed = grouped(optimizer.masks("mode")["w"] != optimizer.masks("initial")["w"], pattern, -1)
+    assert changed.any(-1).float().mean() <= 0.003 + 4 * math.sqrt(0.003 / 4096)
+
+
+def test_evidence_changes_masks_at_the_step_size_of_a_long_fit() -> None:
+    steps, problem = 2000, Regression(0)
+    rate = policy_lr(NMPattern(2, 4), 4.0, steps)
+    optimizer = one_weight(problem.weight, lr=rate, logit_scale=4.0)
+    optimizer.begin({"w": problem.random_mask})
+    scheduler = LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    for _ in range(steps):
+        optimizer.step(problem.loss)
+        scheduler.step()
+    assert problem.share_gained(optimizer) > 0.5
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "3:5"])
+def test_gap_information_is_the_enumerated_mean_square_of_a_difference_of_scores(
+    pattern: str,
+) -> None:
+    nm = NMPattern.parse(pattern)
+    kept_CM = oracle.sets(nm.n, nm.m)
+    fresh_CM = (2.0 * kept_CM[0]).expand(kept_CM.shape).double().clone().requires_grad_()
+    log_p_C = oracle.log_prob(fresh_CM, kept_CM)
+    (score_CM,) = torch.autograd.grad(log_p_C.sum(), fresh_CM)
+    squared_C = (score_CM[:, 0] - score_CM[:, -1]).square()
+    p_C = log_p_C.detach().exp()
+    expected = float((p_C * squared_C).sum())
+    variance = float((p_C * squared_C.square()).sum()) - expected**2
+    actual = distribution.gap_information(nm, 2.0)
+    assert abs(actual - expected) <= 4 * math.sqrt(variance / 2**15)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,11 +22,18 @@ from matplotlib.lines import Line2D
 from maskpro_lightning import MaskPro, plots
 from maskpro_lightning.journal import Journal
 from maskpro_lightning.metrics import mask_metrics
+from maskpro_lightning.runs import Run, read_run
 from maskpro_lightning.tracking import Tracking
 
+Rows = Sequence[Mapping[str, float]]
+Figures = dict[str, Figure]
 KEYS = ("loss", "baseline", "residual", "advantage", "delta")
 KEYS += ("entropy", "changed", "churn", "baseline_hit_rate")
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+
+
+def draw(rows: Rows = (), layers: Mapping[str, Mapping[str, float]] | None = None) -> Figures:
+    return plots.figures(Run(rows, layers or {}))
 
 
 def history(count: int) -> list[dict[str, float]]:
@@ -43,6 +50,31 @@ def llama(blocks: int) -> dict[str, dict[str, float]]:
         for block in range(blocks)
         for kind in KINDS
     }
+
+
+def groups(layers: int = 3) -> dict[str, list[dict[str, float]]]:
+    noise = np.random.default_rng(0)
+    return {
+        f"layers.{layer}.weight": [
+            {
+                "bin": b,
+                "confidence": float(noise.integers(1000)),
+                "retained": float(retained := 100 * noise.integers(20)),
+                "changed": float(noise.integers(retained + 1)),
+            }
+            for b in range(20)
+        ]
+        for layer in range(layers)
+    }
+
+
+VALIDATION = [{"step": 10.0 * n, "val_loss": 4 - n / 10, "accuracy": n / 10} for n in range(1, 6)]
+COMPARISON = {
+    "dense": {"val_loss": 2.9, "sparsity": 0.0},
+    "wanda": {"val_loss": 3.6, "sparsity": 0.5},
+    "maskpro": {"val_loss": 3.5, "sparsity": 0.5},
+}
+WHOLE = Run(history(60), llama(7), groups(), VALIDATION, COMPARISON)
 
 
 def lines(figures: Mapping[str, Figure]) -> dict[str, Line2D]:
@@ -95,7 +127,7 @@ def contrast(rgb: np.ndarray, background: str) -> np.ndarray:
 
 def test_each_logged_value_is_a_point_of_its_line() -> None:
     rows = history(300)
-    found = lines(plots.figures(rows, {}))
+    found = lines(draw(rows, {}))
     assert set(found) == set(KEYS)
     for key, line in found.items():
         assert list(line.get_xdata()) == [row["step"] for row in rows]
@@ -104,7 +136,7 @@ def test_each_logged_value_is_a_point_of_its_line() -> None:
 
 def test_each_layer_has_a_bar_in_the_models_order() -> None:
     layers = llama(7)
-    figure = plots.figures([], layers)["layers"]
+    figure = draw([], layers)["layers"]
     for key in ("changed", "entropy", "churn"):
         assert bars(figure, key) == [found[key] for found in layers.values()]
     assert layer_names(figure) == [f"{block}.{kind}" for block in range(7) for kind in KINDS]
@@ -116,7 +148,7 @@ def test_of_many_layers_those_that_changed_most_are_shown_and_the_title_says_so(
     layers = llama(50)
     layers["model.layers.0.self_attn.q_proj.weight"]["changed"] = float("nan")
     del layers["model.layers.0.self_attn.o_proj.weight"]["changed"]
-    figure = plots.figures([], layers)["layers"]
+    figure = draw([], layers)["layers"]
     known = [found["changed"] for found in list(layers.values())[2:]]
     assert bars(figure, "changed") == sorted(known, reverse=True)[:40]
     assert figure.get_suptitle().startswith("The 40 of 200 layers")
@@ -136,7 +168,7 @@ def test_of_many_layers_those_that_changed_most_are_shown_and_the_title_says_so(
 def test_what_was_not_logged_has_no_figure(
     rows: Sequence[Mapping[str, float]], layers: Mapping[str, Mapping[str, float]], drawn: set[str]
 ) -> None:
-    assert set(plots.figures(rows, layers)) == drawn
+    assert set(draw(rows, layers)) == drawn
 
 
 @pytest.mark.parametrize("missing", KEYS)
@@ -144,7 +176,7 @@ def test_a_row_without_a_value_is_no_point(missing: str) -> None:
     rows = history(10)
     for row in rows[::2]:
         del row[missing]
-    found = lines(plots.figures(rows, {}))
+    found = lines(draw(rows, {}))
     assert list(found[missing].get_xdata()) == [row["step"] for row in rows[1::2]]
     assert list(found[missing].get_ydata()) == [row[missing] for row in rows[1::2]]
 
@@ -152,7 +184,7 @@ def test_a_row_without_a_value_is_no_point(missing: str) -> None:
 @pytest.mark.parametrize("missing", KEYS)
 def test_a_value_that_was_never_logged_leaves_its_line_empty(missing: str) -> None:
     rows = [{key: value for key, value in row.items() if key != missing} for row in history(10)]
-    figures = plots.figures(rows, {})
+    figures = draw(rows, {})
     found = lines(figures)
     assert {key: len(line.get_xdata()) for key, line in found.items()} == {
         key: 0 if key == missing else 10 for key in KEYS
@@ -167,7 +199,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_which_averages_leave_out(number: flo
     rows = history(40)
     for row in (rows[7], rows[-1]):
         row |= dict.fromkeys(KEYS, number)
-    figures = plots.figures(rows, {})
+    figures = draw(rows, {})
     drawn = lines(figures)["loss"].get_ydata()
     np.testing.assert_array_equal(drawn, [row["loss"] for row in rows])
     smooth = average(figures["loss"], "loss")
@@ -182,7 +214,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_which_averages_leave_out(number: flo
 def test_nothing_finite_is_drawn_without_complaint() -> None:
     rows = [row | dict.fromkeys(KEYS, float("nan")) for row in history(3)]
     layers = {"a": dict.fromkeys(("entropy", "changed", "churn"), float("nan"))}
-    for figure in plots.figures(rows, layers).values():
+    for figure in draw(rows, layers).values():
         figure.draw_without_rendering()
 
 
@@ -191,7 +223,7 @@ def test_an_average_covers_a_tenth_of_the_steps_however_the_rows_lie() -> None:
     steps = [*range(0, 400, 20), *range(400, 1001, 10)]
     spikes = (300, 700)
     rows = [{"step": step, "loss": float(step in spikes)} for step in steps]
-    smooth = average(plots.figures(rows, {})["loss"], "loss")
+    smooth = average(draw(rows, {})["loss"], "loss")
     inside = [step for step in steps if any(abs(step - spike) <= 50 for spike in spikes)]
     assert [x for x, y in zip(*smooth.get_data(), strict=True) if y > 0] == inside
     # Of rows 20 and 10 apart, a hundred steps around a spike hold 5 and 11.
@@ -201,7 +233,7 @@ def test_an_average_covers_a_tenth_of_the_steps_however_the_rows_lie() -> None:
 
 def test_an_average_of_a_constant_is_that_constant_up_to_both_ends() -> None:
     rows = [{"step": step, "loss": 2.5} for step in range(100)]
-    smooth = average(plots.figures(rows, {})["loss"], "loss")
+    smooth = average(draw(rows, {})["loss"], "loss")
     assert list(smooth.get_xdata()) == list(range(100))
     assert set(smooth.get_ydata()) == {2.5}
 
@@ -209,7 +241,7 @@ def test_an_average_of_a_constant_is_that_constant_up_to_both_ends() -> None:
 @pytest.mark.parametrize("gap", [-0.5, -1e-3, 0.0, 1e-3, 0.5])
 def test_lines_that_end_close_together_keep_their_labels_apart(gap: float) -> None:
     rows = [{"step": n, "baseline": 3 + n % 2, "loss": 3 + n % 2 + gap} for n in range(40)]
-    figure = plots.figures(rows, {})["loss"]
+    figure = draw(rows, {})["loss"]
     figure.draw_without_rendering()
     boxes = {text.get_text().split()[0]: text.get_window_extent() for text in figure.axes[0].texts}
     lower, upper = sorted(boxes, key=lambda name: boxes[name].y0)
@@ -219,7 +251,7 @@ def test_lines_that_end_close_together_keep_their_labels_apart(gap: float) -> No
 
 
 def test_the_tracker_is_drawn_with_the_residuals_over_a_line_at_zero() -> None:
-    figure = plots.figures(history(30), {})["loss"]
+    figure = draw(history(30), {})["loss"]
     axes = panel(figure, "delta")
     assert axes is panel(figure, "residual")
     assert axes is not panel(figure, "loss")
@@ -231,7 +263,7 @@ def test_the_tracker_is_drawn_with_the_residuals_over_a_line_at_zero() -> None:
 def test_labels_give_the_values_at_which_lines_end() -> None:
     rows = [dict.fromkeys(("step", *KEYS), 0.0), dict.fromkeys(KEYS, 0.0) | {"step": 100.0}]
     rows[-1] |= {"loss": 3.25, "baseline": 4, "delta": -0.75, "changed": 0.0625, "entropy": 0.5}
-    figures = plots.figures(rows, {})
+    figures = draw(rows, {})
     texts = {
         t.get_text() for figure in figures.values() for axes in figure.axes for t in axes.texts
     }
@@ -247,7 +279,7 @@ def test_labels_give_the_values_at_which_lines_end() -> None:
 
 def test_shares_have_axes_in_percent_that_start_at_zero() -> None:
     rows = [row | dict.fromkeys(KEYS, 0.5 + row["step"] / 1e6) for row in history(30)]
-    figures = plots.figures(rows, llama(2))
+    figures = draw(rows, llama(2))
     for key, name in [("baseline_hit_rate", "signal")] + [
         (key, "exploration") for key in ("changed", "entropy", "churn")
     ]:
@@ -262,7 +294,7 @@ def test_shares_have_axes_in_percent_that_start_at_zero() -> None:
 
 
 def test_every_panel_says_what_it_shows_and_in_which_unit() -> None:
-    figures = plots.figures(history(30), llama(2))
+    figures = draw(history(30), llama(2))
     layers = figures.pop("layers")
     for axes in layers.axes:
         assert axes.get_title(loc="left")
@@ -275,7 +307,7 @@ def test_every_panel_says_what_it_shows_and_in_which_unit() -> None:
 
 
 def test_a_single_row_and_a_single_layer_are_seen() -> None:
-    figures = plots.figures(history(1), {"fc.weight": dict.fromkeys(("entropy", "changed"), 0.5)})
+    figures = draw(history(1), {"fc.weight": dict.fromkeys(("entropy", "changed"), 0.5)})
     for key, line in lines(figures).items():
         assert line.get_marker() == ".", key
     assert layer_names(figures["layers"]) == ["fc.weight"]
@@ -305,7 +337,7 @@ def test_names_lose_the_parts_that_all_have_in_common(
     names: list[str], shortened: list[str]
 ) -> None:
     layers = {name: {"changed": 0.1} for name in names}
-    assert layer_names(plots.figures([], layers)["layers"]) == shortened
+    assert layer_names(draw([], layers)["layers"]) == shortened
 
 
 def test_shortened_names_stay_different() -> None:
@@ -325,10 +357,12 @@ def test_shortened_names_stay_different() -> None:
 
 
 @pytest.mark.parametrize("style", ["default", "dark_background"])
-@pytest.mark.parametrize("name", ["loss", "exploration", "signal", "layers"])
+@pytest.mark.parametrize(
+    "name", ["loss", "exploration", "signal", "validation", "layers", "groups", "confidence"]
+)
 def test_everything_drawn_stands_out_on_light_and_dark_pages(name: str, style: str) -> None:
     with matplotlib.style.context(style):
-        rgba = pixels(plots.figures(history(60), llama(7))[name])
+        rgba = pixels(plots.figures(WHOLE)[name])
     assert rgba.shape[1] == 1200
     assert not rgba[[0, 0, -1, -1], [0, -1, 0, -1], 3].any(), "the page shines through"
     solid = rgba[rgba[..., 3] == 1]
@@ -336,6 +370,79 @@ def test_everything_drawn_stands_out_on_light_and_dark_pages(name: str, style: s
     # 3:1 is what WCAG 2.2 asks of graphics and of large text.
     for page in ("#ffffff", "#0d1117"):
         assert contrast(solid[:, :3], page).min() >= 3, page
+
+
+def test_validation_is_drawn_over_steps_beside_other_masks_and_none() -> None:
+    figure = plots.figures(Run(validation=VALIDATION, comparison=COMPARISON))["validation"]
+    found = lines({"": figure})
+    assert set(found) == {"val_loss", "accuracy", "dense val_loss", "wanda val_loss"}
+    for key in ("val_loss", "accuracy"):
+        assert list(found[key].get_xdata()) == [row["step"] for row in VALIDATION]
+        assert list(found[key].get_ydata()) == [row[key] for row in VALIDATION]
+    assert set(found["dense val_loss"].get_ydata()) == {2.9}
+    top, bottom = figure.axes
+    assert top.get_title(loc="left").startswith("val_loss"), "losses come first"
+    assert {text.get_text() for text in top.texts} == {"MaskPro\n3.5", "dense 2.9", "wanda 3.6"}
+    assert [text.get_text() for text in bottom.texts] == ["MaskPro\n0.5"]
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1e-2, 1.0])
+def test_labels_of_masks_that_are_alike_do_not_lie_over_each_other(spread: float) -> None:
+    comparison = {f"mask {n}": {"val_loss": 3.5 + n * spread} for n in range(5)}
+    figure = plots.figures(Run(validation=VALIDATION, comparison=comparison))["validation"]
+    figure.draw_without_rendering()
+    boxes = sorted(
+        (text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0
+    )
+    assert len(boxes) == 6
+    for lower, upper in pairwise(boxes):
+        assert lower.y1 <= upper.y0 + 0.5  # half a pixel
+
+
+def test_bars_of_bins_are_shares_of_all_groups() -> None:
+    layers = groups()
+    figures = plots.figures(Run(groups=layers))
+    assert set(figures) == {"groups", "confidence"}
+    for key, name in (("retained", "groups"), ("confidence", "confidence")):
+        counts = np.array([[row[key] for row in rows] for rows in layers.values()]).sum(0)
+        found = [bar for axes in figures[name].axes for bar in axes.patches if bar.get_gid() == key]
+        assert [bar.get_height() for bar in found] == pytest.approx(counts / counts.sum())
+        middles = [bar.get_x() + bar.get_width() / 2 for bar in found]
+        assert middles == pytest.approx([(n + 0.5) / 20 for n in range(20)])
+
+
+def test_change_is_a_share_of_the_groups_of_a_kind_and_ranges_over_layers() -> None:
+    layers = groups()
+    figure = plots.figures(Run(groups=layers))["groups"]
+    changed, kept = (
+        np.array([[row[key] for row in rows] for rows in layers.values()])
+        for key in ("changed", "retained")
+    )
+    line = lines({"": figure})["changed"]
+    np.testing.assert_allclose(line.get_ydata(), changed.sum(0) / kept.sum(0))
+    (ranges,) = (c for c in figure.axes[0].collections if c.get_gid() == "range")
+    shares = changed / np.where(kept > 0, kept, np.nan)
+    low, high = np.nanmin(shares, 0), np.nanmax(shares, 0)
+    np.testing.assert_allclose([path[:, 1] for path in ranges.get_segments()], np.c_[low, high])
+
+
+def test_a_share_of_few_groups_is_left_out_where_others_are_many() -> None:
+    rows = [{"bin": b, "retained": n, "changed": 1} for b, n in enumerate((0, 99, 100, 5000))]
+    shown = lines({"": plots.figures(Run(groups={"w": rows}))["groups"]})["changed"].get_ydata()
+    np.testing.assert_array_equal(shown, [np.nan, np.nan, 0.01, 0.0002])
+    small = [{"bin": b, "retained": n, "changed": 1} for b, n in enumerate((0, 5))]
+    shown = lines({"": plots.figures(Run(groups={"w": small}))["groups"]})["changed"].get_ydata()
+    np.testing.assert_array_equal(shown, [np.nan, 0.2])
+
+
+def test_files_are_png_and_svg_and_the_same_at_every_call(tmp_path: Path) -> None:
+    written = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        drawn = plots.figures(Run(validation=VALIDATION, comparison=COMPARISON))
+        files = plots.save(drawn, folder)
+        assert files == [folder / "validation.png", folder / "validation.svg"]
+        written.append({path.name: path.read_bytes() for path in files})
+    assert written[0] == written[1]
 
 
 def test_the_contrast_is_the_one_of_wcag() -> None:
@@ -347,7 +454,7 @@ def test_the_contrast_is_the_one_of_wcag() -> None:
 
 def test_drawing_leaves_pyplot_and_settings_alone() -> None:
     before = dict(mpl.rcParams)
-    for figure in plots.figures(history(5), llama(2)).values():
+    for figure in draw(history(5), llama(2)).values():
         pixels(figure)
     assert plt.get_fignums() == []
     assert dict(mpl.rcParams) == before
@@ -369,7 +476,7 @@ def test_the_history_that_a_journal_wrote_is_read_back_and_drawn_in_full(tmp_pat
         rows.append({"step": float(step)} | {key: float(value) for key, value in values.items()})
     journal.layers(mask_metrics(optimizer))
     journal.close(optimizer, Tracking(SimpleNamespace(loggers=[], global_step=5), "raise"))
-    assert plots.read_history(tmp_path / "history.csv") == rows
-    assert set(lines(plots.figures(rows, {}))) == {key for row in rows for key in row} - {"step"}
+    assert read_run(tmp_path).history == rows
+    assert set(lines(draw(rows, {}))) == {key for row in rows for key in row} - {"step"}
     for name in ("loss", "exploration", "signal", "layers"):
         assert image.imread(tmp_path / f"{name}.png").shape[2] == 4

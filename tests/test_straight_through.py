@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +18,6 @@ from maskpro_lightning import MaskPro
 from maskpro_lightning.philox import exponential, key_of
 
 EPS = torch.finfo(torch.float32).eps
-# What the quadrature behind the gradient of inclusion leaves out, see test_distribution.
-QUADRATURE = math.exp(-18)
 
 
 def straight_through(weight: Tensor, *args: Any, **rule: Any) -> MaskPro:
@@ -51,8 +48,8 @@ def worth_gradient(pi_GM: Tensor, worth_GM: Tensor, n: int) -> Tensor:
     return torch.autograd.grad(expected_worth, pi_GM)[0]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "shape", "input_dim"), [case for case in CASES if str(case.values[0])[0] in "12"]
+@pytest.mark.parametrize(  # test_distribution has 8:16, whose orders are too many to go through
+    ("pattern", "shape", "input_dim"), [case for case in CASES if case.values[0] != "8:16"]
 )
 def test_a_step_follows_the_gradient_of_the_enumerated_worth(
     pattern: str, shape: Shape, input_dim: int
@@ -70,8 +67,8 @@ def test_a_step_follows_the_gradient_of_the_enumerated_worth(
         )
         expected_GM = worth_gradient(pi_GM, worth_GM, int(pattern.partition(":")[0]))
         size = expected_GM.square().mean().sqrt()
-        # M values in a sum, each from a handful of roundings and cut off by the quadrature.
-        error = worth_GM.shape[-1] * float(worth_GM.abs().max() / size) * (8 * EPS + QUADRATURE)
+        # M values in a sum, each from a handful of roundings.
+        error = worth_GM.shape[-1] * float(worth_GM.abs().max() / size) * 8 * EPS
         tolerance = error + EPS * float(before.abs().max()) / lr
         moved_GM = grouped(moved, pattern, input_dim).flatten(0, -2)
         torch.testing.assert_close(moved_GM, expected_GM / size, rtol=0, atol=tolerance)
@@ -136,12 +133,6 @@ def test_a_step_in_half_precision_is_the_one_in_single_to_its_rounding(dtype: to
     assert moves[1].dtype == torch.float32
     # The direction is kept in the gradient's memory, rounded twice, relative to its size.
     torch.testing.assert_close(moves[1], moves[0], rtol=2 * torch.finfo(dtype).eps, atol=4 * EPS)
-
-
-@pytest.mark.parametrize("pattern", ["3:5", "4:8"])
-def test_a_pattern_that_keeps_more_than_two_is_refused(pattern: str) -> None:
-    with pytest.raises(ValueError, match=f"keep 1 or 2 of a group, not {pattern}: choose"):
-        MaskPro([nn.Parameter(random(8, 40))], pattern, estimator="straight_through")
 
 
 @pytest.mark.parametrize("reason", ["no backward", "no part in the loss", "frozen"])

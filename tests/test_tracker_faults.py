@@ -182,7 +182,7 @@ def test_a_full_disk_costs_no_fit_and_is_told_once(
         monkeypatch.setattr(f"maskpro_lightning.journal.{full}", fail)
     else:
         folder.mkdir(parents=True)
-        (folder / full).symlink_to("/dev/full")
+        (folder / full.replace("history.csv", ".history.csv.partial")).symlink_to("/dev/full")
     callback, logger = MaskProCallback(lr=FAST), CSVLogger(tmp_path, name="run", version="")
     save = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=-1)
     module = Net()
@@ -198,7 +198,7 @@ def test_a_full_disk_costs_no_fit_and_is_told_once(
 def test_a_full_disk_ends_the_fit_if_asked_to(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "maskpro"
     folder.mkdir(parents=True)
-    (folder / "history.csv").symlink_to("/dev/full")
+    (folder / ".history.csv.partial").symlink_to("/dev/full")
     module, callback = Net(), MaskProCallback(lr=FAST, on_logger_error="raise")
     logger = CSVLogger(tmp_path, name="run", version="")
     trainer = quiet_trainer(tmp_path, callback, logger=logger, max_steps=4, log_every_n_steps=2)

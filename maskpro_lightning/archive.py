@@ -1,0 +1,118 @@
+"""Files that are whole or not there: safetensors with a name for what they hold, and a digest.
+
+Nothing that is read here is executed, and a tensor's name is a name, never a path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_DIGEST = "sha256"
+
+
+@contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write under a temporary name, renamed when the block ends, removed when it raises."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    kind: str,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors with a digest of everything that :func:`read` gives back.
+
+    Args:
+        tensors: The tensors by name.
+        path: The file.
+        kind: What the file holds, such as "maskpro masks 2".
+        notes: More about it.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {**(notes or {}), "format": kind}
+    metadata[_DIGEST] = _digest(plain, metadata)
+    with whole(path) as partial:
+        save_file(plain, partial, metadata)
+        _sort_notes(partial)
+
+
+def read(
+    path: str | os.PathLike[str], kind: str, unsigned: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what :func:`write` wrote; takes no more memory than the file is long.
+
+    Args:
+        path: The file.
+        kind: What it must hold.
+        unsigned: What it may hold instead, without a digest.
+
+    Returns:
+        The tensors and the notes, with the kind as "format".
+
+    Raises:
+        ValueError: cut off, changed, or of another kind; the message names the file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, AttributeError, RuntimeError, TypeError) as error:
+        # Dtypes that only safetensors knows, and sizes that only its header can hold.
+        raise broken(path, f"not a whole safetensors file ({error})") from None
+    found = metadata.get("format", "unnamed tensors")
+    if found != kind and found not in unsigned:
+        raise broken(path, f"not {kind!r}, it holds {found!r}")
+    digest = metadata.pop(_DIGEST, None)
+    if found not in unsigned and digest != _digest(tensors, metadata):
+        raise broken(path, f"not as it was written, its {_DIGEST} is another one")
+    return tensors, metadata
+
+
+def broken(path: str | os.PathLike[str], problem: str) -> ValueError:
+    """The error about a file that cannot be read."""
+    return ValueError(f"{os.fspath(path)!r} is {problem}: write or download it again.")
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sort_notes(path: Path) -> None:
+    """Put the metadata of a safetensors file into alphabetical order, in place.
+
+    safetensors writes them in any order, and the same tensors and notes shall make the same file.
+    Its header is eight bytes that hold its length, then JSON padded with spaces; in another order
+    it is as long as before.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))

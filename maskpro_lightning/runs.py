@@ -1,0 +1,123 @@
+"""What a run logged, as CSV files in its folder: written at the end of a fit, read to draw it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, float]
+
+
+HISTORY = "history.csv"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Numbers of one run; what it did not log is empty.
+
+    Attributes:
+        history: Of training steps: ``step``, ``loss`` and what else the callback logs.
+        layers: By parameter name: ``entropy``, ``changed`` and ``churn``.
+        groups: By parameter name, a row for each bin of :func:`metrics.histograms`.
+        validation: Of validations under the most likely mask: ``step`` and what the module logged.
+        comparison: By mask, "dense" and "magnitude" say, what ``maskpro compare`` measured.
+    """
+
+    history: Sequence[Row] = ()
+    layers: Mapping[str, Row] = field(default_factory=dict)
+    groups: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    validation: Sequence[Row] = ()
+    comparison: Mapping[str, Row] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write what there is, but for the comparison; returns the files."""
+        tables: dict[str, list[Mapping[str, Any]]] = {
+            HISTORY: list(self.history),
+            "layers.csv": [{"layer": name, **row} for name, row in self.layers.items()],
+            "groups.csv": [
+                {"layer": name, **row} for name, rows in self.groups.items() for row in rows
+            ],
+            "validation.csv": list(self.validation),
+        }
+        return [_write(folder / name, rows) for name, rows in tables.items() if rows]
+
+
+def folder_of(run: Path) -> Path:
+    """The folder of the callback's files: this one, or the one in it."""
+    inside = run / "maskpro"
+    return inside if inside.is_dir() else run
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run.
+
+    Args:
+        folder: Where the callback wrote its files, or the run's folder around it.
+
+    Raises:
+        ValueError: there is no run, or one of its files cannot be read.
+    """
+    folder = folder_of(folder)
+    if not (folder / HISTORY).is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds no {HISTORY}: give the folder of a run that has come to its "
+            f"end, such as lightning_logs/version_0, or an MLflow run and its --tracking_uri."
+        )
+    groups: dict[str, list[Row]] = {}
+    for name, row in _named(folder / "groups.csv", "layer"):
+        groups.setdefault(name, []).append(row)
+    return Run(
+        read_rows(folder / HISTORY),
+        dict(_named(folder / "layers.csv", "layer")),
+        groups,
+        read_rows(folder / "validation.csv"),
+        dict(_named(folder / "comparison.csv", "mask")),
+    )
+
+
+def download_run(run_id: str, tracking_uri: str | None, folder: Path) -> None:
+    """Fetch the tables of an MLflow run into a folder, for :func:`read_run`."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri)
+    for item in client.list_artifacts(run_id, "maskpro"):
+        if item.path.endswith(".csv"):
+            client.download_artifacts(run_id, item.path, str(folder))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a table of numbers; what a row does not have is left out of it.
+
+    Raises:
+        ValueError: names the file and the line that is not of numbers.
+    """
+    return [row for _, row in _named(path, None)]
+
+
+def _named(path: Path, name: str | None) -> Iterable[tuple[str, Row]]:
+    """The rows of a table with what they say in the column ``name``; none without the file."""
+    if not path.is_file():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                label = "" if name is None else row.pop(name)
+                yield label, {key: float(value) for key, value in row.items() if value}
+        except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
+            raise ValueError(
+                f"{str(path)!r} is no table of numbers at line {max(1, reader.line_num)}: write or "
+                f"download it again."
+            ) from None
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    return partial.replace(path)
