@@ -247,7 +247,7 @@ class Odd(SingleDeviceStrategy):
         pytest.param(
             Net,
             {"strategy": Odd(torch.device("cpu"))},
-            r"tested with .*, DDPStrategy, FSDPStrategy, ModelParallelStrategy, not with Odd: choose ",
+            r"tested with .*, FSDPStrategy, ModelParallelStrategy, not with Odd: choose ",
             id="strategy",
         ),
     ],
