@@ -464,7 +464,7 @@ def test_the_history_that_a_journal_wrote_is_read_back_and_drawn_in_full(tmp_pat
     weight = torch.nn.Parameter(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)))
     optimizer = MaskPro([("fc.weight", weight)])
     journal, rows = Journal(), []
-    journal.open(tmp_path, writes=True)
+    journal.open(tmp_path, keeps=True, writes=True)
     for step in range(1, 6):
         optimizer.step(lambda: weight.square().mean())
         values = optimizer.last | {"delta": optimizer.tracker["delta"]}
