@@ -31,6 +31,7 @@ from maskpro_lightning.distillation import Distillation, Teacher
 from maskpro_lightning.journal import Journal
 from maskpro_lightning.maskfiles import load_maskllm, load_masks
 from maskpro_lightning.metrics import mask_metrics
+from maskpro_lightning.mlflow_run import MLflowRun
 from maskpro_lightning.optimizer import Estimator, MaskPro, Version, policy_lr
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.targets import Target, describe, find_targets, parameter_groups
@@ -150,6 +151,7 @@ class MaskProCallback(pl.Callback):
             return
         self._refuse_unsupported(trainer, pl_module)
         self._tracking = Tracking(trainer, self.on_logger_error)
+        self._mlflow_run = MLflowRun(trainer, self._tracking)
         self._baselines = BaselineCache(self.baseline_cache)
         self._journal = Journal()
         self.optimizer = None
@@ -177,6 +179,9 @@ class MaskProCallback(pl.Callback):
         self._tracking_.parameters(self._parameters(pl_module))
         if self._optimizer.begun:
             self._tracking_.resume()
+        self._mlflow_run.begin(
+            {"maskpro.pattern": str(self.pattern), "maskpro.estimator": self.rule["estimator"]}
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         self._optimizer.write("mode")
@@ -192,6 +197,7 @@ class MaskProCallback(pl.Callback):
 
     def _leave(self) -> None:
         """Stands in for the strategy's teardown: everything of the user's is theirs again."""
+        self._mlflow_run.end()
         if self.optimizer is not None:
             self.optimizer.write(self._deployed)
         teardown = self._teardown_inside

@@ -163,7 +163,7 @@ def test_help_names_commands_and_recipes(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_command_is_installed() -> None:
     found = subprocess.run(
-        [sys.executable, "-m", "maskpro_lightning.cli", "--help"],
+        [sys.executable, "-m", "maskpro_lightning", "--help"],
         capture_output=True,
         text=True,
         check=True,
