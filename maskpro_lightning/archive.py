@@ -52,6 +52,7 @@ def write(
     metadata[_DIGEST] = _digest(plain, metadata)
     with whole(path) as partial:
         save_file(plain, partial, metadata)
+        _sort_notes(partial)
 
 
 def read(
@@ -98,3 +99,20 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _sort_notes(path: Path) -> None:
+    """Put the metadata of a safetensors file into alphabetical order, in place.
+
+    safetensors writes them in any order, and the same tensors and notes shall make the same file.
+    Its header is eight bytes that hold its length, then JSON padded with spaces; in another order
+    it is as long as before.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -65,9 +66,10 @@ class BaselineCache:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with saved baselines."""
-        losses = state["losses"].items()
-        self._losses = OrderedDict((key, torch.tensor(loss)) for key, loss in losses)
-        self.hits, self.lookups = state["hits"], state["lookups"]
+        first = max(0, len(state["losses"]) - self.size)
+        losses = islice(state["losses"].items(), first, None)
+        self._losses = OrderedDict((str(k), torch.tensor(float(loss))) for k, loss in losses)
+        self.hits, self.lookups = int(state["hits"]), int(state["lookups"])
 
 
 def fingerprint(batch: Any) -> str | None:

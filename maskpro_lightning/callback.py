@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
 from maskpro_lightning import calibration
+from maskpro_lightning.admission import check_loss
 from maskpro_lightning.baseline import (
     BaselineCache,
     fingerprint,
@@ -29,10 +30,11 @@ from maskpro_lightning.baseline import (
 )
 from maskpro_lightning.distillation import Distillation, Teacher
 from maskpro_lightning.journal import Journal
+from maskpro_lightning.masked_weight import Version
 from maskpro_lightning.maskfiles import load_maskllm, load_masks
 from maskpro_lightning.metrics import mask_metrics
 from maskpro_lightning.mlflow_run import MLflowRun
-from maskpro_lightning.optimizer import Estimator, MaskPro, Version, policy_lr
+from maskpro_lightning.optimizer import Estimator, MaskPro, policy_lr
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.targets import Target, describe, find_targets, parameter_groups
 from maskpro_lightning.tracking import OnError, Tracking
@@ -43,6 +45,11 @@ _log = logging.getLogger(__name__)
 Trainer = Any
 Init = str | PathLike[str] | Mapping[str, Tensor]
 _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+# A fit ends after so many updates in a row that were skipped since no loss was finite. Looked at as
+# often, since reading a number waits for the device; so it can be nearly twice as many.
+_PATIENCE = 100
+# Of what a checkpoint holds of the callback.
+_FORMAT = 1
 
 
 class MaskProCallback(pl.Callback):
@@ -131,6 +138,19 @@ class MaskProCallback(pl.Callback):
         self.log_distributions = log_distributions
         self.on_logger_error = on_logger_error
         self.optimizer: MaskPro | None = None
+        for name, value, least in (
+            ("calibration_batches", calibration_batches, 1),
+            ("baseline_cache", baseline_cache, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}, but {name} >= {least} must hold.")
+        if on_logger_error not in get_args(OnError):
+            raise ValueError(
+                f"on_logger_error is one of {', '.join(get_args(OnError))}; got "
+                f"{on_logger_error!r}."
+            )
+        self._baselines = BaselineCache(baseline_cache)
+        self._journal = Journal()
         self._deployed: Version = "mode"
         self._fitting = False
         self._stepped = False
@@ -176,7 +196,7 @@ class MaskProCallback(pl.Callback):
     def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         writes = trainer.is_global_zero and bool(trainer.loggers) and not trainer.fast_dev_run
         self._journal.open(self._tracking_.folder(), writes)
-        self._tracking_.parameters(self._parameters(pl_module))
+        self._journal.parameters(self._parameters(pl_module), self._tracking_)
         if self._optimizer.begun:
             self._tracking_.resume()
         self._mlflow_run.begin(
@@ -212,6 +232,10 @@ class MaskProCallback(pl.Callback):
         for name in [name for name in vars(self) if name.endswith("_inside")]:
             del vars(self)[name]
         del self._trainer, self._module
+        # What else leads to the trainer, so that the callback can be copied and pickled.
+        self._tracking = None
+        self._targets = []
+        vars(self).pop("log", None)
         teardown()
 
     # Training under drawn masks
@@ -305,6 +329,25 @@ class MaskProCallback(pl.Callback):
         self._optimizer.step(lambda: loss, *baseline)
         self._module.zero_grad()
         self._stepped = True
+        if self._optimizer.param_groups[0]["step"] % _PATIENCE == 0:
+            self._end_if_nothing_is_finite(batch_idx)
+
+    def _end_if_nothing_is_finite(self, batch_idx: int) -> None:
+        skipped = int(self._optimizer.tracker["skipped_in_a_row"])
+        if skipped < _PATIENCE:
+            return
+        losses = {name: float(value) for name, value in self._optimizer.last.items()}
+        seen = f"{losses['loss']:g} under the drawn mask"
+        remedy = "look at the batches, the loss and the precision"
+        if self._forward_only:
+            seen += f" and {losses['baseline']:g} under the initial one"
+            if math.isfinite(losses["baseline"]):
+                remedy = "a larger logit_scale keeps masks closer to the initial one"
+        raise RuntimeError(
+            f"The loss was not finite in the last {skipped} updates, so nothing is learned any "
+            f"more: at step {self._trainer.global_step}, batch {batch_idx}, it was {seen}. "
+            f"{remedy.capitalize()}."
+        )
 
     def on_train_batch_end(
         self,
@@ -317,7 +360,7 @@ class MaskProCallback(pl.Callback):
         if not self._stepped or not trainer.log_every_n_steps:
             return
         self._stepped = False
-        values = dict(self._optimizer.last)
+        values = dict(self._optimizer.last) | {"skipped": self._optimizer.tracker["skipped"]}
         if self._forward_only:
             values["delta"] = self._optimizer.tracker["delta"]
         self._log(values)
@@ -349,7 +392,8 @@ class MaskProCallback(pl.Callback):
             self._journal.validation(trainer.global_step, logged)
             self._tracking_.metrics(
                 {
-                    f"maskpro/{name}/{layer}": value
+                    # A tracker may take a slash for a folder, and leave it by "..".
+                    f"maskpro/{name}/{layer.replace('/', '.')}": value
                     for layer, found in layers.items()
                     for name, value in found.items()
                 }
@@ -368,11 +412,28 @@ class MaskProCallback(pl.Callback):
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        return {"baselines": self._baselines.state_dict(), "journal": self._journal.state_dict()}
+        return {
+            "format": _FORMAT,
+            "baselines": self._baselines.state_dict(),
+            "journal": self._journal.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._baselines.load_state_dict(state_dict["baselines"])
-        self._journal.load_state_dict(state_dict["journal"])
+        try:
+            number = int(state_dict["format"])
+            if number <= _FORMAT:
+                self._baselines.load_state_dict(state_dict["baselines"])
+                self._journal.load_state_dict(state_dict["journal"])
+        except Exception as error:
+            raise ValueError(
+                f"What this checkpoint holds of MaskProCallback is damaged ({error!r}): resume "
+                f"from another one."
+            ) from error
+        if number > _FORMAT:
+            raise ValueError(
+                f"This checkpoint holds format {number} of MaskProCallback, and this version reads "
+                f"up to {_FORMAT}: pip install --upgrade maskpro-lightning."
+            )
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -509,5 +570,7 @@ def _loss_of(output: Any) -> Tensor | None:
     """The loss in what a training step returned, the same way as Lightning finds it."""
     if isinstance(output, Mapping):
         output = output.get("loss")
+    if output is not None:
+        check_loss(output, "training_step")
     loss: Tensor | None = output
     return loss

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
@@ -19,10 +20,11 @@ from maskpro_lightning import measure, runs
 from maskpro_lightning.callback import MaskProCallback
 from maskpro_lightning.catalog import recipes
 from maskpro_lightning.compare import callback_of, compare, table, write_csv
+from maskpro_lightning.delivery import send
 from maskpro_lightning.export import Format, export_sparse
 from maskpro_lightning.mlflow_run import log_model
 from maskpro_lightning.targets import find_targets
-from maskpro_lightning.tracking import Tracking
+from maskpro_lightning.tracking import Tracking, without_credentials
 
 _USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
 
@@ -35,6 +37,7 @@ _USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
             (--log_model, --registered_name)
   measure   time the layers dense and 2:4 on this device (--batch_sizes, --dtype)
   plot      draw what a run logged: maskpro plot RUN [--tracking_uri URI] [--output FOLDER]
+  send      send the folder that a run kept to MLflow, after its server was away (no recipe)
 
 RECIPE is a YAML file or one of: {recipes}.
 Every value can be overridden: maskpro fit --config quickstart --trainer.max_steps 100"""
@@ -54,6 +57,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "export": _export,
         "measure": _measure,
         "plot": _plot,
+        "send": _send,
     }
     # LightningCLI reads them there; given as its args, it warns of mixing them up with these.
     sys.argv[1:] = arguments[1:] if command in own else arguments
@@ -79,7 +83,7 @@ class SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        config = self.parser.dump(self.config, skip_none=False)
+        config = without_credentials(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             if type(logger).__name__ == "MLFlowLogger":
                 logger.experiment.log_text(logger.run_id, config, "config.yaml")
@@ -261,6 +265,10 @@ def _plot() -> None:
         print(path)
 
 
+def _send() -> None:
+    print(f"Sent to run {auto_cli(send)}")
+
+
 def _tell_mlflow(cli: LightningCLI, console: Console) -> None:
     for logger in cli.trainer.loggers:
         uri = getattr(logger, "_tracking_uri", None)
@@ -270,6 +278,7 @@ def _tell_mlflow(cli: LightningCLI, console: Console) -> None:
             python = Path(sys.executable)
             if python.is_relative_to(Path.cwd()):
                 python = python.relative_to(Path.cwd())
+            uri = without_credentials(uri)
             console.print(
                 f"MLflow: {python} -m mlflow ui --backend-store-uri {uri}", soft_wrap=True
             )

@@ -81,4 +81,5 @@ def _embed(model: torch.nn.Module, texts: Tensor) -> Tensor:
     tokens, attended = texts.unbind(1)
     states: Tensor = model(input_ids=tokens, attention_mask=attended).last_hidden_state
     weights = attended[..., None].to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1)
+    means: Tensor = (states * weights).sum(1) / weights.sum(1)
+    return means

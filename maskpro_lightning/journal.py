@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,10 @@ from maskpro_lightning.maskfiles import save_masks
 from maskpro_lightning.metrics import histograms
 from maskpro_lightning.optimizer import MaskPro
 from maskpro_lightning.pattern import NMPattern
-from maskpro_lightning.runs import Run
+from maskpro_lightning.runs import HISTORY, Run
 from maskpro_lightning.tracking import Tracking
+
+PARAMETERS = "parameters.json"
 
 _log = logging.getLogger(__name__)
 # Longer histories keep every other row, so that a run of any length fits in memory.
@@ -37,6 +40,13 @@ class Journal:
         """Start writing into a folder; only on the rank that ``writes``."""
         self._folder, self._writes = folder, writes
 
+    def parameters(self, parameters: Mapping[str, Any], tracking: Tracking) -> None:
+        """Log a fit's parameters, and keep them in the folder."""
+        tracking.parameters(parameters)
+        if self._writes:
+            path = self._folder / PARAMETERS
+            tracking.write(path, lambda: path.write_text(json.dumps(parameters, indent=2)))
+
     def step(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a row to the history."""
         self._rows.append({"step": step, **{name: float(v) for name, v in values.items()}})
@@ -54,24 +64,28 @@ class Journal:
     def distributions(self, optimizer: MaskPro, tracking: Tracking, step: int) -> None:
         """Write the logits and hand them to the loggers, in a folder of the step."""
         if self._writes:
-            self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / "distributions.safetensors"
-            save_distributions(optimizer, path)
-            tracking.file(path, f"step={step}")
+            if tracking.write(path, lambda: save_distributions(optimizer, path)):
+                tracking.file(path, f"step={step}")
 
     def close(self, optimizer: MaskPro, tracking: Tracking) -> None:
         """Write the final masks, the history and the figures."""
         if not self._writes or not optimizer.begun:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         pattern = NMPattern.parse(optimizer.param_groups[0]["pattern"])
-        save_masks(optimizer.masks("mode"), pattern, self._folder / "masks.safetensors")
-        tracking.file(self._folder / "masks.safetensors")
+        masks, history = self._folder / "masks.safetensors", self._folder / HISTORY
+        if tracking.write(masks, lambda: save_masks(optimizer.masks("mode"), pattern, masks)):
+            tracking.file(masks)
         if not self._rows:
             return
         run = Run(self._rows, self._layers, histograms(optimizer), self._validation)
-        for path in run.write(self._folder):
+        tables: list[Path] = []
+        tracking.write(history, lambda: tables.extend(run.write(self._folder)))
+        for path in tables:
             tracking.file(path)
+        tracking.write(self._folder / "figures", lambda: self._draw(run, tracking))
+
+    def _draw(self, run: Run, tracking: Tracking) -> None:
         try:
             from maskpro_lightning import plots
         except ModuleNotFoundError:
@@ -84,6 +98,10 @@ class Journal:
         return {"rows": self._rows, "layers": self._layers, "validation": self._validation}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self._rows = list(state_dict["rows"])
-        self._layers = dict(state_dict["layers"])
-        self._validation = list(state_dict.get("validation", ()))
+        self._rows = [_numbers(row) for row in state_dict["rows"]][-_MOST_ROWS:]
+        self._layers = {str(name): _numbers(found) for name, found in state_dict["layers"].items()}
+        self._validation = [_numbers(row) for row in state_dict["validation"]]
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {str(k): v if isinstance(v, int) else float(v) for k, v in row.items()}

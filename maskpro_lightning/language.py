@@ -162,7 +162,7 @@ class TextData(pl.LightningDataModule):
             source |= {} if self.hparams[value] is None else {key: self.hparams[value]}
         return {
             "name": self.hparams["source"],
-            "digest": hashlib.sha256(self._sets["train"].numpy()).hexdigest()[:16],
+            "digest": hashlib.sha256(self._sets["train"].numpy().tobytes()).hexdigest()[:16],
             "source_type": "local" if local else "hugging_face",
             "source": json.dumps(source | {"split": self.hparams["train_split"]}),
         }

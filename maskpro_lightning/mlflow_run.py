@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -28,7 +29,7 @@ class MLflowRun:
     """
 
     def __init__(self, trainer: Any, tracking: Tracking) -> None:
-        self._data = getattr(trainer, "datamodule", None)
+        self._data: Any = getattr(trainer, "datamodule", None)
         self._tracking = tracking
         self._monitors: list[Any] = []
 
@@ -59,13 +60,11 @@ class MLflowRun:
         logger.experiment.log_inputs(logger.run_id, datasets=[logged])
 
     def _watch(self, logger: Any) -> None:
-        from mlflow import environment_variables as settings
-
+        settings: Any = import_module("mlflow.environment_variables")
         if not settings.MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
             return
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        monitor = SystemMetricsMonitor(
+        system: Any = import_module("mlflow.system_metrics.system_metrics_monitor")
+        monitor = system.SystemMetricsMonitor(
             logger.run_id,
             sampling_interval=settings.MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or 10,
             samples_before_logging=settings.MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING.get() or 1,

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from maskpro_lightning import distribution, initializers, tracker
+from maskpro_lightning import admission, distribution, initializers, saved_state, tracker
+from maskpro_lightning.admission import LARGEST
 from maskpro_lightning.masked_weight import Draw, Groups, MaskedWeight, Version
 from maskpro_lightning.pattern import NMPattern
 
@@ -117,14 +118,6 @@ class MaskPro(Optimizer):
         lr = DEFAULTS[estimator]["lr"] if lr is None else lr
         logit_scale = DEFAULTS[estimator]["logit_scale"] if logit_scale is None else logit_scale
         sharpness = DEFAULTS[estimator]["sharpness"] if sharpness is None else sharpness
-        for name, value, holds, rule in (
-            ("lr", lr, lr > 0, "lr > 0"),
-            ("logit_scale", logit_scale, logit_scale > 0, "logit_scale > 0"),
-            ("sharpness", sharpness, sharpness > 0, "sharpness > 0"),
-            ("momentum", momentum, 0 <= momentum < 1, "0 <= momentum < 1"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} is {value}, but {rule} must hold.")
         defaults = {
             "pattern": str(NMPattern.parse(pattern)),
             "input_dim": -1,
@@ -139,17 +132,12 @@ class MaskPro(Optimizer):
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
+            admission.check_rule(group)
             # The tracker of residuals; every group holds the same, since there is one loss.
             group.update(tracker.new())
             group["initial_lr"] = group["lr"]
-        for group, name, parameter in self._parameters():
-            pattern, inputs = NMPattern.parse(group["pattern"]), parameter.shape[group["input_dim"]]
-            if inputs % pattern.m:
-                raise ValueError(
-                    f"{name!r} has {inputs} input features, not a multiple of {pattern.m} "
-                    f"(pattern {pattern})."
-                )
-        self._holds: Version = "dense"
+        admission.check_weights(self._parameters())
+        self._holds: Version | None = "dense"
         #: Loss, baseline, residual and advantage of the last step, scalars.
         self.last: dict[str, Tensor] = {}
 
@@ -172,23 +160,29 @@ class MaskPro(Optimizer):
         """
         if self.begun:
             raise RuntimeError("The masks have begun already: make a new MaskPro to start over.")
-        known = {name for _, name, _ in self._parameters()}
-        unknown = sorted(set(masks or ()) - known)
+        known = [name for _, name, _ in self._parameters()]
+        unknown = sorted(set(masks or ()) - set(known))
         if unknown:
-            raise ValueError(f"There are masks of unknown weights: {unknown[:3]}.")
+            raise ValueError(
+                f"There are masks of unknown weights, {unknown[:3]}: those of this model are named "
+                f"like {known[0]!r}."
+            )
         initial = {}
         for group, name, parameter in self._parameters():
             pattern, input_dim = NMPattern.parse(group["pattern"]), group["input_dim"]
             if masks is None:
                 mask = initializers.magnitude(parameter, pattern, input_dim)
             else:
-                mask = _mask_of(name, parameter, masks)
+                mask = admission.mask_of(name, parameter, masks)
             pattern.check(mask, input_dim, f"the mask of {name!r}")
             initial[name] = mask
-        for group, name, parameter in self._parameters():
-            self.state[parameter] = MaskedWeight.state(
-                parameter, initial[name], group["logit_scale"]
-            )
+        # At once, so that an error on the way, such as no memory, leaves nothing begun.
+        self.state.update(
+            {
+                parameter: MaskedWeight.state(parameter, initial[name], group["logit_scale"])
+                for group, name, parameter in self._parameters()
+            }
+        )
         self._draw()
 
     @torch.no_grad()
@@ -218,19 +212,25 @@ class MaskPro(Optimizer):
             self.write("drawn")
             with torch.enable_grad():
                 loss = closure()
+            admission.check_loss(loss)
             if all(parameter.grad is None for _, _, parameter in self._parameters()):
                 raise RuntimeError(
                     "No gradient has reached any masked weight: the closure has to call "
                     "loss.backward(), and weights need requires_grad=True and a part in the loss."
                 )
             self.last = {"loss": loss.detach()}
-            self._draw(learn=True)
+            finite = loss.detach().isfinite()
+            for group in self.param_groups:
+                group.update(tracker.skips(self.tracker, finite))
+            self._draw(finite=finite)
             return loss
         if baseline is None:
             with self.applied("initial"), torch.random.fork_rng(self._cuda_devices()):
                 baseline = closure()
+            admission.check_loss(baseline)
         self.write("drawn")
         loss = closure()
+        admission.check_loss(loss)
         residual = loss.detach().float() - baseline.detach().float()
         first = self.param_groups[0]
         advantage, judged = tracker.judge(
@@ -244,7 +244,7 @@ class MaskPro(Optimizer):
             "residual": residual,
             "advantage": advantage,
         }
-        self._draw(advantage, learn=True)
+        self._draw(advantage)
         return loss
 
     @torch.no_grad()
@@ -260,6 +260,7 @@ class MaskPro(Optimizer):
             raise ValueError(f"version is one of {get_args(Version)}, got {version!r}.")
         if not self.begun or version == self._holds:
             return
+        self._holds = None  # what an interrupted write leaves is no version
         for _, masked in self._masked_weights():
             masked.write(version)
         self._holds = version
@@ -267,7 +268,7 @@ class MaskPro(Optimizer):
     @contextmanager
     def applied(self, version: Version) -> Iterator[None]:
         """Write a version into the parameters for the duration of a ``with`` block."""
-        before = self._holds
+        before = self._holds or "drawn"
         self.write(version)
         try:
             yield
@@ -299,10 +300,13 @@ class MaskPro(Optimizer):
         """Continue from a saved state; the parameters then hold the drawn mask of that state.
 
         Raises:
-            ValueError: the state belongs to other weights or another pattern.
+            ValueError: the state belongs to other weights, another pattern or another estimator, or
+            it is damaged; nothing is touched then.
         """
-        self._check_state(state_dict)
+        weights = [(name, parameter) for _, name, parameter in self._parameters()]
+        saved_state.check(state_dict, self.param_groups, weights)
         self.write("dense")  # what is begun here ends here
+        self._holds = None
         super().load_state_dict(state_dict)
         # The base class casts what it loads to the parameter's dtype; logits and masks have theirs.
         order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -311,6 +315,9 @@ class MaskPro(Optimizer):
                 self.state[parameter][name] = value.detach().to(parameter.device).clone()
         self._holds = "dense"
         self.write("drawn")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_holds": self._holds, "last": self.last}
 
     @property
     def tracker(self) -> dict[str, Tensor]:
@@ -335,50 +342,33 @@ class MaskPro(Optimizer):
     def _cuda_devices(self) -> list[torch.device]:
         return list({p.device for _, _, p in self._parameters() if p.device.type == "cuda"})
 
-    def _draw(self, advantage: Tensor | None = None, *, learn: bool = False) -> None:
-        """Move the logits, by an advantage or by gradients, then draw the next masks."""
+    def _draw(self, advantage: Tensor | None = None, *, finite: Tensor | None = None) -> None:
+        """Move the logits, by an advantage or, if finite, gradients; draw the next masks."""
+        self._refuse_learning_rates()
+        self._holds = None
         for group in self.param_groups:
-            group["step"] += learn
+            group["step"] += advantage is not None or finite is not None
         for group, masked in self._masked_weights():
             draw = Draw(group["seed"], group["step"], _sharpness(group))
             change = direction = None
             if advantage is not None:
-                change = group["lr"] * advantage
-            elif learn and masked.weight.grad is not None:
-                direction = masked.direction(masked.weight.grad, draw.sharpness).mul_(group["lr"])
+                change = (group["lr"] * advantage).clamp(-LARGEST, LARGEST)
+            elif finite is not None and masked.weight.grad is not None:
+                direction = masked.direction(masked.weight.grad, draw.sharpness)
+                direction.mul_(group["lr"] * finite)
+                if direction.dtype == torch.float16:  # where a large step does not fit
+                    direction.nan_to_num_()
             masked.advance(draw, change, direction)
             masked.weight.grad = None
         self._holds = "drawn"
 
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        saved_groups = state_dict["param_groups"]
-        for key in ("param_names", "pattern", "input_dim"):
-            saved = [group.get(key) for group in saved_groups]
-            own = [group.get(key) for group in self.param_groups]
-            if saved != own:
+    def _refuse_learning_rates(self) -> None:
+        for group in self.param_groups:
+            if not 0 <= group["lr"] <= LARGEST:
                 raise ValueError(
-                    f"The saved masks belong to another model or pattern: {key} is {saved} there "
-                    f"and {own} here."
+                    f"The learning rate is {group['lr']} at step {group['step']}: a scheduler has "
+                    f"to keep it in [0, {LARGEST:.0e}]."
                 )
-        order = chain.from_iterable(group["params"] for group in saved_groups)
-        for key, (_, name, parameter) in zip(order, self._parameters(), strict=True):
-            state = state_dict["state"].get(key, {})
-            if state and state["logits"].shape != parameter.shape:
-                raise ValueError(
-                    f"The saved masks belong to another model: {name!r} has shape "
-                    f"{tuple(state['logits'].shape)} there and {tuple(parameter.shape)} here."
-                )
-
-
-def _mask_of(name: str, parameter: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
-    if name not in masks:
-        raise ValueError(f"There is no initial mask for {name!r} among {len(masks)} masks.")
-    if masks[name].shape != parameter.shape:
-        raise ValueError(
-            f"The mask of {name!r} has shape {tuple(masks[name].shape)}, the weight "
-            f"{tuple(parameter.shape)}."
-        )
-    return masks[name]
 
 
 def _sharpness(group: dict[str, Any]) -> float:

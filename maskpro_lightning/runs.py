@@ -11,6 +11,9 @@ from typing import Any
 Row = Mapping[str, float]
 
 
+HISTORY = "history.csv"
+
+
 @dataclass(frozen=True)
 class Run:
     """Numbers of one run; what it did not log is empty.
@@ -32,7 +35,7 @@ class Run:
     def write(self, folder: Path) -> list[Path]:
         """Write what there is, but for the comparison; returns the files."""
         tables: dict[str, list[Mapping[str, Any]]] = {
-            "history.csv": list(self.history),
+            HISTORY: list(self.history),
             "layers.csv": [{"layer": name, **row} for name, row in self.layers.items()],
             "groups.csv": [
                 {"layer": name, **row} for name, rows in self.groups.items() for row in rows
@@ -58,16 +61,16 @@ def read_run(folder: Path) -> Run:
         ValueError: there is no run, or one of its files cannot be read.
     """
     folder = folder_of(folder)
-    if not (folder / "history.csv").is_file():
+    if not (folder / HISTORY).is_file():
         raise ValueError(
-            f"{str(folder)!r} holds no history.csv: give the folder of a run that has come to its "
+            f"{str(folder)!r} holds no {HISTORY}: give the folder of a run that has come to its "
             f"end, such as lightning_logs/version_0, or an MLflow run and its --tracking_uri."
         )
     groups: dict[str, list[Row]] = {}
     for name, row in _named(folder / "groups.csv", "layer"):
         groups.setdefault(name, []).append(row)
     return Run(
-        read_rows(folder / "history.csv"),
+        read_rows(folder / HISTORY),
         dict(_named(folder / "layers.csv", "layer")),
         groups,
         read_rows(folder / "validation.csv"),

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from maskpro_lightning.admission import is_maskable, kind_of
 from maskpro_lightning.pattern import NMPattern
 
 # What wrappers of PyTorch put into names; without it one name holds under every strategy.
@@ -178,7 +178,7 @@ def _is_metric(module: nn.Module) -> bool:
 def _refuse_idle_globs(model: nn.Module, globs: Iterable[str]) -> None:
     modules = model.named_modules(remove_duplicate=False)
     parameters = model.named_parameters(remove_duplicate=False)
-    names = {clean_name(name) for name, _ in (*modules, *parameters)}
+    names = [clean_name(name) for name, _ in (*modules, *parameters)]
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(
@@ -196,11 +196,10 @@ def _refuse_unsuitable(target: Target, pattern: NMPattern) -> None:
             f"parametrization), so a mask written into it is lost: {remedy} or remove the "
             f"parametrization first."
         )
-    if not weight.is_floating_point() or weight.layout != torch.strided:
-        kind = weight.dtype if weight.layout == torch.strided else weight.layout
+    if not is_maskable(weight):
         raise ValueError(
-            f"{target.name!r} holds {kind} numbers; masks need dense floating-point weights: "
-            f"{remedy} or load the model unquantised."
+            f"{target.name!r} holds {kind_of(weight)} numbers; masks need dense floating-point "
+            f"weights of at least 16 bits: {remedy} or load the model unquantised."
         )
     if weight.is_meta:
         raise ValueError(

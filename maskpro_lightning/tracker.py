@@ -1,7 +1,8 @@
 """How surprising a residual is: the moving average that the policy gradient takes as its baseline.
 
-A tracker is a dict of three scalars: ``delta``, the moving average of residuals; ``variance``, that
-of their squared deviations from it; ``count``, the number of finite residuals so far.
+A tracker is a dict of scalars: ``delta``, the moving average of residuals; ``variance``, that of
+their squared deviations from it; ``count``, the number of finite residuals so far; ``skipped``, of
+those that were not finite, and ``skipped_in_a_row``, of those since the last finite one.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor
 
 Tracker = dict[str, Tensor]
+# The square of a larger residual would not fit into float32.
+_LARGEST = 1e18
 
 
 def new() -> Tracker:
     """A tracker that has seen nothing."""
-    return {name: torch.zeros(()) for name in ("delta", "variance", "count")}
+    names = ("delta", "variance", "count", "skipped", "skipped_in_a_row")
+    return {name: torch.zeros(()) for name in names}
 
 
 def judge(
@@ -34,13 +38,13 @@ def judge(
         normalize: Divide by the running spread, and correct the average's start from zero.
 
     Returns:
-        The advantage, zero where the residual is not finite, and the new tracker, which such a
-        residual leaves as it was.
+        The advantage, zero where the residual is not finite (or above 1e18), and the new tracker,
+        in which such a residual is only counted.
     """
     before = {k: v.to(residual.device, residual.dtype) for k, v in tracker.items()}
-    finite = residual.isfinite()
+    finite = residual.abs() <= _LARGEST
     residual = residual.where(finite, 0)
-    delta, variance, count = before["delta"], before["variance"], before["count"]
+    delta, variance, count = (before[name] for name in ("delta", "variance", "count"))
     expected = delta
     if normalize:
         # Started from zero, a moving average lags behind; Adam's correction undoes that.
@@ -57,7 +61,16 @@ def judge(
         rounding = 16 * torch.finfo(residual.dtype).eps * residual.abs()
         advantage = (advantage / spread).where(spread > rounding, 0)
     after = {name: value.where(finite, before[name]) for name, value in after.items()}
-    return advantage.where(finite, 0), after
+    return advantage.where(finite, 0), after | skips(before, finite)
+
+
+def skips(tracker: Tracker, finite: Tensor) -> Tracker:
+    """The tracker's counts of skipped updates after one more, skipped unless ``finite``."""
+    skipped = (~finite).to(torch.float32)
+    return {
+        "skipped": tracker["skipped"].to(finite.device) + skipped,
+        "skipped_in_a_row": (tracker["skipped_in_a_row"].to(finite.device) + 1) * skipped,
+    }
 
 
 def _correction(momentum: float, count: Tensor) -> Tensor:

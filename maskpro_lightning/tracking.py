@@ -7,7 +7,10 @@ different classes of the same name.
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +18,11 @@ from typing import Any, Literal
 _log = logging.getLogger(__name__)
 
 OnError = Literal["raise", "warn"]
+#: What a logger that failed should have got, one JSON object a line, in the run's folder.
+UNSENT = "unsent.jsonl"
 _GUARDED = ("log_metrics", "log_hyperparams", "save", "after_save_checkpoint", "finalize")
+
+_SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 class Tracking:
@@ -24,13 +31,15 @@ class Tracking:
     Args:
         trainer: The trainer whose loggers are used.
         on_error: What a logger that fails does to the fit: "raise" lets the error through;
-            "warn" tells it once and goes on without that logger.
+            "warn" tells it once, goes on without that logger and keeps its metrics in the run's
+            folder. The same holds for the folder itself, whose disk may be full.
     """
 
     def __init__(self, trainer: Any, on_error: OnError) -> None:
         self._trainer = trainer
         self._on_error = on_error
         self._broken: set[int] = set()
+        self._folder: Path | None = None
         if on_error == "warn":
             for logger in trainer.loggers:
                 self._guard(logger)
@@ -44,8 +53,17 @@ class Tracking:
     def metrics(self, metrics: Mapping[str, float]) -> None:
         """Log numbers at the current step."""
         for logger in self._trainer.loggers:
-            if id(logger) not in self._broken:
-                logger.log_metrics(dict(metrics), step=self._trainer.global_step)
+            logger.log_metrics(dict(metrics), step=self._trainer.global_step)
+
+    def write(self, path: Path, write: Callable[[], Any]) -> bool:
+        """Write a file of the run by calling ``write``; return whether it is there."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write()
+        except Exception as error:  # noqa: BLE001, _fail tells it or raises it
+            self._fail(path.parent, f"{path} could not be written, and the fit goes on", error)
+            return False
+        return True
 
     def file(self, path: Path, subfolder: str = "") -> None:
         """Hand a file to the loggers that keep files, in a folder ``maskpro``."""
@@ -81,7 +99,12 @@ class Tracking:
                 )
 
     def folder(self) -> Path:
-        """Where the run keeps its files; the same for every call in a fit."""
+        """Where the run keeps its files; a collective call, the same every time in a fit."""
+        if self._folder is None:
+            self._folder = self._find_folder()
+        return self._folder
+
+    def _find_folder(self) -> Path:
         trainer = self._trainer
         if trainer.log_dir is not None:
             return Path(trainer.log_dir) / "maskpro"
@@ -103,7 +126,9 @@ class Tracking:
             method = getattr(type(logger), name, None)
             if method is not None and name not in vars(logger):
                 bound = getattr(logger, name)
-                send = self._finalize if name == "finalize" else self._send
+                special: dict[str, Callable[..., Any]]
+                special = {"finalize": self._finalize, "log_metrics": self._metrics}
+                send = special.get(name, self._send)
                 vars(logger)[name] = functools.wraps(bound)(functools.partial(send, logger, bound))
 
     def _finalize(self, logger: Any, finalize: Callable[..., Any], *args: Any) -> None:
@@ -112,17 +137,51 @@ class Tracking:
         for name in _GUARDED:
             vars(logger).pop(name, None)
 
-    def _send(self, logger: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        if id(logger) in self._broken:
+    def _metrics(
+        self,
+        logger: Any,
+        log_metrics: Callable[..., Any],
+        metrics: Mapping[str, Any],
+        step: int | None = None,
+    ) -> None:
+        """Log numbers, or keep them on disk for later where the logger fails."""
+        if self._send(logger, log_metrics, metrics, step=step) or self._folder is None:
             return
+        path = self._folder / UNSENT
+        numbers = {name: float(value) for name, value in metrics.items()}
+        row = {"logger": type(logger).__name__, "step": step, "metrics": numbers}
+
+        def append() -> None:
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+        self.write(path, append)
+
+    def _send(self, logger: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+        """Call a logger unless it failed before; return whether that worked."""
+        if id(logger) in self._broken:
+            return False
         try:
             call(*args, **kwargs)
-        except Exception as error:
-            if self._on_error == "raise":
-                raise
-            self._broken.add(id(logger))
-            _log.warning(
-                "%s failed and gets nothing more of this fit, which goes on: %s",
-                type(logger).__name__,
-                error,
-            )
+        except Exception as error:  # noqa: BLE001, _fail tells it or raises it
+            what = f"{type(logger).__name__} failed and gets nothing more of this fit"
+            self._fail(logger, f"{what}, which goes on", error)
+            return False
+        return True
+
+    def _fail(self, culprit: Any, what: str, error: Exception) -> None:
+        """Tell a failure, of each logger or of the folder once, or let it through."""
+        if self._on_error == "raise":
+            raise error
+        key = hash(culprit) if isinstance(culprit, Path) else id(culprit)
+        if key not in self._broken:
+            self._broken.add(key)
+            _log.warning("%s: %s", what, without_credentials(str(error)))
+
+
+def without_credentials(text: str) -> str:
+    """A text that may hold URLs, for eyes that need not see their users and passwords."""
+    secrets = [os.environ.get(name) for name in _SECRETS]
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return re.sub(r"(\w://)[^/\s]*@", r"\1***@", text)

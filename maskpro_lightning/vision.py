@@ -100,7 +100,7 @@ class ImageData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.processor = AutoImageProcessor.from_pretrained(resolve(processor))
+        self.processor: Any = AutoImageProcessor.from_pretrained(resolve(processor))  # type: ignore[no-untyped-call]
         self._sets: dict[str, _Images] = {}
 
     def setup(self, stage: str) -> None:

@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+import math
+import os
+import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -45,7 +49,12 @@ def masks(estimator: Estimator = "policy") -> MaskProCallback:
 
 
 def fit_ranks(
-    folder: Path, ranks: int, estimator: Estimator, epochs: int, ckpt_path: Path | None = None
+    folder: Path,
+    ranks: int,
+    estimator: Estimator,
+    epochs: int,
+    ckpt_path: Path | None = None,
+    module: Net | None = None,
 ) -> dict[str, Any]:
     """A fit whose every step sees the eight rows that one rank would see."""
     callback = masks(estimator)
@@ -61,7 +70,7 @@ def fit_ranks(
     rank = trainer.global_rank
     sampler = DistributedSampler(dataset(), num_replicas=ranks, rank=rank, shuffle=False)
     data = loader(batch_size=BATCH // ranks, sampler=sampler)
-    module = Net()
+    module = module or Net()
     trainer.fit(module, data, loader(16), ckpt_path=ckpt_path)
     return {"rank": rank} | everything(trainer, module, callback)
 
@@ -74,21 +83,57 @@ def resume(folder: Path, ranks: int) -> None:
         half = fit_ranks(runs / "half", ranks, estimator, epochs=2)
         path = runs / "half" / "checkpoints" / "epoch=1.ckpt"
         resumed = fit_ranks(runs / "resumed", ranks, estimator, epochs=4, ckpt_path=path)
-        told[estimator] = {"whole": whole, "half": half, "resumed": resumed}
+        bad = fit_ranks(runs / "bad", ranks, estimator, epochs=2, module=BadOnOneRank())
+        told[estimator] = {"whole": whole, "half": half, "resumed": resumed, "bad": bad}
     torch.save(told, folder / f"{whole['rank']}.pt")
 
 
-def slow(folder: Path, ranks: int) -> None:
-    """Goes on until it is killed; saves every second step."""
+KILLED_STEPS = 24
 
-    class Slow(Net):
-        def on_train_batch_end(self, *_: Any) -> None:
-            time.sleep(0.05)
 
-    assert ranks == 1
-    save = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
-    trainer = quiet_trainer(folder, masks(), save, max_steps=-1)
-    trainer.fit(Slow(), ResumableLoader(dataset(), batch_size=BATCH), loader(16))
+def short_fit(folder: Path, ckpt_path: Path | None = None) -> dict[str, Any]:
+    """A fit that saves every step."""
+    callback, module = MaskProCallback(lr=FAST), Net()
+    save = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = quiet_trainer(folder, callback, save, max_steps=KILLED_STEPS, val_check_interval=3)
+    data = ResumableLoader(dataset(), batch_size=BATCH)
+    trainer.fit(module, data, loader(16), ckpt_path=ckpt_path, weights_only=True)
+    return everything(trainer, module, callback)
+
+
+def kills(folder: Path, kills: int) -> None:
+    """Fits that are killed so many times at random moments, each time resumed from what is left.
+
+    Forked, since importing everything takes longer than fitting.
+    """
+    start = time.perf_counter()
+    told: dict[str, Any] = {"whole": short_fit(folder / "whole"), "ends": [], "reached": []}
+    length, chance, runs = time.perf_counter() - start, random.Random(0), folder / "0"
+    while len(told["reached"]) < kills:
+        steps = sorted(int(path.stem.removeprefix("step=")) for path in runs.glob("*.ckpt"))
+        child = os.fork()
+        if child == 0:
+            path = runs / f"step={steps[-1]}.ckpt" if steps else None
+            torch.save(short_fit(runs, path), folder / "end.pt")
+            os._exit(0)
+        time.sleep(chance.uniform(0, length))
+        os.kill(child, signal.SIGKILL)
+        if os.waitpid(child, 0)[1] == signal.SIGKILL:
+            told["reached"].append(steps[-1] if steps else 0)
+            for path in runs.glob("*.ckpt"):
+                torch.load(path, weights_only=True)
+        else:
+            told["ends"].append(torch.load(folder / "end.pt", weights_only=False))
+            runs = folder / str(len(told["ends"]))
+    torch.save(told, folder / "0.pt")
+
+
+class BadOnOneRank(Net):
+    """The second rank's loss is NaN on its second and third batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        bad = self.trainer.global_rank == 1 and batch_idx in (1, 2)
+        return super().training_step(batch, batch_idx) * (math.nan if bad else 1)
 
 
 def mlflow(folder: Path, ranks: int) -> None:
@@ -106,5 +151,5 @@ def mlflow(folder: Path, ranks: int) -> None:
 
 
 if __name__ == "__main__":
-    task = {"resume": resume, "slow": slow, "mlflow": mlflow}[sys.argv[1]]
+    task = {"resume": resume, "kills": kills, "mlflow": mlflow}[sys.argv[1]]
     task(Path(sys.argv[2]), int(sys.argv[3]))

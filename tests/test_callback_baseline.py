@@ -23,7 +23,7 @@ from maskpro_lightning import MaskProCallback
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
-PER_STEP = {"loss", "baseline", "residual", "advantage", "delta"}
+PER_STEP = {"loss", "baseline", "residual", "advantage", "delta", "skipped"}
 PER_ROW = {"entropy", "changed", "churn", "baseline_hit_rate"}
 LAYERS = {
     f"{name}/net.{layer}.weight" for name in ("entropy", "changed", "churn") for layer in (0, 2)
@@ -33,7 +33,7 @@ LAYERS = {
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing them takes longer than all else in these tests."""
-    monkeypatch.setattr("maskpro_lightning.plots.figures", lambda rows, layers: {})
+    monkeypatch.setattr("maskpro_lightning.plots.figures", lambda run: {})
 
 
 def logged(folder: Path) -> list[dict[str, str]]:
@@ -234,7 +234,7 @@ def test_with_gradients_there_is_no_baseline_to_log(tmp_path: Path) -> None:
     callback = MaskProCallback(lr=FAST, estimator="straight_through")
     rows = logging_fit(tmp_path, Net(), callback)
     names = {name.removeprefix("maskpro/") for name in rows[0] if name.startswith("maskpro/")}
-    assert names == {"loss", "entropy", "changed", "churn"} | LAYERS
+    assert names == {"loss", "skipped", "entropy", "changed", "churn"} | LAYERS
     assert column(tmp_path, "maskpro/loss") == column(tmp_path, "train_loss_step")
 
 

@@ -28,15 +28,21 @@ from torch import Tensor
 
 from maskpro_lightning import MaskProCallback
 
+# Those before the first step, and the others.
+EARLY_HOOKS = ["setup", "on_fit_start", "on_train_start"]
 CALLBACK_HOOKS = [
-    "on_train_start",
+    *EARLY_HOOKS,
+    "on_train_epoch_start",
     "on_train_batch_start",
     "on_train_batch_end",
     "on_validation_start",
     "on_validation_end",
     "on_save_checkpoint",
+    "on_train_epoch_end",
     "on_train_end",
 ]
+# Lightning calls them when the fit is over and the module is the user's again.
+LATE_HOOKS = ["on_fit_end", "teardown"]
 
 
 saves_on_exception = pytest.mark.skipif(
@@ -66,11 +72,11 @@ class Fails(Net):
 
 
 def failing_callback(hook: str, error: BaseException) -> pl.Callback:
-    """Raises in a hook; the fit ends after six updates, so only ``on_train_end`` comes later."""
+    """Raises in a hook; the fit ends after six updates."""
     callback = pl.Callback()
 
-    def fail(trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step >= 3 or hook == "on_train_start":
+    def fail(trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        if trainer.global_step >= 3 or hook in EARLY_HOOKS:
             raise error
 
     setattr(callback, hook, fail)
@@ -125,6 +131,22 @@ def test_a_callback_that_raises_leaves_the_dense_weights_and_no_trace(
     callbacks = (bad, ours) if first else (ours, bad)
     trainer = failed_fit(tmp_path / "masked", module, *callbacks, raises=RuntimeError)
     assert same_weights(module, Net())
+    assert traces(trainer, module) == expected
+
+
+@pytest.mark.parametrize("hook", LATE_HOOKS)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_callback_that_raises_when_all_is_done_leaves_the_masks_and_no_trace(
+    hook: str, first: bool, tmp_path: Path
+) -> None:
+    plain, module = Net(), Net()
+    bad = failing_callback(hook, RuntimeError("boom"))
+    expected = traces(failed_fit(tmp_path / "plain", plain, bad, raises=RuntimeError), plain)
+    ours = MaskProCallback(lr=FAST)
+    callbacks = (bad, ours) if first else (ours, bad)
+    trainer = failed_fit(tmp_path / "masked", module, *callbacks, raises=RuntimeError)
+    assert_masked(module, Net())
+    assert versions_held(module, ours) == {"mode"}
     assert traces(trainer, module) == expected
 
 
@@ -263,7 +285,7 @@ def test_a_checkpoint_on_exception_does_not_hide_the_error(tmp_path: Path) -> No
 def test_resuming_with_another_pattern_is_refused(tmp_path: Path) -> None:
     fit(Net(), MaskProCallback(), folder=tmp_path, max_steps=1).save_checkpoint(tmp_path / "a.ckpt")
     module = Net()
-    with pytest.raises(ValueError, match=r"pattern is \['2:4'\] there and \['1:4'\] here"):
+    with pytest.raises(ValueError, match=r"pattern is '2:4' there and '1:4' here"):
         fit(
             module,
             MaskProCallback("1:4"),

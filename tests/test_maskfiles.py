@@ -188,7 +188,7 @@ def npz_with(entry: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
     return file.getvalue()
 
 
-def npy(shape: str, descr: str = "'|u1'", data: bytes = b"\xcc\xcc", version: int = 1) -> bytes:
+def npy(shape: str, descr: str = "'|u1'", data: bytes = b"\xcc\xc0", version: int = 1) -> bytes:
     header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     size = struct.pack("<H" if version == 1 else "<I", len(header))
     return b"\x93NUMPY" + bytes([version, 0]) + size + header + data

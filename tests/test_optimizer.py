@@ -161,10 +161,12 @@ def test_unnamed_weights_of_two_groups_have_names_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"lr": 0.0}, "lr is 0.0, but lr > 0 must hold."),
-        ({"lr": -1.0}, "lr is -1.0, but lr > 0 must hold."),
-        ({"lr": float("nan")}, "lr is nan, but lr > 0 must hold."),
-        ({"logit_scale": 0.0}, "logit_scale is 0.0, but logit_scale > 0 must hold."),
+        ({"lr": 0.0}, "lr is 0.0, but 0 < lr <= 1e+06 must hold."),
+        ({"lr": -1.0}, "lr is -1.0, but 0 < lr <= 1e+06 must hold."),
+        ({"lr": float("nan")}, "lr is nan, but 0 < lr <= 1e+06 must hold."),
+        ({"logit_scale": 0.0}, "logit_scale is 0.0, but 0 < logit_scale <= 1e+06 must hold."),
+        ({"lr": 2e6}, "lr is 2000000.0, but 0 < lr <= 1e+06 must hold."),
+        ({"sharpness": -1.0}, "sharpness is -1.0, but 0 < sharpness <= 1e+06 must hold."),
         ({"momentum": 1.0}, "momentum is 1.0, but 0 <= momentum < 1 must hold."),
         ({"momentum": -0.1}, "momentum is -0.1, but 0 <= momentum < 1 must hold."),
     ],
@@ -184,8 +186,8 @@ def test_a_pattern_that_does_not_exist_is_refused() -> None:
 
 @pytest.mark.parametrize(("shape", "input_dim"), [((8, 6), -1), ((6, 8), 0), ((8, 6, 4, 4), 1)])
 def test_inputs_that_m_does_not_divide_are_refused_by_name(shape: Shape, input_dim: int) -> None:
-    message = "'w' has 6 input features, not a multiple of 4 (pattern 2:4)."
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    message = "'w' has 6 input features, not a multiple of 4 (pattern 2:4): leave it out or choose"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         one_weight(nn.Parameter(random(*shape)), "2:4", input_dim)
 
 
@@ -195,11 +197,18 @@ TWO_OF_FOUR = torch.tensor([True, False, True, False])
 @pytest.mark.parametrize(
     ("masks", "error", "message"),
     [
-        ({}, ValueError, "There is no initial mask for 'w' among 0 masks."),
+        (
+            {},
+            ValueError,
+            (
+                "There is no initial mask for 'w' among 0 masks: give one for every weight, or "
+                "leave the weight out."
+            ),
+        ),
         (
             {"w": TWO_OF_FOUR.repeat(4, 2), "v": TWO_OF_FOUR},
             ValueError,
-            "There are masks of unknown weights: ['v'].",
+            "There are masks of unknown weights, ['v']: those of this model are named like 'w'.",
         ),
         (
             {"w": TWO_OF_FOUR.repeat(4, 1)},

@@ -206,29 +206,33 @@ def test_a_checkpoint_from_before_the_first_step_gives_the_dense_weights_back() 
     [
         (
             lambda weight: one_weight(weight, "1:4"),
-            "pattern is ['2:4'] there and ['1:4'] here.",
+            "pattern is '2:4' there and '1:4' here.",
         ),
         (
             lambda weight: one_weight(weight, input_dim=0),
-            "input_dim is [-1] there and [0] here.",
+            "input_dim is -1 there and 0 here.",
         ),
         (
             lambda weight: MaskPro([("v", weight)]),
-            "param_names is [['w']] there and [['v']] here.",
+            "param_names is 'w' there and 'v' here.",
         ),
         (
             lambda weight: MaskPro([weight]),
-            "param_names is [['w']] there and [None] here.",
+            "param_names is ['w'] there and None here.",
+        ),
+        (
+            lambda weight: one_weight(weight, estimator="straight_through"),
+            "estimator is 'policy' there and 'straight_through' here.",
         ),
     ],
-    ids=["pattern", "input_dim", "name", "no name"],
+    ids=["pattern", "input_dim", "name", "no name", "estimator"],
 )
 def test_masks_of_another_model_or_pattern_are_refused(other: Any, message: str) -> None:
     saved = one_weight(nn.Parameter(random(8, 8)))
     saved.begin()
     weight = nn.Parameter(random(8, 8))
-    message = f"The saved masks belong to another model or pattern: {message}"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    message = f"The saved masks belong to another model, pattern or estimator: {message}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)} Go on with"):
         other(weight).load_state_dict(saved.state_dict())
     assert torch.equal(weight, random(8, 8))
 

@@ -159,8 +159,10 @@ def assert_learned(name: str, runs: Path) -> None:
 def test_all_recipes_are_known_and_described() -> None:
     found = [path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml")]
     assert len(found) == 8
-    assert sorted(found) == [f"{name}.yaml" for name in recipes()] == sorted(
-        f"{name}.yaml" for name in MODELS
+    assert (
+        sorted(found)
+        == [f"{name}.yaml" for name in recipes()]
+        == sorted(f"{name}.yaml" for name in MODELS)
     )
     described = (RECIPES / "README.md").read_text()
     scripts = [path.name for path in RECIPES.glob("*.py")]
@@ -170,9 +172,7 @@ def test_all_recipes_are_known_and_described() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in SHARDED])
-def test_a_recipe_runs(
-    name: str, hub: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_runs(name: str, hub: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["maskpro"])
     monkeypatch.chdir(runs)
     # bf16-mixed on a CPU wants no scaler, and figures take longer than all else here.

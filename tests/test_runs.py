@@ -65,6 +65,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         ("history.csv", "step,loss\n1,0.5\n2,half\n", 3),
         ("history.csv", "step,loss\n1,0.5,7\n", 2),
         ("history.csv", "step,loss\n\xff", 1),
+        ("history.csv", "step\n" + "1" * 200_000, 1),
         ("layers.csv", "changed\n0.5\n", 2),
         ("groups.csv", "layer,bin\na,0,1,2\n", 2),
         ("comparison.csv", "method,val_loss\ndense,1\n", 2),

@@ -264,8 +264,8 @@ INDIVISIBLE = (
     "has {} input features, not a multiple of 4 (pattern 2:4): {} or choose another pattern."
 )
 INTEGER = (
-    "holds torch.int8 numbers; masks need dense floating-point weights: {} or load the model "
-    "unquantised."
+    "holds torch.int8 numbers; masks need dense floating-point weights of at least 16 bits: {} or "
+    "load the model unquantised."
 )
 NO_VALUES = "is on the meta device, without values: load the weights before masking."
 REMEDY = 'leave it out with exclude=["1"]'
