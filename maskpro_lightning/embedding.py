@@ -41,7 +41,8 @@ class TextEmbedder(pl.LightningModule):
         return _embed(self.model, texts)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        return self(batch[0]).new_zeros(())
+        embeddings: Tensor = self(batch[0])
+        return embeddings.new_zeros(())
 
     def on_validation_start(self) -> None:
         self._dense[0].to(self.device)

@@ -175,13 +175,14 @@ def test_all_recipes_are_known_and_described() -> None:
 def test_a_recipe_runs(name: str, hub: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["maskpro"])
     monkeypatch.chdir(runs)
-    # bf16-mixed on a CPU wants no scaler, and figures take longer than all else here.
+    # Drawing them takes longer than all else here.
     monkeypatch.setattr("maskpro_lightning.plots.figures", lambda run: {})
     main(["fit", *options(name, hub)])
     assert_learned(name, runs)
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(reason="sharded strategies are still refused", strict=True)
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_sharded_recipe_runs_on_two_ranks(name: str, hub: Path, runs: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("process_recipe.py")), "fit"]
