@@ -8,7 +8,8 @@ def main() -> None:
     try:
         from maskpro_lightning import cli
     except ModuleNotFoundError as error:
-        sys.exit(f"maskpro needs {error.name}: pip install 'maskpro-lightning[recipes]'")
+        package = (error.name or "").partition(".")[0]
+        sys.exit(f"maskpro needs {package}: pip install 'maskpro-lightning[recipes]'")
     cli.main()
 
 
