@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from maskpro_lightning.pattern import NMPattern
 
-#: Bounds a rule's numbers and a logit's move in one step, so that no product leaves float32.
+#: Bounds a rule's numbers; with residuals up to 1e18 no product of theirs leaves float32.
 LARGEST = 1e6
 
 
@@ -28,10 +29,17 @@ def check_rule(rule: Mapping[str, Any]) -> None:
         raise TypeError(f"seed is {rule['seed']!r}, but it must be an int.")
 
 
-def check_weights(weights: Iterable[tuple[Mapping[str, Any], str, Tensor]]) -> None:
-    """Refuse weights that cannot be masked, given with their parameter groups and names."""
+def check_weights(
+    weights: Iterable[tuple[Mapping[str, Any], str, Tensor, Sequence[int]]],
+) -> None:
+    """Refuse weights that cannot be masked.
+
+    Args:
+        weights: Each with its parameter group, its name and the shape of the whole weight, of
+            which a rank may have a part.
+    """
     seen: dict[str, int] = {}
-    for group, name, weight in weights:
+    for group, name, weight, shape in weights:
         if name in seen or id(weight) in seen.values():
             twin = name if name in seen else next(n for n, i in seen.items() if i == id(weight))
             raise ValueError(
@@ -39,13 +47,16 @@ def check_weights(weights: Iterable[tuple[Mapping[str, Any], str, Tensor]]) -> N
                 f"of its own."
             )
         seen[name] = id(weight)
-        _check_weight(name, weight, NMPattern.parse(group["pattern"]), group["input_dim"])
+        pattern, input_dim = NMPattern.parse(group["pattern"]), group["input_dim"]
+        _check_weight(name, weight, shape, pattern, input_dim)
 
 
-def _check_weight(name: str, weight: Tensor, pattern: NMPattern, input_dim: int) -> None:
-    if not -weight.dim() <= input_dim < weight.dim() or not weight.numel():
+def _check_weight(
+    name: str, weight: Tensor, shape: Sequence[int], pattern: NMPattern, input_dim: int
+) -> None:
+    if not -len(shape) <= input_dim < len(shape) or not math.prod(shape):
         raise ValueError(
-            f"{name!r} has shape {tuple(weight.shape)}, without groups of weights along "
+            f"{name!r} has shape {tuple(shape)}, without groups of weights along "
             f"input_dim={input_dim}: leave it out or give its own input_dim."
         )
     if not is_maskable(weight):
@@ -57,7 +68,7 @@ def _check_weight(name: str, weight: Tensor, pattern: NMPattern, input_dim: int)
         raise ValueError(
             f"{name!r} is on the meta device, without values: load the weights before masking."
         )
-    inputs = weight.shape[input_dim]
+    inputs = shape[input_dim]
     if inputs % pattern.m:
         raise ValueError(
             f"{name!r} has {inputs} input features, not a multiple of {pattern.m} "
@@ -76,21 +87,14 @@ def kind_of(weight: Tensor) -> object:
     return weight.dtype if weight.layout == torch.strided else weight.layout
 
 
-def mask_of(name: str, weight: Tensor, masks: Mapping[str, Any]) -> Tensor:
-    """A weight's mask among those given; whether it is N:M is not looked at."""
-    if name not in masks:
-        raise ValueError(
-            f"There is no initial mask for {name!r} among {len(masks)} masks: give one for every "
-            f"weight, or leave the weight out."
-        )
-    mask = masks[name]
+def check_mask(name: str, mask: Any, shape: Sequence[int]) -> None:
+    """Refuse what is no mask of a weight of some shape; whether it is N:M is not looked at."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"The mask of {name!r} is a {type(mask).__name__}, not a bool tensor.")
-    if mask.shape != weight.shape:
+    if tuple(mask.shape) != tuple(shape):
         raise ValueError(
-            f"The mask of {name!r} has shape {tuple(mask.shape)}, the weight {tuple(weight.shape)}."
+            f"The mask of {name!r} has shape {tuple(mask.shape)}, the weight {tuple(shape)}."
         )
-    return mask
 
 
 def check_loss(loss: Any, source: str = "The closure") -> None:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from maskpro_lightning import initializers, philox, reconstruction
@@ -37,7 +36,6 @@ def check_method(method: str) -> None:
         )
 
 
-@torch.no_grad()
 def initial_masks(
     method: str,
     targets: Sequence[Target],
@@ -46,8 +44,9 @@ def initial_masks(
     seed: int = 0,
     batches: Batches | None = None,
     reduce: Sum | None = None,
-) -> dict[str, Tensor]:
-    """A mask for every target, bool, shaped like the weight.
+    whole: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> Iterator[tuple[str, Tensor]]:
+    """Masks of the targets, bool, shaped like the whole weights, each made when it is asked for.
 
     Args:
         method: "magnitude" (largest |w|), "wanda" (largest |w| times the norm of its input,
@@ -61,6 +60,10 @@ def initial_masks(
         batches: Goes through the calibration batches, for "wanda", "sparsegpt" and
             "reconstruction"; each item runs the model on one, as often as it is called.
         reduce: Sums a tensor over the data-parallel ranks, so that all find the same masks.
+        whole: Gathers a weight of which each rank has a part.
+
+    Yields:
+        The target's name and its mask.
 
     Raises:
         ValueError: an unknown method, or one that needs ``batches`` without them.
@@ -70,14 +73,19 @@ def initial_masks(
         if batches is None:
             raise ValueError(f"init={method!r} needs batches to calibrate on.")
         if method == "reconstruction":
-            masks = _calibrated("sparsegpt", targets, pattern, batches, reduce)
-            return _reconstructed(masks, targets, pattern, batches, reduce)
-        return _calibrated(method, targets, pattern, batches, reduce)
-    return {target.name: _from_weight(method, target, pattern, seed) for target in targets}
+            masks = dict(_calibrated("sparsegpt", targets, pattern, batches, reduce, whole))
+            return iter(_reconstructed(masks, targets, pattern, batches, reduce).items())
+        return _calibrated(method, targets, pattern, batches, reduce, whole)
+    return (
+        (target.name, _from_weight(method, target, whole(target.parameter), pattern, seed))
+        for target in targets
+    )
 
 
-def _from_weight(method: str, target: Target, pattern: NMPattern, seed: int) -> Tensor:
-    weight, input_dim = target.parameter.detach(), target.input_dim
+def _from_weight(
+    method: str, target: Target, weight: Tensor, pattern: NMPattern, seed: int
+) -> Tensor:
+    input_dim = target.input_dim
     if method == "random":
         key = philox.key_of(seed, target.name, "initial mask")
         return initializers.random(weight, pattern, input_dim, key=key)
@@ -92,9 +100,9 @@ def _calibrated(
     pattern: NMPattern,
     batches: Batches,
     reduce: Sum | None,
-) -> dict[str, Tensor]:
+    whole: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[str, Tensor]]:
     second_moments = method == "sparsegpt"
-    masks: dict[str, Tensor] = {}
     for some in _passes(targets, second_moments):
         modules = {target.name: target.module for target in some.values()}
         with initializers.InputStatistics(modules, second_moments=second_moments) as statistics:
@@ -103,17 +111,16 @@ def _calibrated(
         if reduce is not None:
             statistics.reduce(reduce)
         for name, target in some.items():
-            weight, input_dim = target.parameter.detach(), target.input_dim
+            weight, input_dim = whole(target.parameter), target.input_dim
             if name in statistics.unseen:
                 _log.warning("%s: no input seen (called by name?); masked by magnitude.", name)
-                masks[name] = initializers.magnitude(weight, pattern, input_dim)
+                mask = initializers.magnitude(weight, pattern, input_dim)
             elif second_moments:
                 hessian = statistics.hessian[name]
-                masks[name], _ = initializers.sparsegpt(weight, hessian, pattern, input_dim)
+                mask, _ = initializers.sparsegpt(weight, hessian, pattern, input_dim)
             else:
-                norm = statistics.norm[name]
-                masks[name] = initializers.wanda(weight, norm, pattern, input_dim)
-    return masks
+                mask = initializers.wanda(weight, statistics.norm[name], pattern, input_dim)
+            yield name, mask
 
 
 def _reconstructed(

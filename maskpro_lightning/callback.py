@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
-from maskpro_lightning import calibration
+from maskpro_lightning import calibration, strategies
 from maskpro_lightning.admission import check_loss
 from maskpro_lightning.baseline import (
     BaselineCache,
@@ -34,9 +34,9 @@ from maskpro_lightning.masked_weight import Version
 from maskpro_lightning.maskfiles import load_maskllm, load_masks
 from maskpro_lightning.metrics import mask_metrics
 from maskpro_lightning.mlflow_run import MLflowRun
-from maskpro_lightning.optimizer import Estimator, MaskPro, policy_lr
+from maskpro_lightning.optimizer import Estimator, Exploration, MaskPro, policy_lr
 from maskpro_lightning.pattern import NMPattern
-from maskpro_lightning.targets import Target, describe, find_targets, parameter_groups
+from maskpro_lightning.targets import Target, count, describe, find_targets, parameter_groups
 from maskpro_lightning.tracking import OnError, Tracking
 
 _log = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ _log = logging.getLogger(__name__)
 # A trainer or a logger is of either of two Lightnings, whose classes of a name are not the same.
 Trainer = Any
 Init = str | PathLike[str] | Mapping[str, Tensor]
-_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 # A fit ends after so many updates in a row that were skipped since no loss was finite. Looked at as
 # often, since reading a number waits for the device; so it can be nearly twice as many.
 _PATIENCE = 100
@@ -82,6 +81,9 @@ class MaskProCallback(pl.Callback):
         momentum: Decay of the tracker of residuals.
         normalize: Scale residuals by their running spread; False is the published rule.
         seed: Seed of all draws.
+        exploration: "shared": the ranks evaluate one mask on all their data. "per_replica": each
+            copy of the model evaluates a mask of its own on its own data, and all learn from all,
+            see :class:`MaskPro`; with ``strategy="ddp"`` each rank is one.
         baseline_cache: Batches whose baseline is remembered; 0 measures it at every step.
         distillation: Learn from the distance to the dense model's own outputs instead of the loss
             of the training step; costs one more forward pass per batch.
@@ -110,6 +112,7 @@ class MaskProCallback(pl.Callback):
         momentum: float = 0.99,
         normalize: bool = True,
         seed: int = 0,
+        exploration: Exploration = "shared",
         baseline_cache: int = 2**16,
         distillation: Distillation | None = None,
         log_distributions: bool = True,
@@ -134,6 +137,7 @@ class MaskProCallback(pl.Callback):
             "momentum": momentum,
             "normalize": normalize,
             "seed": seed,
+            "exploration": exploration,
         }
         self.log_distributions = log_distributions
         self.on_logger_error = on_logger_error
@@ -184,6 +188,13 @@ class MaskProCallback(pl.Callback):
         self._patch(trainer.strategy, "training_step", self._training_step)
         self._state_dict_inside = trainer.strategy.lightning_module_state_dict
         self._patch(trainer.strategy, "lightning_module_state_dict", self._state_dict)
+        patches = strategies.MaskCheckpoints.patches(
+            trainer,
+            lambda: self._optimizer,
+            lambda checkpoint: self.state_key in checkpoint.get("callbacks", {}),
+        )
+        for name, method in patches.items():
+            self._patch(trainer.strategy, name, method)
         # Lightning's last call on the way out, after a fit that failed as well.
         self._teardown_inside = trainer.strategy.teardown
         self._patch(trainer.strategy, "teardown", self._leave)
@@ -194,8 +205,8 @@ class MaskProCallback(pl.Callback):
         self._fitting = True
 
     def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
-        writes = trainer.is_global_zero and bool(trainer.loggers) and not trainer.fast_dev_run
-        self._journal.open(self._tracking_.folder(), writes)
+        keeps = bool(trainer.loggers) and not trainer.fast_dev_run
+        self._journal.open(self._tracking_.folder(), keeps, writes=trainer.is_global_zero)
         self._journal.parameters(self._parameters(pl_module), self._tracking_)
         if self._optimizer.begun:
             self._tracking_.resume()
@@ -325,7 +336,9 @@ class MaskProCallback(pl.Callback):
             return
         losses = torch.stack(self._window).mean(0)
         self._window.clear()
-        loss, *baseline = self._trainer.strategy.reduce(losses, reduce_op="mean")
+        if not (self._forward_only and self.rule["exploration"] == "per_replica"):
+            losses = self._trainer.strategy.reduce(losses, reduce_op="mean")
+        loss, *baseline = losses
         self._optimizer.step(lambda: loss, *baseline)
         self._module.zero_grad()
         self._stepped = True
@@ -404,11 +417,8 @@ class MaskProCallback(pl.Callback):
         """Stands in for the strategy's state dict: the most likely mask's weights."""
         state: dict[str, Any]
         with self.optimizer.applied("mode") if self.optimizer is not None else nullcontext():
-            masked = {target.parameter.data_ptr() for target in self._targets}
             state = self._state_dict_inside()
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.data_ptr() in masked:
-                    state[name] = value.clone()
+            strategies.part_from(state, [target.parameter for target in self._targets])
         return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -463,13 +473,15 @@ class MaskProCallback(pl.Callback):
         return self._tracking
 
     def _configure_optimizers(self) -> Any:
-        module = self._module
+        sharded = strategies.sharded_model(self._trainer.strategy)
+        module = self._module if sharded is None else sharded
         self._targets = find_targets(module, self.pattern, self.include, self.exclude)
         steps = self._trainer.estimated_stepping_batches
         falls = self.lr_scheduler is None and self.rule["normalize"] and 0 < steps < math.inf
         if falls and self._forward_only and not self._lr_given:
             self.rule["lr"] = policy_lr(self.pattern, self.rule["logit_scale"], int(steps))
-        self.optimizer = MaskPro(parameter_groups(self._targets), self.pattern, **self.rule)
+        groups = parameter_groups(self._targets)
+        self.optimizer = MaskPro(groups, self.pattern, model=sharded, **self.rule)
         _log.info(describe(module, self._targets, self.pattern))
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(self.optimizer)
@@ -485,11 +497,11 @@ class MaskProCallback(pl.Callback):
 
     def _initial_masks(
         self, trainer: Trainer, pl_module: pl.LightningModule
-    ) -> Mapping[str, Tensor]:
+    ) -> Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]:
         if isinstance(self.init, Mapping):
             return self.init
         if self.init.endswith(".npz"):
-            shapes = {target.name: target.parameter.shape for target in self._targets}
+            shapes = {target.name: target.shape for target in self._targets}
             return load_maskllm(self.init, shapes, self.pattern)
         if _is_file(self.init):
             return load_masks(self.init, self.pattern)
@@ -509,6 +521,7 @@ class MaskProCallback(pl.Callback):
             seed=self.rule["seed"],
             batches=batches,
             reduce=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"),
+            whole=self._optimizer.whole,
         )
 
     def _calibration_data(self, trainer: Trainer, pl_module: pl.LightningModule) -> Iterable[Any]:
@@ -527,8 +540,9 @@ class MaskProCallback(pl.Callback):
                 yield trainer.strategy.batch_to_device(converted, dataloader_idx=0)
 
     def _parameters(self, pl_module: nn.Module) -> dict[str, Any]:
-        masked = sum(target.parameter.numel() for target in self._targets)
-        total = sum(parameter.numel() for parameter in pl_module.parameters())
+        masked, total = count(
+            strategies.sharded_model(self._trainer.strategy) or pl_module, self._targets
+        )
         return {
             "pattern": str(self.pattern),
             "init": self.init if isinstance(self.init, str) else "masks",
@@ -539,11 +553,13 @@ class MaskProCallback(pl.Callback):
         }
 
     def _refuse_unsupported(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
-        module, strategy = type(pl_module).__name__, type(trainer.strategy).__name__
-        if strategy not in _STRATEGIES:
+        module = type(pl_module).__name__
+        strategies.refuse_untested(trainer.strategy)
+        if self.init == "reconstruction" and strategies.shards(trainer.strategy):
             raise ValueError(
-                f"MaskProCallback is tested with {', '.join(_STRATEGIES)}, not with {strategy}: "
-                f'choose Trainer(strategy="ddp") or devices=1.'
+                f"init='reconstruction' keeps a second copy of whole weights, which "
+                f"{type(trainer.strategy).__name__} shards: choose init='sparsegpt', or find the "
+                f"masks on one device and give their file."
             )
         if not pl_module.automatic_optimization:
             raise ValueError(

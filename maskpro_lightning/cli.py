@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from maskpro_lightning import measure, runs
@@ -23,6 +25,7 @@ from maskpro_lightning.compare import callback_of, compare, table, write_csv
 from maskpro_lightning.delivery import send
 from maskpro_lightning.export import Format, export_sparse
 from maskpro_lightning.mlflow_run import log_model
+from maskpro_lightning.plan import Strategy, plan
 from maskpro_lightning.targets import find_targets
 from maskpro_lightning.tracking import Tracking, without_credentials
 
@@ -36,6 +39,7 @@ _USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
   export    write a checkpoint's sparse model for others to load (--format), or keep it in MLflow
             (--log_model, --registered_name)
   measure   time the layers dense and 2:4 on this device (--batch_sizes, --dtype)
+  plan      tell what a fit needs on --devices ranks with --strategy, without loading the model
   plot      draw what a run logged: maskpro plot RUN [--tracking_uri URI] [--output FOLDER]
   send      send the folder that a run kept to MLflow, after its server was away (no recipe)
 
@@ -56,6 +60,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "evaluate": _evaluate,
         "export": _export,
         "measure": _measure,
+        "plan": _plan,
         "plot": _plot,
         "send": _send,
     }
@@ -187,6 +192,41 @@ class _AfterFit(_WithCheckpoint):
         tokenizer = getattr(self.datamodule, "tokenizer", None)
         uri = log_model(loggers[0], model, tokenizer, self.config["registered_name"])
         console.print(f"MLflow model: {uri}", soft_wrap=True)
+
+
+class _BeforeFit(LightningCLI):
+    """Builds what a recipe describes without memory for its weights."""
+
+    def __init__(self) -> None:
+        sys.argv.append("--trainer.logger=false")  # a plan is no run
+        with torch.device("meta"):
+            super().__init__(run=False, save_config_callback=None)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--devices", type=int, default=1, help="Number of ranks.")
+        parser.add_argument("--strategy", type=Strategy, default="fsdp2", help="How to shard.")
+
+
+def _plan() -> None:
+    cli = _BeforeFit()
+    callback, data = callback_of(cli.trainer), cli.datamodule
+    shape = [data.hparams.get(name) if data else None for name in ("batch_size", "length")]
+    found = plan(
+        cli.model,
+        find_targets(cli.model, callback.pattern, callback.include, callback.exclude, on_meta=True),
+        devices=cli.config["devices"],
+        strategy=cli.config["strategy"],
+        estimator=callback.rule["estimator"],
+        rows=None if None in shape else math.prod(size or 0 for size in shape),
+    )
+    parts = {**found.state, "largest unit, gathered": found.gathered}
+    parts |= {} if found.activations is None else {"activations (estimate)": found.activations}
+    rows = Table(title=f"One of {cli.config['devices']} ranks, {cli.config['strategy']}")
+    rows.add_column("what")
+    rows.add_column("bytes", justify="right")
+    for name, size in {**parts, "together": found.total}.items():
+        rows.add_row(name, f"{size:,}")
+    Console().print(rows, f"Forward passes per step: {found.forwards}")
 
 
 def _compare() -> None:

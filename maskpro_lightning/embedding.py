@@ -13,8 +13,7 @@ from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 from transformers import AutoModel
 
-from maskpro_lightning.catalog import resolve
-from maskpro_lightning.language import TextData
+from maskpro_lightning.language import TextData, pretrained
 
 
 class TextEmbedder(pl.LightningModule):
@@ -32,7 +31,7 @@ class TextEmbedder(pl.LightningModule):
     def __init__(self, model: str, dtype: str = "auto") -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = AutoModel.from_pretrained(resolve(model), dtype=dtype)
+        self.model = pretrained(AutoModel, model, dtype)
         # In a list, so that it is no part of the module: neither masked nor saved.
         self._dense = [deepcopy(self.model)]
 
@@ -50,7 +49,8 @@ class TextEmbedder(pl.LightningModule):
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         (texts,) = batch
         similarity = cosine_similarity(self(texts).float(), _embed(self._dense[0], texts).float())
-        self.log("val_distance", 1 - similarity.mean(), prog_bar=True, batch_size=len(texts))
+        distance = 1 - similarity.mean()
+        self.log("val_distance", distance, prog_bar=True, batch_size=len(texts), sync_dist=True)
 
     def configure_optimizers(self) -> None:
         """None: the masks are learned by :class:`MaskProCallback`."""

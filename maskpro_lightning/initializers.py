@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
 from maskpro_lightning import philox
+from maskpro_lightning.layout import whole_of
 from maskpro_lightning.pattern import NMPattern
 
 # Groups, or rows of input, handled at once: bounds the memory of what is computed on the way.
@@ -232,7 +233,7 @@ class InputStatistics:
     def _see(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+        inputs = whole_of(args[0] if args else next(iter(kwargs.values())))
         if not inputs.numel():
             return  # an expert without tokens
         if not inputs.isfinite().all():
@@ -266,8 +267,8 @@ def mean_shape(module: nn.Module, second_moments: bool) -> tuple[int, ...] | Non
         columns = module.in_channels // groups * math.prod(module.kernel_size)
     elif isinstance(module, nn.Linear):
         columns = module.in_features
-    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        columns = module.get_parameter("weight").shape[0]
+    elif hasattr(module, "nf") and "Conv1D" in [kind.__name__ for kind in type(module).__mro__]:
+        columns = getattr(module, "nx", None) or module.get_parameter("weight").shape[0]
     else:
         return None
     return (groups, columns, columns) if second_moments else (groups, columns)

@@ -31,14 +31,14 @@ class Journal:
 
     def __init__(self) -> None:
         self._folder = Path("maskpro")
-        self._writes = False
+        self._keeps = self._writes = False
         self._rows: list[dict[str, float]] = []
         self._layers: dict[str, dict[str, float]] = {}
         self._validation: list[dict[str, float]] = []
 
-    def open(self, folder: Path, writes: bool) -> None:
-        """Start writing into a folder; only on the rank that ``writes``."""
-        self._folder, self._writes = folder, writes
+    def open(self, folder: Path, keeps: bool, writes: bool) -> None:
+        """Start a run that ``keeps`` files in a folder; the rank that ``writes`` writes them."""
+        self._folder, self._keeps, self._writes = folder, keeps, keeps and writes
 
     def parameters(self, parameters: Mapping[str, Any], tracking: Tracking) -> None:
         """Log a fit's parameters, and keep them in the folder."""
@@ -62,23 +62,30 @@ class Journal:
         self._validation.append({"step": step, **{name: float(v) for name, v in values.items()}})
 
     def distributions(self, optimizer: MaskPro, tracking: Tracking, step: int) -> None:
-        """Write the logits and hand them to the loggers, in a folder of the step."""
-        if self._writes:
+        """Write the logits and hand them to the loggers, in a folder of the step.
+
+        Not those of sharded weights: no rank shall hold them all, and the checkpoint has them.
+        """
+        if self._writes and not optimizer.sharded:
             path = self._folder / "distributions.safetensors"
             if tracking.write(path, lambda: save_distributions(optimizer, path)):
                 tracking.file(path, f"step={step}")
 
     def close(self, optimizer: MaskPro, tracking: Tracking) -> None:
-        """Write the final masks, the history and the figures."""
-        if not self._writes or not optimizer.begun:
+        """Write the final masks, the history and the figures; to be called on all ranks."""
+        if not self._keeps or not optimizer.begun:
+            return
+        masks = {n: m.cpu() for n, m in optimizer.whole_masks("mode") if self._writes}
+        found = histograms(optimizer)
+        if not self._writes:
             return
         pattern = NMPattern.parse(optimizer.param_groups[0]["pattern"])
-        masks, history = self._folder / "masks.safetensors", self._folder / HISTORY
-        if tracking.write(masks, lambda: save_masks(optimizer.masks("mode"), pattern, masks)):
-            tracking.file(masks)
+        path, history = self._folder / "masks.safetensors", self._folder / HISTORY
+        if tracking.write(path, lambda: save_masks(masks, pattern, path)):
+            tracking.file(path)
         if not self._rows:
             return
-        run = Run(self._rows, self._layers, histograms(optimizer), self._validation)
+        run = Run(self._rows, self._layers, found, self._validation)
         tables: list[Path] = []
         tracking.write(history, lambda: tables.extend(run.write(self._folder)))
         for path in tables:

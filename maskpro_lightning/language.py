@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchmetrics.text import Perplexity
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from maskpro_lightning.catalog import resolve
 from maskpro_lightning.python_docs import python_docs
@@ -37,7 +37,7 @@ class CausalLM(pl.LightningModule):
     def __init__(self, model: str, dtype: str = "auto") -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=dtype)
+        self.model = pretrained(AutoModelForCausalLM, model, dtype)
         self.perplexity = Perplexity(ignore_index=-100)
 
     def configure_model(self) -> None:
@@ -62,7 +62,8 @@ class CausalLM(pl.LightningModule):
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         (tokens,) = batch
         logits = self(tokens)
-        self.log("val_loss", self._loss(logits, tokens), prog_bar=True, batch_size=len(tokens))
+        loss = self._loss(logits, tokens)
+        self.log("val_loss", loss, prog_bar=True, batch_size=len(tokens), sync_dist=True)
         self.perplexity(logits[:, :-1].float(), tokens[:, 1:])
         self.log("val_perplexity", self.perplexity)
 
@@ -209,6 +210,20 @@ class TextData(pl.LightningDataModule):
                 streaming=True,
             )
         return (row[self.hparams["text_column"]] for row in rows)
+
+
+def pretrained(kind: Any, model: str, dtype: str) -> Any:
+    """A Hugging Face model; on the meta device only its shapes, without its weights.
+
+    Args:
+        kind: One of transformers' classes ``AutoModel…``.
+        model: Path or Hub name of the model, or a path inside ``recipes/``.
+        dtype: The weights' dtype, or "auto".
+    """
+    if torch.get_default_device().type != "meta":
+        return kind.from_pretrained(resolve(model), dtype=dtype)
+    config = AutoConfig.from_pretrained(resolve(model))
+    return kind.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
 
 
 def pack(

@@ -89,29 +89,33 @@ def mask_metrics(optimizer: MaskPro) -> dict[str, dict[str, float]]:
         whose most likely mask is not the initial one), ``churn`` (share of groups whose mask was
         changed by the last draw); each in [0, 1].
     """
-    metrics: dict[str, tuple[MaskEntropy, MaskChange, MaskChange]] = {}
+    layers = {name: (MaskEntropy(), MaskChange(), MaskChange()) for name in optimizer.names}
     for groups in optimizer.groups():
-        if groups.name not in metrics:
-            metrics[groups.name] = (MaskEntropy(), MaskChange(), MaskChange())
-            for metric in metrics[groups.name]:
-                metric.to(groups.logits_GM.device)
         mode_GM = distribution.mode(groups.logits_GM, groups.pattern)
-        entropy, changed, churn = metrics[groups.name]
+        entropy, changed, churn = layers[groups.name]
+        for metric in layers[groups.name]:
+            metric.to(mode_GM.device)
         entropy.update(groups.logits_GM, groups.drawn_GM, groups.pattern)
         changed.update(mode_GM, groups.initial_GM)
         churn.update(groups.drawn_GM, groups.previous_GM)
+    # Not torchmetrics' own way of joining ranks, which asks for each number on its own.
+    sums = optimizer.over_ranks(
+        torch.tensor(
+            [
+                [float(entropy.entropy), float(changed.changed), float(churn.changed), groups]
+                for entropy, changed, churn in layers.values()
+                for groups in (float(entropy.total),)
+            ],
+            dtype=torch.float64,
+        )
+    )
+    sums = torch.cat([sums, sums.sum(0, keepdim=True)])
+    shares = (sums[:, :3] / sums[:, 3:]).tolist()
     names = ("entropy", "changed", "churn")
-    sizes = {layer: int(found[0].total) for layer, found in metrics.items()}
-    values = {
-        layer: {name: float(metric.compute()) for name, metric in zip(names, found, strict=True)}
-        for layer, found in metrics.items()
+    return {
+        layer: dict(zip(names, values, strict=True))
+        for layer, values in zip([*layers, ""], shares, strict=True)
     }
-    values[""] = {
-        name: sum(sizes[layer] * value[name] for layer, value in values.items())
-        / sum(sizes.values())
-        for name in names
-    }
-    return values
 
 
 def histograms(optimizer: MaskPro) -> dict[str, list[dict[str, int]]]:
@@ -123,7 +127,9 @@ def histograms(optimizer: MaskPro) -> dict[str, list[dict[str, int]]]:
         of whose squared weights the initial mask keeps a share in it; ``changed``, how many of
         these left that mask.
     """
-    counts: dict[str, dict[str, Tensor]] = {}
+    names = ("confidence", "retained", "changed")
+    counts = torch.zeros(len(optimizer.names), len(names), BINS, dtype=torch.float64)
+    rows = dict(zip(optimizer.names, counts, strict=True))
     for groups in optimizer.groups():
         mode_GM = distribution.mode(groups.logits_GM, groups.pattern)
         doubt_G = -distribution.log_prob(groups.logits_GM, mode_GM, groups.pattern).expm1()
@@ -132,20 +138,17 @@ def histograms(optimizer: MaskPro) -> dict[str, list[dict[str, int]]]:
         # Of a group of zeros nothing is lost.
         retained_G = ((square_GM * groups.initial_GM).sum(-1) / square_GM.sum(-1)).nan_to_num(1)
         changed_G = (mode_GM != groups.initial_GM).any(-1)
-        found = {
-            "confidence": _counts(nines_G),
-            "retained": _counts(retained_G),
-            "changed": _counts(retained_G[changed_G]),
-        }
-        before = counts.get(groups.name)
-        counts[groups.name] = {
-            name: count if before is None else before[name] + count for name, count in found.items()
-        }
+        for row, values_G in zip(
+            rows[groups.name], (nines_G, retained_G, retained_G[changed_G]), strict=True
+        ):
+            row += _counts(values_G)
+    counts = optimizer.over_ranks(counts.flatten(1)).view_as(counts).round().long()
     return {
         layer: [
-            {"bin": b} | {name: int(count[b]) for name, count in found.items()} for b in range(BINS)
+            {"bin": b, **dict(zip(names, bins, strict=True))}
+            for b, bins in enumerate(counts_3B.T.tolist())
         ]
-        for layer, found in counts.items()
+        for layer, counts_3B in zip(optimizer.names, counts, strict=True)
     }
 
 

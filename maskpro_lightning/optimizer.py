@@ -19,22 +19,31 @@ from what keeping a weight does to the loss: with c the gradient with respect to
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import chain, count
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import all_reduce, get_world_size, is_initialized
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from maskpro_lightning import admission, distribution, initializers, saved_state, tracker
 from maskpro_lightning.admission import LARGEST
+from maskpro_lightning.layout import Layout, like, local, sums, whole_of
 from maskpro_lightning.masked_weight import Draw, Groups, MaskedWeight, Version
 from maskpro_lightning.pattern import NMPattern
+from maskpro_lightning.sharding import Replicas, find_replicas, flat_shapes, layouts, settle
 
 Estimator = Literal["policy", "straight_through"]
+Exploration = Literal["shared", "per_replica"]
+
+_log = logging.getLogger(__name__)
 
 #: Step size, initial logit and final sharpness by estimator, where they are not given.
 DEFAULTS: dict[Estimator, dict[str, float]] = {
@@ -94,10 +103,18 @@ class MaskPro(Optimizer):
             losses of any size. False is the published rule (for Llama-2 7B: lr 50, logit_scale
             10), whose lr has to be found for each model.
         seed: Seed of the draws.
+        exploration: "shared": all ranks evaluate the same mask, each on its data; the closure's
+            loss has to be the mean over them. "per_replica": each copy of the model evaluates a
+            mask of its own; the closure's loss is the rank's own, only losses travel, and the
+            logits move by the mean of what each mask teaches (with "straight_through": along the
+            gradients, which the strategy averages).
+        model: The model that the weights belong to, where FSDP shards it (``fully_shard`` or
+            ``FullyShardedDataParallel`` with ``use_orig_params=True``): each rank then keeps the
+            state of its own shards, and draws what one rank would draw.
 
     Raises:
-        ValueError: an argument out of range, an unknown pattern, or a weight that M does not
-            divide.
+        ValueError: an argument out of range, an unknown pattern, a weight that M does not
+            divide, or groups cut by a shard's edge with "straight_through".
     """
 
     def __init__(
@@ -112,9 +129,15 @@ class MaskPro(Optimizer):
         momentum: float = 0.99,
         normalize: bool = True,
         seed: int = 0,
+        exploration: Exploration = "shared",
+        model: nn.Module | None = None,
     ) -> None:
         if estimator not in DEFAULTS:
             raise ValueError(f"estimator is one of {', '.join(DEFAULTS)}; got {estimator!r}.")
+        if exploration not in get_args(Exploration):
+            raise ValueError(
+                f"exploration is one of {', '.join(get_args(Exploration))}; got {exploration!r}."
+            )
         lr = DEFAULTS[estimator]["lr"] if lr is None else lr
         logit_scale = DEFAULTS[estimator]["logit_scale"] if logit_scale is None else logit_scale
         sharpness = DEFAULTS[estimator]["sharpness"] if sharpness is None else sharpness
@@ -128,7 +151,9 @@ class MaskPro(Optimizer):
             "momentum": momentum,
             "normalize": normalize,
             "seed": seed,
+            "exploration": exploration,
             "step": 0,
+            "drawn_sharpness": 1.0,
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
@@ -136,7 +161,11 @@ class MaskPro(Optimizer):
             # The tracker of residuals; every group holds the same, since there is one loss.
             group.update(tracker.new())
             group["initial_lr"] = group["lr"]
-        admission.check_weights(self._parameters())
+        self._model = model
+        #: Which part of each weight is this rank's.
+        self.layouts = self._find_layouts()
+        # What state holds of weights whose groups are cut is a view of these.
+        self._padded: dict[Tensor, dict[str, Tensor]] = {}
         self._holds: Version | None = "dense"
         #: Loss, baseline, residual and advantage of the last step, scalars.
         self.last: dict[str, Tensor] = {}
@@ -147,12 +176,15 @@ class MaskPro(Optimizer):
         return bool(self.state)
 
     @torch.no_grad()
-    def begin(self, masks: Mapping[str, Tensor] | None = None) -> None:
+    def begin(
+        self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None
+    ) -> None:
         """Keep the dense weights, start the logits from the initial masks and draw the first.
 
         Args:
-            masks: Initial masks by parameter name, bool, shaped like the weights, exactly N of
-                every M; without them the largest weights are kept.
+            masks: Initial masks by parameter name, bool, shaped like the whole weights, exactly N
+                of every M; or pairs of them, of which each is dropped before the next is asked
+                for. Without them the largest weights are kept.
 
         Raises:
             RuntimeError: begun already.
@@ -160,29 +192,19 @@ class MaskPro(Optimizer):
         """
         if self.begun:
             raise RuntimeError("The masks have begun already: make a new MaskPro to start over.")
-        known = [name for _, name, _ in self._parameters()]
-        unknown = sorted(set(masks or ()) - set(known))
-        if unknown:
-            raise ValueError(
-                f"There are masks of unknown weights, {unknown[:3]}: those of this model are named "
-                f"like {known[0]!r}."
+        state, known = {}, {name: (g, parameter) for g, name, parameter in self._parameters()}
+        for name, mask in self._initial(list(known), masks):
+            group, parameter = known[name]
+            layout = self.layouts[parameter]
+            admission.check_mask(name, mask, layout.shape)
+            mask = whole_of(mask)
+            layout.pattern.check(mask, layout.input_dim, f"the mask of {name!r}")
+            state[parameter] = MaskedWeight.state(
+                local(parameter), layout.take(mask), group["logit_scale"]
             )
-        initial = {}
-        for group, name, parameter in self._parameters():
-            pattern, input_dim = NMPattern.parse(group["pattern"]), group["input_dim"]
-            if masks is None:
-                mask = initializers.magnitude(parameter, pattern, input_dim)
-            else:
-                mask = admission.mask_of(name, parameter, masks)
-            pattern.check(mask, input_dim, f"the mask of {name!r}")
-            initial[name] = mask
         # At once, so that an error on the way, such as no memory, leaves nothing begun.
-        self.state.update(
-            {
-                parameter: MaskedWeight.state(parameter, initial[name], group["logit_scale"])
-                for group, name, parameter in self._parameters()
-            }
-        )
+        for parameter, tensors in state.items():
+            self._keep(parameter, tensors)
         self._draw()
 
     @torch.no_grad()
@@ -231,21 +253,32 @@ class MaskPro(Optimizer):
         self.write("drawn")
         loss = closure()
         admission.check_loss(loss)
-        residual = loss.detach().float() - baseline.detach().float()
-        first = self.param_groups[0]
-        advantage, judged = tracker.judge(
-            self.tracker, residual, first["momentum"], normalize=first["normalize"]
-        )
-        for group in self.param_groups:
-            group.update(judged)
+        losses_K2 = torch.stack([loss.detach().float(), baseline.detach().float()])[None]
+        if self._explores_apart:
+            losses_K2 = self._replicas.gather(losses_K2[0])
+        advantage_K = self._judge(losses_K2[:, 0] - losses_K2[:, 1])
         self.last = {
-            "loss": loss.detach(),
-            "baseline": baseline.detach(),
-            "residual": residual,
-            "advantage": advantage,
+            "loss": losses_K2[:, 0].mean(),
+            "baseline": losses_K2[:, 1].mean(),
+            "residual": (losses_K2[:, 0] - losses_K2[:, 1]).mean(),
+            "advantage": advantage_K.mean(),
         }
-        self._draw(advantage)
+        self._draw(advantage_K)
         return loss
+
+    def _judge(self, residual_K: Tensor) -> Tensor:
+        """The advantages of masks that were drawn together; the tracker learns of all alike."""
+        first = self.param_groups[0]
+        judged = [
+            tracker.judge(self.tracker, each, first["momentum"], normalize=first["normalize"])
+            for each in residual_K
+        ]
+        advantage_K = torch.stack([advantage for advantage, _ in judged])
+        for name in self.tracker:
+            after = torch.stack([after[name] for _, after in judged]).float().mean()
+            for group in self.param_groups:
+                group[name] = after
+        return advantage_K
 
     @torch.no_grad()
     def write(self, version: Version) -> None:
@@ -261,7 +294,7 @@ class MaskPro(Optimizer):
         if not self.begun or version == self._holds:
             return
         self._holds = None  # what an interrupted write leaves is no version
-        for _, masked in self._masked_weights():
+        for _, _, masked in self._masked_weights():
             masked.write(version)
         self._holds = version
 
@@ -284,7 +317,46 @@ class MaskPro(Optimizer):
         """
         if not self.begun:
             raise RuntimeError("There are no masks before the first step or begin().")
-        return {masked.name: masked.mask(version) for _, masked in self._masked_weights()}
+        return {
+            masked.name: like(masked.mask(version), parameter)
+            for _, parameter, masked in self._masked_weights()
+        }
+
+    @torch.no_grad()
+    def whole_masks(self, version: Version = "mode") -> Iterator[tuple[str, Tensor]]:
+        """Masks of whole weights, one after the other; all ranks have to ask for all of them."""
+        for _, _, masked in self._masked_weights():
+            yield masked.name, masked.layout.whole(masked.mask(version))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a weight is split over ranks; what is shaped like a weight then is, too."""
+        return any(layout.across for layout in self.layouts.values())
+
+    @property
+    def names(self) -> list[str]:
+        """The weights' names, in their order."""
+        return [name for _, name, _ in self._parameters()]
+
+    def over_ranks(self, numbers: Tensor) -> Tensor:
+        """Add up what ranks have counted in their parts of each weight, a row for a weight.
+
+        Copies of a part count once, or by their mean, where they have masks of their own.
+        """
+        if not self.sharded and not (self._explores_apart and is_initialized()):
+            return numbers
+        parameter = next(iter(self.layouts))
+        shares = torch.tensor([layout.ranks / get_world_size() for layout in self.layouts.values()])
+        numbers = (numbers * shares[:, None]).to(parameter.device)
+        all_reduce(numbers)
+        return numbers.cpu()
+
+    @torch.no_grad()
+    def whole(self, parameter: Tensor) -> Tensor:
+        """The whole of a weight as it is now; all ranks have to ask for it."""
+        if self._model is not None:
+            settle(self._model)
+        return self.layouts[parameter].whole(local(parameter))
 
     def logits(self) -> dict[str, Tensor]:
         """The logits by parameter name, float32, shaped like the weights; not copies."""
@@ -293,7 +365,7 @@ class MaskPro(Optimizer):
     @torch.no_grad()
     def groups(self) -> Iterator[Groups]:
         """Go through all groups in blocks, for statistics."""
-        for group, masked in self._masked_weights():
+        for group, _, masked in self._masked_weights():
             yield from masked.groups(_sharpness(group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -303,21 +375,34 @@ class MaskPro(Optimizer):
             ValueError: the state belongs to other weights, another pattern or another estimator, or
             it is damaged; nothing is touched then.
         """
-        weights = [(name, parameter) for _, name, parameter in self._parameters()]
+        weights = list(zip(self.names, self.layouts.values(), strict=True))
         saved_state.check(state_dict, self.param_groups, weights)
         self.write("dense")  # what is begun here ends here
         self._holds = None
-        super().load_state_dict(state_dict)
-        # The base class casts what it loads to the parameter's dtype; logits and masks have theirs.
         order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for key, (_, _, parameter) in zip(order, self._parameters(), strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                self.state[parameter][name] = value.detach().to(parameter.device).clone()
+        state = {
+            parameter: {
+                name: self._part(parameter, name, value)
+                for name, value in state_dict["state"].get(key, {}).items()
+            }
+            for key, (_, _, parameter) in zip(order, self._parameters(), strict=True)
+        }
+        # The base class would cast to the parameter's dtype; logits and masks have their own.
+        super().load_state_dict({**state_dict, "state": {}})
+        self._padded.clear()
+        for parameter, tensors in state.items():
+            if tensors:
+                self._keep(parameter, tensors)
+        explored = {group.get("exploration") for group in state_dict["param_groups"]}
+        if self._explores_apart or "per_replica" in explored:
+            for group, _, masked in self._masked_weights() if self.begun else ():
+                masked.redraw(self._draws(group, group["step"], group["drawn_sharpness"])[0])
         self._holds = "dense"
         self.write("drawn")
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_holds": self._holds, "last": self.last}
+        kept = ("_holds", "last", "layouts", "_model", "_padded")
+        return super().__getstate__() | {name: vars(self)[name] for name in kept}
 
     @property
     def tracker(self) -> dict[str, Tensor]:
@@ -331,36 +416,161 @@ class MaskPro(Optimizer):
             for name, parameter in zip(names, group["params"], strict=True):
                 yield group, name, parameter
 
-    def _masked_weights(self) -> Iterator[tuple[dict[str, Any], MaskedWeight]]:
+    def _masked_weights(self) -> Iterator[tuple[dict[str, Any], Tensor, MaskedWeight]]:
+        if self._model is not None:
+            settle(self._model)
         for group, name, parameter in self._parameters():
-            pattern = NMPattern.parse(group["pattern"])
-            yield (
-                group,
-                MaskedWeight(name, pattern, group["input_dim"], parameter, **self.state[parameter]),
-            )
+            state = {key: local(value) for key, value in self.state[parameter].items()}
+            state |= self._padded.get(parameter, {})
+            layout = self.layouts[parameter]
+            yield group, parameter, MaskedWeight(name, layout, local(parameter), **state)
+
+    def _find_layouts(self) -> dict[Tensor, Layout]:
+        shapes = {} if self._model is None else flat_shapes(self._model)
+        admission.check_weights(
+            (group, name, p, shapes.get(id(p), p.shape)) for group, name, p in self._parameters()
+        )
+        weights = [
+            (parameter, NMPattern.parse(group["pattern"]), group["input_dim"])
+            for group, _, parameter in self._parameters()
+        ]
+        found = layouts(self._model, weights)
+        for layout, (group, name, _) in zip(found, self._parameters(), strict=True):
+            if group["estimator"] == "straight_through" and layout.may_be_cut:
+                raise ValueError(
+                    f"{name!r} is cut within groups of {layout.pattern.m} inputs (FSDP1, or tensor "
+                    f"parallelism along the inputs), but the estimator 'straight_through' needs "
+                    f"the gradients of whole groups: use fully_shard (FSDP2), or choose "
+                    f"estimator='policy'."
+                )
+        return {parameter: layout for (parameter, _, _), layout in zip(weights, found, strict=True)}
+
+    def _initial(
+        self,
+        known: Sequence[str],
+        masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The initial masks of all weights, one after the other."""
+        if masks is None:
+            for name, parameter in zip(known, self.layouts, strict=True):
+                layout, weight = self.layouts[parameter], self.whole(parameter)
+                yield name, initializers.magnitude(weight, layout.pattern, layout.input_dim)
+            return
+        unknown = sorted(set(masks) - set(known)) if isinstance(masks, Mapping) else []
+        missing = set(known)
+        for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
+            if unknown or name not in known:
+                raise ValueError(
+                    f"There are masks of unknown weights, {unknown[:3] or [name]}: those of this "
+                    f"model are named like {known[0]!r}."
+                )
+            missing.discard(name)
+            yield name, mask
+        for name in known:
+            if name in missing:
+                raise ValueError(
+                    f"There is no initial mask for {name!r} among {len(known) - len(missing)} "
+                    f"masks: give one for every weight, or leave the weight out."
+                )
+
+    def _keep(self, parameter: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Make tensors, padded where their layout says so, the state of a parameter."""
+        layout = self.layouts[parameter]
+        if layout.cut:
+            self._padded[parameter] = {k: v for k, v in tensors.items() if k != "dense"}
+        self.state[parameter] = {
+            name: like(layout.own(value) if name != "dense" else value, parameter)
+            for name, value in tensors.items()
+        }
+
+    def _part(self, parameter: Tensor, name: str, value: Tensor) -> Tensor:
+        """This rank's part of a saved state, which may be of the whole weight; a copy."""
+        layout = self.layouts[parameter]
+        if isinstance(value, DTensor) and not isinstance(parameter, DTensor):
+            value = value.full_tensor()
+        value = local(value.detach())
+        if tuple(value.shape) != layout.size:
+            value = layout.take(value)
+            value = layout.own(value) if name == "dense" else value
+        elif layout.may_be_cut and name != "dense":
+            value = layout.take(layout.whole(value.to(parameter.device)))
+        return value.to(parameter.device).clone()
 
     def _cuda_devices(self) -> list[torch.device]:
         return list({p.device for _, _, p in self._parameters() if p.device.type == "cuda"})
 
-    def _draw(self, advantage: Tensor | None = None, *, finite: Tensor | None = None) -> None:
+    def _draw(self, advantage_K: Tensor | None = None, *, finite: Tensor | None = None) -> None:
         """Move the logits, by an advantage or, if finite, gradients; draw the next masks."""
         self._refuse_learning_rates()
         self._holds = None
         for group in self.param_groups:
-            group["step"] += advantage is not None or finite is not None
-        for group, masked in self._masked_weights():
-            draw = Draw(group["seed"], group["step"], _sharpness(group))
+            group["step"] += advantage_K is not None or finite is not None
+        spreads = {} if finite is None else self._directions()
+        for group, parameter, masked in self._masked_weights():
+            draw, *_ = self._draws(group, group["step"], _sharpness(group))
+            judged: list[Draw] = []
             change = direction = None
-            if advantage is not None:
-                change = (group["lr"] * advantage).clamp(-LARGEST, LARGEST)
-            elif finite is not None and masked.weight.grad is not None:
-                direction = masked.direction(masked.weight.grad, draw.sharpness)
-                direction.mul_(group["lr"] * finite)
+            if advantage_K is not None:
+                change = group["lr"] * advantage_K
+                if self._explores_apart:
+                    _, *judged = self._draws(group, group["step"] - 1, group["drawn_sharpness"])
+            elif finite is not None and parameter.grad is not None:
+                spread = spreads[masked.name]
+                learns = spread.isfinite() & (spread > 0) & finite
+                direction = local(parameter.grad).div_(spread).where(learns, 0).mul_(group["lr"])
                 if direction.dtype == torch.float16:  # where a large step does not fit
                     direction.nan_to_num_()
-            masked.advance(draw, change, direction)
-            masked.weight.grad = None
+            masked.advance(draw, change, direction, judged)
+            parameter.grad = None
+        for group in self.param_groups:
+            group["drawn_sharpness"] = _sharpness(group)
         self._holds = "drawn"
+        if _log.isEnabledFor(logging.DEBUG):
+            self._refuse_drift()
+
+    @property
+    def _explores_apart(self) -> bool:
+        return bool(self.defaults["exploration"] == "per_replica")
+
+    @cached_property
+    def _replicas(self) -> Replicas:
+        return find_replicas(list(self.layouts.values()), next(iter(self.layouts)).device)
+
+    def _draws(self, group: dict[str, Any], step: int, sharpness: float) -> list[Draw]:
+        """This replica's draw, and then those of all replicas."""
+        if not self._explores_apart:
+            return [Draw(group["seed"], step, sharpness)]
+        replicas = self._replicas
+        draws = [
+            Draw(group["seed"], step, sharpness, replica)
+            for replica in range(len(replicas.members))
+        ]
+        return [draws[replicas.index], *draws]
+
+    def _refuse_drift(self) -> None:
+        """Compare the logits of replicas, which must never differ in a bit."""
+        checksum = torch.zeros((), dtype=torch.int64, device=next(iter(self.layouts)).device)
+        for value in self.logits().values():
+            checksum += local(value).contiguous().view(torch.int32).sum(dtype=torch.int64)
+        if not self._replicas.agree(checksum):
+            raise RuntimeError(
+                "The logits of the ranks have drifted apart: they were given different losses. "
+                "Average the closure's loss over all ranks, or set exploration='per_replica'."
+            )
+
+    def _directions(self) -> dict[str, Tensor]:
+        """Turn gradients into what logits move along; by name, its root mean square.
+
+        Divided by that, one step size fits all; where it is not finite nothing can be learned.
+        """
+        parts, squares = {}, []
+        for group, parameter, masked in self._masked_weights():
+            if parameter.grad is not None:
+                direction = masked.direction(local(parameter.grad), _sharpness(group))
+                parts[masked.name] = masked.layout
+                squares.append(direction.float().square().sum())
+        totals = zip(parts.items(), sums(list(parts.values()), squares), strict=True)
+        return {name: (total / math.prod(part.shape)).sqrt() for (name, part), total in totals}
 
     def _refuse_learning_rates(self) -> None:
         for group in self.param_groups:

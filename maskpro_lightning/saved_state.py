@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskpro_lightning.admission import LARGEST, check_rule
+from maskpro_lightning.layout import Layout, local
 from maskpro_lightning.masked_weight import MaskedWeight
 from maskpro_lightning.pattern import NMPattern
 
@@ -21,14 +22,15 @@ _Stored = Literal["initial", "drawn"]
 
 
 def check(
-    saved: Mapping[str, Any], groups: Sequence[Group], weights: Sequence[tuple[str, Tensor]]
+    saved: Mapping[str, Any], groups: Sequence[Group], weights: Sequence[tuple[str, Layout]]
 ) -> None:
     """Refuse a state from which these weights cannot go on. Nothing is touched.
 
     Args:
         saved: What ``MaskPro.state_dict`` is said to have returned.
         groups: The optimizer's own parameter groups.
-        weights: Its weights with their names, in order.
+        weights: The names of its weights and which part of each is this rank's, in order. A
+            saved part is looked at less closely than a whole weight.
 
     Raises:
         ValueError: says what is saved and what it should be.
@@ -45,8 +47,8 @@ def check(
     if len(begun) not in (0, len(keys)) or len(states) != len(begun):
         raise _damaged(f"it holds masks of {len(states)} weights, not of its {len(keys)}")
     of_weights = chain.from_iterable([group] * len(group["params"]) for group in groups)
-    for group, (name, weight), state in zip(of_weights, weights, begun, strict=False):
-        _check_weight(name, weight, group, state)
+    for group, (name, layout), state in zip(of_weights, weights, begun, strict=False):
+        _check_weight(name, layout, group, state)
 
 
 def _parts(saved: Any) -> tuple[list[Group], Mapping[Any, Any]]:
@@ -107,25 +109,28 @@ def _kind(value: Any) -> object:
     return "number" if isinstance(value, int | float) else type(value)
 
 
-def _check_weight(name: str, weight: Tensor, group: Group, state: Any) -> None:
+def _check_weight(name: str, layout: Layout, group: Group, state: Any) -> None:
     if not isinstance(state, Mapping) or set(state) != _TENSORS:
         raise _damaged(f"the state of {name!r} is not {', '.join(sorted(_TENSORS))}")
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
             raise _damaged(f"{key} of {name!r} is no tensor of numbers")
-        if value.shape != weight.shape:
+        if tuple(value.shape) not in (layout.shape, layout.size):
             raise ValueError(
                 f"The saved masks belong to another model: {name!r} has shape "
-                f"{tuple(value.shape)} there and {tuple(weight.shape)} here."
+                f"{tuple(value.shape)} there and {layout.shape} here."
             )
-    dense, logits, masks = (state[key] for key in sorted(_TENSORS))
+    dense, logits, masks = (local(state[key]) for key in sorted(_TENSORS))
     dtypes = (dense.is_floating_point(), logits.dtype, masks.dtype)
     if dtypes != (True, torch.float32, torch.uint8):
         raise _damaged(f"{name!r} has {dense.dtype}, {logits.dtype} and {masks.dtype}")
     if not logits.isfinite().all():
         raise _damaged(f"the logits of {name!r} are not all finite")
+    if tuple(masks.shape) != layout.shape:
+        return  # a part, which may cut groups
     pattern, input_dim = NMPattern.parse(group["pattern"]), group["input_dim"]
-    masked = MaskedWeight(name, pattern, input_dim, weight.detach(), dense, logits, masks)
+    whole = Layout.of(dense, pattern, input_dim)
+    masked = MaskedWeight(name, whole, dense, dense, logits, masks)
     for version in get_args(_Stored):
         pattern.check(masked.mask(version), input_dim, f"the saved {version} mask of {name!r}")
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from maskpro_lightning.admission import is_maskable, kind_of
 from maskpro_lightning.pattern import NMPattern
+from maskpro_lightning.sharding import flat_shapes
 
 # What wrappers of PyTorch put into names; without it one name holds under every strategy.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
@@ -23,14 +25,16 @@ class Target:
     Attributes:
         name: The parameter's name in the model, free of wrappers' prefixes.
         module: The layer that owns it.
-        parameter: The weight.
+        parameter: The weight, or this rank's part of it.
         input_dim: The dimension that the layer sums over; groups lie along it.
+        shape: The whole weight's shape.
     """
 
     name: str
     module: nn.Module
     parameter: nn.Parameter
     input_dim: int
+    shape: torch.Size
 
 
 def find_targets(
@@ -38,6 +42,8 @@ def find_targets(
     pattern: str | NMPattern,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
+    *,
+    on_meta: bool = False,
 ) -> list[Target]:
     """Choose the weights to mask.
 
@@ -53,6 +59,7 @@ def find_targets(
             replace the default choice: what they match is masked even if left out by default.
         exclude: Globs, likewise, of what to leave out. A shared weight is left out by any of its
             names.
+        on_meta: Whether weights without values will do, as for a plan.
 
     Returns:
         The targets in the model's order, each weight once.
@@ -83,7 +90,7 @@ def find_targets(
             f"weights are all left out (include={include}, exclude={list(exclude)})."
         )
     for target in chosen:
-        _refuse_unsuitable(target, pattern)
+        _refuse_unsuitable(target, pattern, on_meta)
     return chosen
 
 
@@ -97,12 +104,18 @@ def parameter_groups(targets: Iterable[Target]) -> list[dict[str, object]]:
 
 def describe(model: nn.Module, targets: Sequence[Target], pattern: NMPattern) -> str:
     """One line: layers, weights and share of the model that are masked."""
-    masked = sum(target.parameter.numel() for target in targets)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    masked, total = count(model, targets)
     return (
         f"{pattern} masks on {len(targets)} weights: {masked:,} of the model's {total:,} "
         f"numbers ({masked / total:.1%})."
     )
+
+
+def count(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int]:
+    """Numbers in the targets and in the whole model, over all ranks that share it."""
+    shapes = flat_shapes(model)
+    sizes = [shapes.get(id(p), p.shape).numel() for p in model.parameters()]
+    return sum(target.shape.numel() for target in targets), sum(sizes)
 
 
 def clean_name(name: str) -> str:
@@ -130,32 +143,35 @@ def _candidates(model: nn.Module) -> Iterator[Target]:
     metrics = {
         id(inner) for module in model.modules() if _is_metric(module) for inner in module.modules()
     }
+    shapes = flat_shapes(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in metrics:
             continue
-        for parameter_name, input_dim in _weights(module):
+        for parameter_name, input_dim in _weights(module, shapes):
             weight = getattr(module, parameter_name)
             full_name = clean_name(f"{name}.{parameter_name}".removeprefix("."))
             if weight is not None:
-                yield Target(full_name, module, weight, input_dim)
+                shape = shapes.get(id(weight), weight.shape)
+                yield Target(full_name, module, weight, input_dim, shape)
 
 
-def _weights(module: nn.Module) -> Iterator[tuple[str, int]]:
+def _weights(module: nn.Module, shapes: Mapping[int, torch.Size]) -> Iterator[tuple[str, int]]:
     """The weights that a layer multiplies its inputs with, and the dimension it sums over."""
-    kind = type(module).__name__
+    # Not the class's own name alone, as fully_shard puts a subclass in its place.
+    kinds = [kind.__name__ for kind in type(module).__mro__]
     if isinstance(module, nn.Linear):
         yield "weight", -1
-    elif kind == "Conv1D" and hasattr(module, "nf"):
+    elif "Conv1D" in kinds and hasattr(module, "nf"):
         yield "weight", 0  # transformers' Conv1D stores (inputs, outputs)
     elif isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
         if module.in_channels != module.groups:  # depthwise: nothing to cut into groups
             yield "weight", 1
     elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
         yield "in_proj_weight", -1
-    elif kind.endswith("Experts"):
+    elif kinds[0].endswith("Experts"):
         transposed = getattr(module, "is_transposed", False)
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3:
+            if len(shapes.get(id(parameter), parameter.shape)) == 3:
                 yield name, -2 if transposed else -1
 
 
@@ -187,7 +203,7 @@ def _refuse_idle_globs(model: nn.Module, globs: Iterable[str]) -> None:
             )
 
 
-def _refuse_unsuitable(target: Target, pattern: NMPattern) -> None:
+def _refuse_unsuitable(target: Target, pattern: NMPattern, on_meta: bool) -> None:
     weight, layer = target.parameter, target.name.rpartition(".")[0]
     remedy = f'leave it out with exclude=["{layer or target.name}"]'
     if target.name.rpartition(".")[2] not in target.module._parameters:
@@ -201,13 +217,13 @@ def _refuse_unsuitable(target: Target, pattern: NMPattern) -> None:
             f"{target.name!r} holds {kind_of(weight)} numbers; masks need dense floating-point "
             f"weights of at least 16 bits: {remedy} or load the model unquantised."
         )
-    if weight.is_meta:
+    if weight.is_meta and not on_meta:
         raise ValueError(
             f"{target.name!r} is on the meta device, without values: load the weights before "
             f"masking."
         )
-    if weight.shape[target.input_dim] % pattern.m:
+    if target.shape[target.input_dim] % pattern.m:
         raise ValueError(
-            f"{target.name!r} has {weight.shape[target.input_dim]} input features, not a "
+            f"{target.name!r} has {target.shape[target.input_dim]} input features, not a "
             f"multiple of {pattern.m} (pattern {pattern}): {remedy} or choose another pattern."
         )

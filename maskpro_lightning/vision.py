@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from maskpro_lightning.catalog import resolve
-from maskpro_lightning.language import ResumableLoader
+from maskpro_lightning.language import ResumableLoader, pretrained
 
 
 class ImageClassifier(pl.LightningModule):
@@ -32,7 +32,7 @@ class ImageClassifier(pl.LightningModule):
     def __init__(self, model: str, dtype: str = "auto") -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = AutoModelForImageClassification.from_pretrained(resolve(model), dtype=dtype)
+        self.model = pretrained(AutoModelForImageClassification, model, dtype)
         self.accuracy = MulticlassAccuracy(self.model.config.num_labels, average="micro")
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class ImageClassifier(pl.LightningModule):
         pixels, labels = batch
         logits = self(pixels).float()
         loss = torch.nn.functional.cross_entropy(logits, labels)
-        self.log("val_loss", loss, prog_bar=True, batch_size=len(labels))
+        self.log("val_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
         self.accuracy(logits, labels)
         self.log("val_accuracy", self.accuracy)
 

@@ -11,7 +11,7 @@ from optimizer_cases import step
 from oracle import random
 from torch import Tensor, nn
 
-from maskpro_lightning import MaskPro, NMPattern, masked_weight
+from maskpro_lightning import MaskPro, NMPattern, layout
 from maskpro_lightning.metrics import BINS, MaskChange, MaskEntropy, histograms, mask_metrics
 
 # Up to 128 masks: 2:16 has 120, 2:17 has 136.
@@ -101,7 +101,7 @@ def trained() -> MaskPro:
 
 
 def test_each_weight_has_the_statistics_of_its_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masked_weight, "_BLOCK", 3)
+    monkeypatch.setattr(layout, "_BLOCK", 3)
     optimizer = trained()
     before = optimizer.masks("drawn")
     step(optimizer, -1.0)
@@ -166,7 +166,7 @@ def bins(values: list[float]) -> list[int]:
 def test_histograms_count_groups_by_certainty_and_by_what_the_initial_mask_keeps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(masked_weight, "_BLOCK", 3)
+    monkeypatch.setattr(layout, "_BLOCK", 3)
     optimizer = trained()
     initial, mode = optimizer.masks("initial"), optimizer.masks("mode")
     found = histograms(optimizer)

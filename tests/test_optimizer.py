@@ -21,7 +21,7 @@ from optimizer_cases import (
 from oracle import random
 from torch import Tensor, nn
 
-from maskpro_lightning import MaskPro, masked_weight
+from maskpro_lightning import MaskPro, layout
 from maskpro_lightning.optimizer import Version
 
 VERSIONS: list[Version] = ["dense", "initial", "drawn", "mode"]
@@ -117,7 +117,7 @@ def test_nothing_is_touched_before_begin() -> None:
 def test_groups_go_through_everything_in_order(
     monkeypatch: pytest.MonkeyPatch, pattern: str, shape: Shape, input_dim: int
 ) -> None:
-    monkeypatch.setattr(masked_weight, "_BLOCK", 5)
+    monkeypatch.setattr(layout, "_BLOCK", 5)
     optimizer = one_weight(nn.Parameter(random(*shape)), pattern, input_dim, logit_scale=0.5)
     step(optimizer, 1.0)
     before = drawn_of(optimizer)

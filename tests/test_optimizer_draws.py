@@ -13,7 +13,7 @@ from optimizer_cases import drawn_of, logits_of, one_weight, step
 from oracle import random
 from torch import Tensor, nn
 
-from maskpro_lightning import MaskPro, masked_weight
+from maskpro_lightning import MaskPro, layout
 
 RESIDUALS = [1.0, -0.5, 2.0, 0.25, -1.0, 0.75]
 SHAPES = {"a.weight": (8, 16), "b.weight": (4, 8), "c.weight": (12, 8)}
@@ -56,7 +56,7 @@ def test_the_order_of_the_weights_does_not_matter() -> None:
 @pytest.mark.parametrize("block", [1, 3, 7, 2**20])
 def test_the_size_of_a_block_does_not_matter(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     expected = trajectory([MaskPro(named_weights(), **RULE)])
-    monkeypatch.setattr(masked_weight, "_BLOCK", block)
+    monkeypatch.setattr(layout, "_BLOCK", block)
     assert_same(trajectory([MaskPro(named_weights(), **RULE)]), expected)
 
 

@@ -182,7 +182,6 @@ def test_a_recipe_runs(name: str, hub: Path, runs: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="sharded strategies are still refused", strict=True)
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_sharded_recipe_runs_on_two_ranks(name: str, hub: Path, runs: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("process_recipe.py")), "fit"]

@@ -119,9 +119,8 @@ def test_it_imitates_the_dense_network_better_than_its_start_and_leaves_the_weig
     with torch.no_grad():
         expected = model(unseen)
         for method in ("sparsegpt", "reconstruction"):
-            masks = initial_masks(
-                method, targets, pattern, batches=lambda: [lambda b=b: model(b) for b in batches]
-            )
+            runs = [lambda b=b: model(b) for b in batches]
+            masks = dict(initial_masks(method, targets, pattern, batches=lambda runs=runs: runs))
             assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
             for target in targets:
                 pattern.check(masks[target.name], target.input_dim)

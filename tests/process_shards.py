@@ -1,0 +1,532 @@
+"""Runs on 1, 2 and 4 ranks, in processes of their own, for tests of sharding.
+
+``python process_shards.py FOLDER TASK ...`` forks a process for each rank; what they have to tell
+lies in ``FOLDER/TASK-RANKS-RANK.pt``, by the name of the case.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lightning.pytorch as pl
+import oracle
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import fsdp as lightning_fsdp
+from modules import quiet_trainer
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    ShardingStrategy,
+    StateDictType,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader
+
+from maskpro_lightning import MaskPro, MaskProCallback, layout
+from maskpro_lightning.metrics import mask_metrics
+from maskpro_lightning.optimizer import Estimator
+
+STEPS, LR = 8, 20.0
+
+
+class Conv1D(nn.Module):
+    """A layer that stores its weight as (inputs, outputs), as Hugging Face's of this name."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.nx, self.nf = inputs, outputs
+        self.weight = nn.Parameter(oracle.random(inputs, outputs, seed=5) / inputs**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class Model(nn.Module):
+    """Weights of three layouts; 3 outputs are fewer than 4 ranks, 20 / 4 inputs cut groups.
+
+    Args:
+        channels: Four times as many inputs has ``transposed``; 6 cut groups on 4 ranks, 8 do not.
+    """
+
+    def __init__(self, channels: int = 6) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, channels, 3, padding=1)
+        self.transposed = Conv1D(4 * channels, 12)
+        self.first = nn.Linear(12, 20)
+        self.second = nn.Linear(20, 3)
+        with torch.no_grad():
+            for seed, weight in enumerate((self.conv, self.first, self.second)):
+                shape = weight.weight.shape
+                scale = shape[1:].numel() ** -0.5
+                weight.weight.copy_(oracle.random(*shape, seed=seed) * scale)
+                weight.bias.fill_(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.transposed(self.conv(x).relu().flatten(1))
+        return self.second(self.first(hidden).relu())
+
+
+def weights(model: nn.Module, pattern: str = "2:4") -> list[dict[str, Any]]:
+    """The four weights as parameter groups, by name, whatever wraps the model."""
+    named = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in model.named_parameters()}
+    dims = {"conv.weight": 1, "transposed.weight": 0, "first.weight": -1, "second.weight": -1}
+    return [{"params": [(n, named[n])], "input_dim": dim} for n, dim in dims.items()]
+
+
+# What each strategy makes of a model, and over how many ranks data is split ("all", or a number).
+
+
+def ddp(model: nn.Module, ranks: int) -> nn.Module:
+    return model
+
+
+def fsdp2(model: nn.Module, ranks: int, **kwargs: Any) -> nn.Module:
+    mesh = kwargs.pop("mesh", None) or init_device_mesh("cpu", (ranks,))
+    for layer in model.children():
+        fully_shard(layer, mesh=mesh, **kwargs)
+    return fully_shard(model, mesh=mesh, **kwargs)
+
+
+def fsdp2_by_inputs(model: nn.Module, ranks: int) -> nn.Module:
+    """Shards along dimension 1: 12 and 20 inputs on 4 ranks cut groups."""
+    return fsdp2(model, ranks, shard_placement_fn=lambda p: Shard(min(1, p.dim() - 1)))
+
+
+def fsdp1(model: nn.Module, ranks: int, kind: str = "FULL_SHARD") -> nn.Module:
+    wrapped = partial(
+        FullyShardedDataParallel,
+        sharding_strategy=ShardingStrategy[kind],
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    for name, layer in list(model.named_children())[2:]:
+        setattr(model, name, wrapped(layer))
+    return wrapped(model)
+
+
+def tp(model: nn.Module, ranks: int, mesh: DeviceMesh | None = None) -> nn.Module:
+    plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+    return parallelize_module(model, mesh or init_device_mesh("cpu", (ranks,)), plan)
+
+
+def tp_and_fsdp2(model: nn.Module, ranks: int) -> nn.Module:
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
+    return fsdp2(tp(model, 2, mesh["tensor"]), ranks, mesh=mesh["data"])
+
+
+def hsdp2(model: nn.Module, ranks: int) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
+    return fsdp2(model, ranks, mesh=mesh)
+
+
+Wrap = Callable[[nn.Module, int], nn.Module]
+#: By name: how to wrap, and how many ranks see the same data.
+STRATEGIES: dict[str, tuple[Wrap, Callable[[int], int]]] = {
+    "ddp": (ddp, lambda _: 1),
+    "fsdp2": (fsdp2, lambda _: 1),
+    "fsdp2 keeping": (partial(fsdp2, reshard_after_forward=False), lambda _: 1),
+    "fsdp2 by inputs": (fsdp2_by_inputs, lambda _: 1),
+    "hsdp2": (hsdp2, lambda _: 1),
+    "fsdp1": (fsdp1, lambda _: 1),
+    "fsdp1 keeping": (partial(fsdp1, kind="SHARD_GRAD_OP"), lambda _: 1),
+    "fsdp1 unsharded": (partial(fsdp1, kind="NO_SHARD"), lambda _: 1),
+    "tp": (tp, lambda ranks: ranks),
+    "tp and fsdp2": (tp_and_fsdp2, lambda _: 2),
+}
+#: Where gradients of whole groups are at hand.
+WITH_GRADIENTS = ("fsdp2", "fsdp2 keeping", "hsdp2")
+REFUSED = ("fsdp1", "fsdp2 by inputs", "tp")
+
+
+def applies(name: str, ranks: int) -> bool:
+    """Two meshes need four ranks to be two."""
+    return ranks == 4 or name not in ("hsdp2", "tp and fsdp2")
+
+
+class Run:
+    """A few steps of one strategy, watched from outside."""
+
+    def __init__(
+        self, strategy: str, ranks: int, estimator: Estimator = "policy", **rule: Any
+    ) -> None:
+        wrap, copies = STRATEGIES[strategy]
+        self.model = wrap(Model(6 if estimator == "policy" else 8), ranks)
+        rule = {
+            "lr": LR if estimator == "policy" else 0.1,
+            "normalize": False,
+            "logit_scale": 1.0,
+        } | rule
+        self.optimizer = MaskPro(weights(self.model), estimator=estimator, model=self.model, **rule)
+        self._estimator = estimator
+        self._apart = rule.get("exploration") == "per_replica"
+        self.own: list[Tensor] = []  # baseline and loss of each step, of this rank alone
+        parts, part = ranks // copies(ranks), dist.get_rank() // copies(ranks)
+        self._x = oracle.random(8, 4, 2, 2, seed=20).chunk(parts)[part]
+        self._y = oracle.random(8, 3, seed=21).chunk(parts)[part]
+        self.losses: list[float] = []
+        self.sent: list[int] = []  # numbers in each collective of our own
+
+    def loss(self) -> Tensor:
+        loss = mse_loss(self.model(self._x), self._y)
+        if self._apart:
+            self.own.append(loss)
+            return loss
+        if self._estimator == "straight_through":
+            loss.backward()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        return mean / dist.get_world_size()
+
+    def train(self, steps: int) -> None:
+        def counting(tensor: Tensor, **kwargs: Any) -> Any:
+            self.sent.append(tensor.numel())
+            return dist.all_reduce(tensor, **kwargs)
+
+        with mock.patch.object(layout, "all_reduce", counting):
+            for _ in range(steps):
+                self.losses.append(float(self.optimizer.step(self.loss)))
+
+    def told(self) -> dict[str, Any]:
+        """What must not depend on the ranks, whole; and the bytes that this rank keeps."""
+        logits = {
+            masked.name: masked.layout.whole(masked.layout.own(masked.logits)).clone()
+            for _, _, masked in self.optimizer._masked_weights()
+        }
+        state = self.optimizer.state.values()
+        kept = [
+            value.to_local() if isinstance(value, DTensor) else value
+            for tensors in state
+            for value in tensors.values()
+        ]
+        versions = ("initial", "drawn", "mode")
+        return {
+            "logits": logits,
+            **{version: dict(self.optimizer.whole_masks(version)) for version in versions},
+            "losses": self.losses,
+            "sent": self.sent,
+            "weight_bytes": sum(layout.local(p).nbytes for p in self.model.parameters()),
+            "bytes": sum(value.untyped_storage().nbytes() for value in kept),
+        }
+
+
+def core(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """MaskPro without a trainer."""
+    for name in STRATEGIES:
+        if applies(name, ranks):
+            run = Run(name, ranks)
+            run.optimizer.begin()
+            start = run.told()
+            run.train(STEPS)
+            yield name, {"start": start, "end": run.told()}
+    for name in WITH_GRADIENTS:
+        if applies(name, ranks):
+            run = Run(name, ranks, "straight_through")
+            run.optimizer.begin()
+            start = run.told()
+            run.train(STEPS)
+            yield f"straight_through {name}", {"start": start, "end": run.told()}
+    for name in REFUSED if ranks > 1 else ():
+        try:
+            Run(name, ranks, "straight_through")
+        except ValueError as error:
+            yield f"refused {name}", str(error)
+
+
+# --- fits -----------------------------------------------------------------------------------------
+
+
+class OnCPU(FSDPStrategy):
+    """Lightning wants GPUs for its own class, and PyTorch a device for flat parameters."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        policy = partial(lambda_auto_wrap_policy, lambda_fn=lambda m: type(m) is nn.Linear)
+        super().__init__(auto_wrap_policy=policy, **kwargs)
+
+    def model_sharded_context(self) -> Any:
+        return nullcontext()
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        device = torch.device("cpu")
+        return FullyShardedDataParallel(model, device_id=device, **self.kwargs)
+
+
+class Fitted(pl.LightningModule):
+    """The model, its losses, and what its strategy asks it to do to itself."""
+
+    def __init__(self, wrap: Callable[[nn.Module, Any], None] | None = None) -> None:
+        super().__init__()
+        self._wrap = wrap
+        self.model: nn.Module | None = None
+        self.losses: list[float] = []
+        self.validated: list[Tensor] = []
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = Model()
+            if self._wrap is not None:
+                self._wrap(self.model, self.device_mesh)
+
+    def loss(self, batch: Any) -> Tensor:
+        assert self.model is not None
+        return mse_loss(self.model(batch[0]), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.validated.append(self.loss(batch).detach())
+        self.log("val_loss", self.validated[-1], sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Losses(pl.Callback):
+    def __init__(self, masks: MaskProCallback) -> None:
+        self.masks = masks
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        assert self.masks.optimizer is not None
+        pl_module.losses.append(float(self.masks.optimizer.last["loss"]))
+
+
+def _fully_shard(model: nn.Module, mesh: Any) -> None:
+    fsdp2(model, 0, mesh=mesh["data_parallel"])
+
+
+def _split(model: nn.Module, mesh: Any) -> None:
+    tp(model, 0, mesh["tensor_parallel"])
+
+
+def _split_and_shard(model: nn.Module, mesh: Any) -> None:
+    _split(model, mesh)
+    _fully_shard(model, mesh)
+
+
+def _parallel(data: int, tensor: int, *, distributed: bool = True) -> ModelParallelStrategy:
+    return ModelParallelStrategy(
+        data_parallel_size=data,
+        tensor_parallel_size=tensor,
+        save_distributed_checkpoint=distributed,
+    )
+
+
+#: By name: the strategy on so many ranks, how the module wraps itself, ranks with the same data.
+FITS: dict[str, tuple[Callable[[int], Any], Any, Callable[[int], int]]] = {
+    "ddp": (lambda _: "ddp", None, lambda _: 1),
+    "fsdp1 full": (lambda _: OnCPU(state_dict_type="full"), None, lambda _: 1),
+    "fsdp1 sharded": (lambda _: OnCPU(state_dict_type="sharded"), None, lambda _: 1),
+    "fsdp2 full": (lambda n: _parallel(n, 1, distributed=False), _fully_shard, lambda _: 1),
+    "fsdp2 sharded": (lambda n: _parallel(n, 1), _fully_shard, lambda _: 1),
+    "tp sharded": (lambda n: _parallel(1, n), _split, lambda n: n),
+    "tp and fsdp2 sharded": (lambda n: _parallel(n // 2, 2), _split_and_shard, lambda _: 2),
+}
+MOVES = (("ddp", "fsdp1 full"), ("fsdp1 full", "fsdp2 full"), ("fsdp2 full", "ddp"))
+LOGGED = (("fsdp1 sharded", 2), ("fsdp2 sharded", 4))
+STARTS = ("ddp", "fsdp1 sharded", "fsdp2 sharded", "tp and fsdp2 sharded")
+FIT_STEPS, SAVED_STEP = 6, 3
+
+
+def fits_on(name: str, ranks: int) -> bool:
+    return ranks == 4 or "tp and" not in name
+
+
+def fit_masks(
+    name: str, ranks: int, folder: Path, ckpt_path: Path | None = None, **rule: Any
+) -> dict[str, Any]:
+    """A fit whose every step sees the eight rows that one rank would see."""
+    make, wrap, copies = FITS[name]
+    parts, part = ranks // copies(ranks), dist.get_rank() // copies(ranks)
+    batches = [
+        (oracle.random(8, 4, 2, 2, seed=20 + i), oracle.random(8, 3, seed=30 + i))
+        for i in range(SAVED_STEP)
+    ]
+    own = [tuple(tensor.chunk(parts)[part] for tensor in batch) for batch in batches]
+    rule = {"lr": LR, "normalize": False, "logit_scale": 1.0, "baseline_cache": 0} | rule
+    masks = MaskProCallback(**rule)
+    save = ModelCheckpoint(folder, "{step}", every_n_train_steps=SAVED_STEP, save_top_k=-1)
+    trainer = quiet_trainer(
+        folder,
+        masks,
+        Losses(masks),
+        *([save] if ckpt_path is None else []),
+        devices=ranks,
+        strategy=make(ranks),
+        use_distributed_sampler=False,
+        max_steps=1 if "init" in rule else FIT_STEPS,
+        val_check_interval=1 if "init" in rule else None,
+        limit_val_batches=1,
+        log_every_n_steps=2,
+        # Slow for its figures, so on few.
+        logger=CSVLogger(folder, "", "")
+        if (name, ranks) in LOGGED and ckpt_path is None
+        else False,
+    )
+    module = Fitted(wrap)
+    data = DataLoader(own, batch_size=None)
+    # Lightning's own context for whole state dicts makes PyTorch crash without a GPU.
+    with mock.patch.object(lightning_fsdp, "_get_full_state_dict_context", _whole_on_cpu):
+        trainer.fit(module, data, DataLoader(own, batch_size=None), ckpt_path=ckpt_path)
+    optimizer = masks.optimizer
+    assert optimizer is not None
+    validated = torch.stack(module.validated)
+    dist.all_reduce(validated)
+    return {
+        "logits": {
+            masked.name: masked.layout.whole(masked.layout.own(masked.logits)).clone()
+            for _, _, masked in optimizer._masked_weights()
+        },
+        **{v: dict(optimizer.whole_masks(v)) for v in ("initial", "drawn", "mode")},
+        "weights": {
+            n: optimizer.whole(p).clone()
+            for n, p in zip(optimizer.names, optimizer.layouts, strict=True)
+        },
+        "losses": module.losses,
+        "validated": (validated / ranks).tolist(),
+        "metrics": mask_metrics(optimizer),
+        "step": optimizer.param_groups[0]["step"],
+    }
+
+
+def _whole_on_cpu(module: nn.Module, world_size: int, rank0_only: bool = True) -> Any:
+    return FullyShardedDataParallel.state_dict_type(
+        module, StateDictType.FULL_STATE_DICT, FullStateDictConfig(False, rank0_only)
+    )
+
+
+def fit(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    for name in FITS:
+        if fits_on(name, ranks):
+            yield name, fit_masks(name, ranks, folder / f"{name}-{ranks}")
+    for name in STARTS:
+        for init in ("wanda", "sparsegpt", "random") if fits_on(name, ranks) else ():
+            told = fit_masks(name, ranks, folder / "start", init=init, calibration_batches=2)
+            yield f"{name} from {init}", told["initial"]
+
+
+def resume(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """Goes on with what ``fit`` has saved on other numbers of ranks."""
+    for name in FITS:
+        for saved in (1, 2, 4):
+            if fits_on(name, ranks) and fits_on(name, saved):
+                path = folder / f"{name}-{saved}" / f"step={SAVED_STEP}.ckpt"
+                resumed = fit_masks(name, ranks, folder / "resumed", path)
+                yield f"{name} of {saved}", resumed
+    for before, after in MOVES if ranks == 2 else ():
+        path = folder / f"{before}-4" / f"step={SAVED_STEP}.ckpt"
+        yield f"{before} to {after}", fit_masks(after, ranks, folder / "resumed", path)
+
+
+def explore(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """A mask for each replica."""
+    apart: dict[str, Any] = {"exploration": "per_replica", "normalize": True, "momentum": 0.9}
+    run = Run("ddp", ranks, lr=1.0, **apart)
+    run.optimizer.begin()
+    steps = []
+    for _ in range(3):
+        before = {"state": deepcopy(run.optimizer.state_dict()), "told": run.told()}
+        run.train(1)
+        steps.append(before | {"losses": run.own[-2:], "after": run.told()})
+    yield "steps", steps
+    for name in ("ddp", "fsdp2", "hsdp2"):
+        if applies(name, ranks):
+            run = Run(name, ranks, lr=1.0, **apart)
+            run.train(STEPS)
+            yield name, run.told()
+    shared = Run("ddp", ranks, lr=1.0, **apart | {"exploration": "shared"})
+    shared.train(STEPS)
+    yield "shared", shared.told()
+    rule = apart | {"lr": 1.0}
+    yield "whole", fit_masks("ddp", ranks, folder / f"apart-{ranks}", **rule)
+    path = folder / f"apart-{ranks}" / f"step={SAVED_STEP}.ckpt"
+    yield "resumed", fit_masks("ddp", ranks, folder / "resumed", path, **rule)
+    yield "drift", list(_drift())
+
+
+def _drift() -> Iterator[str]:
+    """What comes of losses that differ between ranks, and of one that does not."""
+    logging.getLogger("maskpro_lightning").setLevel(logging.DEBUG)
+    for loss in (1.0, 1.0 + dist.get_rank()):
+        optimizer = MaskPro([("w", nn.Parameter(oracle.random(4, 8)))], normalize=False)
+        try:
+            optimizer.step(lambda loss=loss: torch.tensor(loss), torch.tensor(0.0))
+            yield ""
+        except RuntimeError as error:
+            yield str(error)
+    logging.getLogger("maskpro_lightning").setLevel(logging.NOTSET)
+
+
+TASKS = {"core": core, "fit": fit, "resume": resume, "explore": explore}
+
+
+def _rank(task: str, folder: Path, rank: int, ranks: int, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    told = dict(TASKS[task](ranks, folder))
+    torch.save(told, folder / f"{task}-{ranks}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_on(ranks: int, task: str, folder: Path) -> None:
+    """Run a task on some ranks, and end as soon as one of them fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = set()
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            try:
+                _rank(task, folder, rank, ranks, port)
+            except BaseException:  # noqa: BLE001, nothing may leave a fork but through the exit
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.add(child)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(f"{task} failed on {ranks} ranks.")
+
+
+if __name__ == "__main__":
+    for task_ in sys.argv[2:]:
+        for ranks_ in (1, 2, 4):
+            run_on(ranks_, task_, Path(sys.argv[1]))

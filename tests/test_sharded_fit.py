@@ -1,0 +1,140 @@
+"""Laws of fits and checkpoints of sharded models: all as on one rank, whatever the strategy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from modules import ROUNDING, equal, identical
+from process_shards import (
+    FIT_STEPS,
+    FITS,
+    LOGGED,
+    LR,
+    MOVES,
+    SAVED_STEP,
+    STARTS,
+    Model,
+    fits_on,
+    weights,
+)
+from test_sharding import RANKS, Told, assert_alike, run
+from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from maskpro_lightning import NMPattern, load_masks
+
+FITTED = [(name, ranks) for name in FITS for ranks in RANKS if fits_on(name, ranks)]
+RESUMED = [(n, saved, r) for n, r in FITTED for saved in RANKS if fits_on(n, saved)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fits")
+
+
+@pytest.fixture(scope="module")
+def fits(folder: Path) -> dict[str, Told]:
+    return run(folder, "fit", "resume")
+
+
+def assert_fitted_alike(found: Any, expected: Any) -> None:
+    assert_alike(found, expected, FIT_STEPS * LR * ROUNDING["policy"])
+    assert identical(found["weights"], expected["weights"])
+    assert found["validated"] == pytest.approx(expected["validated"], rel=2**-20)
+    for layer, statistics in expected["metrics"].items():
+        assert found["metrics"][layer] == pytest.approx(statistics, abs=2**-18), layer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "ranks"), FITTED)
+def test_a_fit_does_not_depend_on_the_strategy(
+    fits: dict[str, Told], strategy: str, ranks: int
+) -> None:
+    one = fits["fit"][1][0]["ddp"]
+    for told in fits["fit"][ranks]:
+        assert_fitted_alike(told[strategy], one)
+        assert not equal(told[strategy]["mode"], told[strategy]["initial"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "saved", "ranks"), RESUMED)
+def test_a_fit_resumes_on_any_number_of_ranks(
+    fits: dict[str, Told], strategy: str, saved: int, ranks: int
+) -> None:
+    for told in fits["resume"][ranks]:
+        assert_fitted_alike(told[f"{strategy} of {saved}"], later_half(fits))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), MOVES)
+def test_a_whole_file_moves_between_strategies(
+    fits: dict[str, Told], before: str, after: str
+) -> None:
+    for told in fits["resume"][2]:
+        assert_fitted_alike(told[f"{before} to {after}"], later_half(fits))
+
+
+def later_half(fits: dict[str, Told]) -> dict[str, Any]:
+    """What a fit on one rank has learned, and told since its checkpoint."""
+    one = fits["fit"][1][0]["ddp"]
+    since = one["losses"][-(FIT_STEPS - SAVED_STEP) :]
+    return one | {"losses": since, "validated": one["validated"][-1:]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["wanda", "sparsegpt", "random"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_initial_masks_do_not_depend_on_the_strategy(
+    fits: dict[str, Told], init: str, ranks: int
+) -> None:
+    one = fits["fit"][1][0]
+    expected = one[f"ddp from {init}"]
+    assert not equal(expected, one["ddp"]["initial"])
+    for told in fits["fit"][ranks]:
+        for name in STARTS:
+            if fits_on(name, ranks):
+                assert equal(told[f"{name} from {init}"], expected), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "ranks"), LOGGED)
+def test_a_sharded_fit_leaves_its_files(
+    fits: dict[str, Told], folder: Path, strategy: str, ranks: int
+) -> None:
+    left = folder / f"{strategy}-{ranks}" / "maskpro"
+    masks = load_masks(left / "masks.safetensors", NMPattern(2, 4))
+    assert equal(masks, fits["fit"][ranks][0][strategy]["mode"])
+    assert (left / "history.csv").exists()
+    assert not (left / "distributions.safetensors").exists()
+
+
+def weights_in(checkpoint: Path, folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint by name, read by those who do not know of masks."""
+    file = checkpoint
+    if checkpoint.is_dir():
+        file = folder / "whole.ckpt"
+        dcp_to_torch_save(checkpoint, file)
+    state = torch.load(file, weights_only=False)
+    found = state["state_dict"] if "state_dict" in state else state["model"]
+    return {name.removeprefix("model."): value for name, value in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated", "ignore:Please use DTensor")
+@pytest.mark.parametrize(("strategy", "ranks"), FITTED)
+def test_a_checkpoint_holds_the_most_likely_masks_for_those_without_the_callback(
+    fits: dict[str, Told], folder: Path, strategy: str, ranks: int, tmp_path: Path
+) -> None:
+    checkpoint = folder / f"{strategy}-{ranks}" / f"step={FIT_STEPS}.ckpt"
+    model, masks = Model(), fits["fit"][ranks][0][strategy]["mode"]
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights_in(checkpoint, tmp_path))
+    for group in weights(model):
+        ((name, weight),) = group["params"]
+        assert torch.equal(weight, dense[name] * masks[f"model.{name}"]), name
+        assert oracle.keeps_exactly(2, 4, weight != 0, group["input_dim"]), name
+    assert torch.equal(model.first.bias, dense["first.bias"])

@@ -1,0 +1,138 @@
+"""Laws of sharded masks: nobody can tell from what was learned how many ranks learned it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import process_shards
+import pytest
+import torch
+from modules import ROUNDING, equal, identical
+from process_shards import LR, STEPS, STRATEGIES, WITH_GRADIENTS, Model, applies
+
+from maskpro_lightning import find_targets
+from maskpro_lightning.plan import plan
+
+RANKS = (1, 2, 4)
+Told = dict[int, list[dict[str, Any]]]
+
+
+def run(folder: Path, *tasks: str) -> dict[str, Told]:
+    """What every rank tells of each task, on 1, 2 and 4 of them."""
+    command = [sys.executable, "-W", "ignore", process_shards.__file__, str(folder), *tasks]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900)
+    assert not done.returncode, done.stdout + done.stderr
+
+    def told(task: str, ranks: int, rank: int) -> Any:
+        return torch.load(folder / f"{task}-{ranks}-{rank}.pt", weights_only=False)
+
+    return {
+        task: {ranks: [told(task, ranks, rank) for rank in range(ranks)] for ranks in RANKS}
+        for task in tasks
+    }
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    return run(tmp_path_factory.mktemp("core"), "core")["core"]
+
+
+POLICY = [(name, ranks) for name in STRATEGIES for ranks in RANKS if applies(name, ranks)]
+GRADIENTS = [(name, ranks) for name in WITH_GRADIENTS for ranks in RANKS if applies(name, ranks)]
+
+
+def assert_alike(found: Any, expected: Any, rounding: float) -> None:
+    """Equal masks; logits and losses up to the rounding of so many updates."""
+    for version in ("initial", "drawn", "mode"):
+        assert equal(found[version], expected[version]), version
+    for name, logits in expected["logits"].items():
+        torch.testing.assert_close(found["logits"][name], logits, rtol=0, atol=rounding)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2**-20)
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), POLICY)
+def test_masks_do_not_depend_on_how_the_weights_are_cut(
+    core: Told, strategy: str, ranks: int
+) -> None:
+    one = core[1][0]["ddp"]
+    for told in core[ranks]:
+        assert_alike(told[strategy]["start"], one["start"], 0.0)
+        assert_alike(told[strategy]["end"], one["end"], STEPS * LR * ROUNDING["policy"])
+        assert not equal(told[strategy]["start"]["mode"], told[strategy]["end"]["mode"])
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), GRADIENTS)
+def test_masks_learned_from_gradients_do_not_depend_on_how_the_weights_are_cut(
+    core: Told, strategy: str, ranks: int
+) -> None:
+    name = f"straight_through {strategy}"
+    one = core[1][0]["straight_through fsdp2"]
+    for told in core[ranks]:
+        assert_alike(told[name]["start"], one["start"], 0.0)
+        assert_alike(told[name]["end"], one["end"], STEPS * 0.1 * ROUNDING["straight_through"])
+        assert not equal(told[name]["start"]["mode"], told[name]["end"]["mode"])
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), POLICY)
+def test_ranks_agree_to_the_bit(core: Told, strategy: str, ranks: int) -> None:
+    first, *others = (told[strategy]["end"] for told in core[ranks])
+    for other in others:
+        for what in ("logits", "initial", "drawn", "mode", "losses"):
+            assert identical(first[what], other[what]), what
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_fully_sharded_ranks_keep_together_what_one_rank_keeps(core: Told, ranks: int) -> None:
+    kept = [told["fsdp2"]["end"]["bytes"] for told in core[ranks]]
+    # On 4 ranks, 24 rows of inputs are cut into 6, and each keeps logits and masks of 8.
+    cut = 5 * 12 * 8 if ranks == 4 else 0
+    assert sum(kept) == core[1][0]["ddp"]["end"]["bytes"] + cut
+    # A rank has at most one row of each weight more than its share: 9 bytes a weight, up to 36.
+    assert max(kept) < sum(kept) / ranks + 9 * 4 * 36
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_flat_shards_keep_nothing_twice_but_cut_groups(core: Told, ranks: int) -> None:
+    kept = [told["fsdp1"]["end"]["bytes"] for told in core[ranks]]
+    # Logits and masks, 5 bytes a weight, of the groups at two ends of four weights.
+    edges = 5 * 2 * (36 + 48 + 4 + 4)
+    assert sum(kept) <= core[1][0]["ddp"]["end"]["bytes"] + ranks * edges
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_plan_tells_what_the_largest_rank_keeps(core: Told, ranks: int) -> None:
+    model = Model()
+    for strategy in ("ddp", "fsdp2"):
+        found = plan(model, find_targets(model, "2:4"), devices=ranks, strategy=strategy)
+        kept = max(told[strategy]["end"]["bytes"] for told in core[ranks])
+        weights = max(told[strategy]["end"]["weight_bytes"] for told in core[ranks])
+        # Six rows are cut from groups of four, and two more kept, which is not planned.
+        cut = 5 * 12 * 2 if (strategy, ranks) == ("fsdp2", 4) else 0
+        assert found.state["dense"] + found.state["logits"] + found.state["masks"] == kept - cut
+        assert found.state["weights"] == weights
+    found = plan(model, find_targets(model, "2:4"), devices=ranks, strategy="fsdp1")
+    mean = sum(told["fsdp1"]["end"]["weight_bytes"] for told in core[ranks]) / ranks
+    assert mean <= found.state["weights"] <= mean + 4 * 8  # eight weights, each rounded up
+
+
+def test_a_step_sends_nothing_but_a_scalar_of_each_weight(core: Told) -> None:
+    for ranks in RANKS:
+        for told in core[ranks]:
+            assert not any(told[name]["end"]["sent"] for name, n in POLICY if n == ranks)
+            for name, n in GRADIENTS:
+                sent = told[f"straight_through {name}"]["end"]["sent"] if n == ranks else []
+                assert all(numbers <= 4 for numbers in sent)
+                assert len(sent) == (STEPS if n == ranks > 1 else 0)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("strategy", process_shards.REFUSED)
+def test_gradients_of_cut_groups_are_refused(core: Told, strategy: str, ranks: int) -> None:
+    # 20 inputs stay whole where two ranks share them: ten are cut.
+    for told in core[ranks]:
+        message = told[f"refused {strategy}"]
+        assert "is cut within groups of 4 inputs" in message
+        assert "use fully_shard (FSDP2), or choose estimator='policy'." in message
