@@ -28,7 +28,7 @@ WITH_CODE = [name for name, page in PAGES.items() if "```python" in page.read_te
 def commands() -> set[str]:
     """All command lines of all pages, once."""
     text = "\n".join(page.read_text() for page in PAGES.values())
-    return set(re.findall(r"^    (maskpro .*)$", text, flags=re.MULTILINE))
+    return set(re.findall(r"^ {4,}(maskpro .*)$", text, flags=re.MULTILINE))
 
 
 def test_pages_are_listed_and_found() -> None:

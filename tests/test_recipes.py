@@ -181,6 +181,20 @@ def test_a_recipe_runs(name: str, hub: Path, runs: Path, monkeypatch: pytest.Mon
     assert_learned(name, runs)
 
 
+@pytest.mark.parametrize("name", ["quickstart", "minilm", "vit_cifar10"])
+def test_a_recipe_is_planned_without_its_weights(
+    name: str,
+    hub: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["maskpro"])
+    main(["plan", *options(name, hub)])
+    told = capsys.readouterr().out
+    weights = sum(p.numel() for p in model(MODELS[name]).parameters())
+    assert f" {4 * weights:,} " in told  # float32
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_sharded_recipe_runs_on_two_ranks(name: str, hub: Path, runs: Path) -> None:
