@@ -33,6 +33,7 @@ from maskpro_lightning.journal import Journal
 from maskpro_lightning.masked_weight import Version
 from maskpro_lightning.maskfiles import load_maskllm, load_masks
 from maskpro_lightning.metrics import mask_metrics
+from maskpro_lightning.mlflow_run import MLflowRun
 from maskpro_lightning.optimizer import Estimator, Exploration, MaskPro, policy_lr
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.targets import Target, count, describe, find_targets, parameter_groups
@@ -163,7 +164,9 @@ class MaskProCallback(pl.Callback):
         self._tracking: Tracking | None = None
         self._teacher: Teacher | None = None
         # Made for its checks, and for the defaults that it fills in.
-        trial = MaskPro([nn.Parameter(torch.zeros(self.pattern.m))], self.pattern, **self.rule)
+        trial = MaskPro(
+            [nn.Parameter(torch.zeros(self.pattern.m, device="cpu"))], self.pattern, **self.rule
+        )
         self._lr_given = lr is not None
         self.rule = {name: trial.defaults[name] for name in self.rule}
 
@@ -174,6 +177,7 @@ class MaskProCallback(pl.Callback):
             return
         self._refuse_unsupported(trainer, pl_module)
         self._tracking = Tracking(trainer, self.on_logger_error)
+        self._mlflow_run = MLflowRun(trainer, self._tracking)
         self._baselines = BaselineCache(self.baseline_cache)
         self._journal = Journal()
         self.optimizer = None
@@ -208,6 +212,9 @@ class MaskProCallback(pl.Callback):
         self._journal.parameters(self._parameters(pl_module), self._tracking_)
         if self._optimizer.begun:
             self._tracking_.resume()
+        self._mlflow_run.begin(
+            {"maskpro.pattern": str(self.pattern), "maskpro.estimator": self.rule["estimator"]}
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         self._optimizer.write("mode")
@@ -223,6 +230,7 @@ class MaskProCallback(pl.Callback):
 
     def _leave(self) -> None:
         """Stands in for the strategy's teardown: everything of the user's is theirs again."""
+        self._mlflow_run.end()
         if self.optimizer is not None:
             self.optimizer.write(self._deployed)
         teardown = self._teardown_inside

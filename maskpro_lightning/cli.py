@@ -16,6 +16,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from maskpro_lightning import measure, runs
 from maskpro_lightning.callback import MaskProCallback
@@ -23,6 +24,7 @@ from maskpro_lightning.catalog import recipes
 from maskpro_lightning.compare import callback_of, compare, table, write_csv
 from maskpro_lightning.delivery import send
 from maskpro_lightning.export import Format, export_sparse
+from maskpro_lightning.mlflow_run import log_model
 from maskpro_lightning.plan import Strategy, plan
 from maskpro_lightning.targets import find_targets
 from maskpro_lightning.tracking import Tracking, without_credentials
@@ -32,7 +34,10 @@ _USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
   fit       learn a mask
   validate  measure a model, or a checkpoint with --ckpt_path
   compare   measure the dense model and one-shot masks, learn a mask, print one table, export
-  export    write a checkpoint's sparse model for others to load (--format)
+  evaluate  measure the model dense and as in --ckpt_path, side by side; of language models also
+            the perplexity of WikiText-2
+  export    write a checkpoint's sparse model for others to load (--format), or keep it in MLflow
+            (--log_model, --registered_name)
   measure   time the layers dense and 2:4 on this device (--batch_sizes, --dtype)
   plan      tell what a fit needs on --devices ranks with --strategy, without loading the model
   plot      draw what a run logged: maskpro plot RUN [--tracking_uri URI] [--output FOLDER]
@@ -52,6 +57,7 @@ def main(args: Sequence[str] | None = None) -> None:
     command = arguments[0] if arguments else "--help"
     own = {
         "compare": _compare,
+        "evaluate": _evaluate,
         "export": _export,
         "measure": _measure,
         "plan": _plan,
@@ -111,13 +117,54 @@ class _Measured(_Built):
         parser.add_argument("--dtype", type=dtypes, default="bfloat16")
 
 
-class _AfterFit(_Built):
-    """Adds the options of what comes after a fit."""
+class _WithCheckpoint(_Built):
+    """Adds the checkpoint of a fit."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--output", type=str, default="sparse-model", help="Folder to write.")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint.")
+
+    def checkpoint(self) -> dict[str, Tensor] | None:
+        """Its weights, under the most likely mask."""
+        path = self.config["ckpt_path"]
+        if path is None:
+            return None
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state: dict[str, Tensor] = loaded["state_dict"]
+        return state
+
+
+class _Evaluated(_WithCheckpoint):
+    """Adds the options of ``maskpro evaluate``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        from maskpro_lightning.evaluate import WIKITEXT2
+
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--wikitext2",
+            type=str | None,
+            default=WIKITEXT2,
+            help="Hub name or folder of WikiText; null leaves it out.",
+        )
+        parser.add_argument("--window", type=PositiveInt, default=2048, help="Tokens of a window.")
+
+
+class _AfterFit(_WithCheckpoint):
+    """Adds the options of what writes the sparse model."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--output", type=str, default="sparse-model", help="Folder to write.")
         parser.add_argument("--format", type=Format, default="auto", help="See export_sparse.")
+        parser.add_argument(
+            "--log_model", type=bool, default=False, help="Keep the model in MLflow's run too."
+        )
+        parser.add_argument(
+            "--registered_name",
+            type=str | None,
+            default=None,
+            help="Name to register it in MLflow.",
+        )
 
     def export(self) -> Path:
         callback, output = self.callback, self.config["output"]
@@ -129,10 +176,22 @@ class _AfterFit(_Built):
             exclude=callback.exclude,
             file_format=self.config["format"],
         )
-        tokenizer = getattr(self.datamodule, "tokenizer", None)
-        if tokenizer is not None and (folder / "config.json").exists():
-            tokenizer.save_pretrained(folder)
+        for name in ("tokenizer", "processor"):
+            if hasattr(self.datamodule, name) and (folder / "config.json").exists():
+                getattr(self.datamodule, name).save_pretrained(folder)
         return folder.absolute()
+
+    def log_model(self, console: Console) -> None:
+        """Keep the sparse model in MLflow, if that was asked for."""
+        if not (self.config["log_model"] or self.config["registered_name"]):
+            return
+        loggers = [x for x in self.trainer.loggers if type(x).__name__ == "MLFlowLogger"]
+        if not loggers:
+            raise SystemExit("--log_model and --registered_name need an MLFlowLogger.")
+        model = getattr(self.model, "model", self.model)
+        tokenizer = getattr(self.datamodule, "tokenizer", None)
+        uri = log_model(loggers[0], model, tokenizer, self.config["registered_name"])
+        console.print(f"MLflow model: {uri}", soft_wrap=True)
 
 
 class _BeforeFit(LightningCLI):
@@ -181,17 +240,36 @@ def _compare() -> None:
     tracking.file(path)
     console.print(table(rows, f"{cli.callback.pattern} masks of {cli.model.hparams.get('model')}"))
     console.print(f"Sparse model: {folder}", soft_wrap=True)
+    cli.log_model(console)
     _tell_mlflow(cli, console)
+
+
+def _evaluate() -> None:
+    from maskpro_lightning import evaluate
+    from maskpro_lightning.language import CausalLM
+
+    cli = _Evaluated()
+    sparse, data, window = cli.checkpoint(), cli.datamodule, cli.config["window"]
+    targets = find_targets(
+        cli.model, cli.callback.pattern, cli.callback.include, cli.callback.exclude
+    )
+    sets = {"held-out": data}
+    if cli.config["wikitext2"] is not None and isinstance(cli.model, CausalLM):
+        name = f"WikiText-2 (windows of {window})"
+        sets[name] = evaluate.wikitext2(data.tokenizer, cli.config["wikitext2"], window)
+    found = evaluate.side_by_side(cli.trainer, cli.model, targets, sets, sparse)
+    Console().print(evaluate.table(found, str(cli.model.hparams.get("model"))))
 
 
 def _export() -> None:
     cli = _AfterFit()
-    checkpoint = cli.config["ckpt_path"]
-    if checkpoint is None:
+    state = cli.checkpoint()
+    if state is None:
         raise SystemExit("maskpro export needs --ckpt_path, a checkpoint of the fit.")
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     cli.model.load_state_dict(state)
-    Console().print(f"Sparse model: {cli.export()}", soft_wrap=True)
+    console = Console()
+    console.print(f"Sparse model: {cli.export()}", soft_wrap=True)
+    cli.log_model(console)
 
 
 def _measure() -> None:
@@ -256,7 +334,3 @@ def _named(arguments: Sequence[str]) -> list[str]:
         elif i and found[i - 1] in ("--config", "-c") and not Path(argument).exists():
             found[i] = str(known.get(argument, argument))
     return found
-
-
-if __name__ == "__main__":
-    main()

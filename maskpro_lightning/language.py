@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
@@ -10,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from datasets import Dataset, load_dataset
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchmetrics.text import Perplexity
 from tqdm import tqdm
@@ -23,7 +26,8 @@ class CausalLM(pl.LightningModule):
     """A causal language model with its next-token loss in nats.
 
     Logs ``train_loss``, ``val_loss`` and ``val_perplexity``. It stays in evaluation mode, so that
-    dropout does not blur the comparison of two masks.
+    dropout does not blur the comparison of two masks. ``ModelParallelStrategy`` shards it block by
+    block (FSDP2).
 
     Args:
         model: Path or Hub name of a Hugging Face model, or a path inside ``recipes/``.
@@ -33,15 +37,17 @@ class CausalLM(pl.LightningModule):
     def __init__(self, model: str, dtype: str = "auto") -> None:
         super().__init__()
         self.save_hyperparameters()
-        if torch.get_default_device().type == "meta":  # only the shapes are asked for
-            config = AutoConfig.from_pretrained(resolve(model))
-            kind = config.dtype if dtype == "auto" else dtype
-            self.model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=kind
-            )
-        else:
-            self.model = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=dtype)
+        self.model = pretrained(AutoModelForCausalLM, model, dtype)
         self.perplexity = Perplexity(ignore_index=-100)
+
+    def configure_model(self) -> None:
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        kinds = self.model._no_split_modules or ()
+        for block in [part for part in self.model.modules() if type(part).__name__ in kinds]:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) of token ids (batch, length)."""
@@ -56,7 +62,8 @@ class CausalLM(pl.LightningModule):
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         (tokens,) = batch
         logits = self(tokens)
-        self.log("val_loss", self._loss(logits, tokens), prog_bar=True, batch_size=len(tokens))
+        loss = self._loss(logits, tokens)
+        self.log("val_loss", loss, prog_bar=True, batch_size=len(tokens), sync_dist=True)
         self.perplexity(logits[:, :-1].float(), tokens[:, 1:])
         self.log("val_perplexity", self.perplexity)
 
@@ -142,7 +149,24 @@ class TextData(pl.LightningDataModule):
         for part in ("train", "val"):
             texts = self._texts(self.hparams[f"{part}_split"])
             count = self.hparams[f"{part}_sequences"]
-            self._sets[part] = pack(texts, self.tokenizer, self.hparams["length"], count)
+            self._sets[part] = self.tokenise(texts, count)
+
+    def tokenise(self, texts: Iterable[str], count: int | None) -> Tensor:
+        """Tokens of a split, int64 with a sequence in each row; see :func:`pack`."""
+        return pack(texts, self.tokenizer, self.hparams["length"], count)
+
+    def provenance(self) -> dict[str, str]:
+        """The training data's name, digest and source, as MLflow wants to know them."""
+        local = self.hparams["source"] == "python-docs"
+        source = {"uri": "python-docs"} if local else {"path": self.hparams["source"]}
+        for key, value in {"config_name": "name", "data_files": "data_files"}.items():
+            source |= {} if self.hparams[value] is None else {key: self.hparams[value]}
+        return {
+            "name": self.hparams["source"],
+            "digest": hashlib.sha256(self._sets["train"].numpy().tobytes()).hexdigest()[:16],
+            "source_type": "local" if local else "hugging_face",
+            "source": json.dumps(source | {"split": self.hparams["train_split"]}),
+        }
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches in an order that depends on seed and epoch, so a fit resumes in it.
@@ -186,6 +210,20 @@ class TextData(pl.LightningDataModule):
                 streaming=True,
             )
         return (row[self.hparams["text_column"]] for row in rows)
+
+
+def pretrained(kind: Any, model: str, dtype: str) -> Any:
+    """A Hugging Face model; on the meta device only its shapes, without its weights.
+
+    Args:
+        kind: One of transformers' classes ``AutoModel…``.
+        model: Path or Hub name of the model, or a path inside ``recipes/``.
+        dtype: The weights' dtype, or "auto".
+    """
+    if torch.get_default_device().type != "meta":
+        return kind.from_pretrained(resolve(model), dtype=dtype)
+    config = AutoConfig.from_pretrained(resolve(model))
+    return kind.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
 
 
 def pack(

@@ -84,6 +84,12 @@ class Tracking:
             elif type(logger).__name__ == "WandbLogger":
                 self._send(logger, logger.log_image, f"maskpro/{path.stem}", [str(path)])
 
+    def each(self, kind: str, call: Callable[[Any], None]) -> None:
+        """Call something with every logger of a class of this name, on one rank."""
+        for logger in self._trainer.loggers if self._trainer.is_global_zero else ():
+            if type(logger).__name__ == kind:
+                self._send(logger, call, logger)
+
     def resume(self) -> None:
         """Mark an MLflow run that goes on as running; MLFlowLogger leaves it finished."""
         for logger in self._trainer.loggers if self._trainer.is_global_zero else ():

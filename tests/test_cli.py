@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from maskpro_lightning import NMPattern, find_targets, load_compressed
+from maskpro_lightning.__main__ import main as command
 from maskpro_lightning.catalog import recipes, resolve
 from maskpro_lightning.cli import main
 
@@ -163,7 +164,7 @@ def test_help_names_commands_and_recipes(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_command_is_installed() -> None:
     found = subprocess.run(
-        [sys.executable, "-m", "maskpro_lightning.cli", "--help"],
+        [sys.executable, "-m", "maskpro_lightning", "--help"],
         capture_output=True,
         text=True,
         check=True,
@@ -171,14 +172,19 @@ def test_the_command_is_installed() -> None:
     assert "usage: maskpro" in found.stdout
 
 
-def test_every_recipe_is_found_and_prints_its_configuration(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("module", ["rich.console", "jsonargparse", "jsonargparse.typing"])
+def test_without_the_packages_of_recipes_it_says_what_to_install(
+    module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert list(recipes()) == ["quickstart"]
-    for name in recipes():
-        with pytest.raises(SystemExit, match="0"):
-            main(["fit", "--config", name, "--print_config"])
-        assert "maskpro_lightning.MaskProCallback" in capsys.readouterr().out
+    monkeypatch.delitem(sys.modules, "maskpro_lightning.cli")
+    monkeypatch.delattr("maskpro_lightning.cli")
+    monkeypatch.setitem(sys.modules, module, None)
+    package = module.partition(".")[0]
+    with pytest.raises(SystemExit) as caught:
+        command()
+    assert str(caught.value) == (
+        f"maskpro needs {package}: pip install 'maskpro-lightning[recipes]'"
+    )
 
 
 def test_a_path_of_ones_own_goes_before_one_inside_recipes(

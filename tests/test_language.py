@@ -1,5 +1,8 @@
 """Packed text and the language model of the recipes."""
 
+import gzip
+import json
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from datasets import Dataset
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -46,6 +50,59 @@ def test_too_little_text_is_refused_with_the_number_it_gives(
         pack([], tokenizer, length=3, count=None)
 
 
+def test_few_sequences_read_few_texts_and_not_the_rest_of_their_file(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    row = json.dumps({"text": "a b c " * 100, "more": "x" * 20_000}) + "\n"
+    good = gzip.compress((row * 1200).encode(), 1)  # 24 MB; ``datasets`` reads 10 MB ahead
+    broken = b"\x1f\x8b no gzip file"
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "c4" / "shard.json.gz").write_bytes(good + broken)
+    read: list[str] = []
+
+    class Counted(TextData):
+        def tokenise(self, texts: Iterable[str], count: int | None) -> Tensor:
+            return super().tokenise((read.append(text) or text for text in texts), count)
+
+    def setup(count: int | None) -> TextData:
+        data = Counted(
+            str(tmp_path),
+            str(tmp_path / "c4"),
+            data_files={"train": "shard.json.gz", "validation": "shard.json.gz"},
+            train_sequences=count,
+            val_sequences=1,
+        )
+        data.setup("fit")
+        return data
+
+    assert len(setup(512).train_dataloader()) == 512 // 32
+    # 512 sequences of 128 tokens are 218 texts of 301, and one sequence is one text.
+    assert len(read) == 218 + 1
+    with pytest.raises(Exception, match=r"(?i)gzip|compress|header|generating"):
+        setup(None)
+
+
+def test_provenance_tells_the_source_and_the_tokens(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+
+    def told(text: str) -> dict[str, str]:
+        (tmp_path / "text.txt").write_text(text)
+        files = dict.fromkeys(("train", "validation"), str(tmp_path / "text.txt"))
+        data = TextData(str(tmp_path), "text", data_files=files, length=2, train_sequences=2)
+        data.setup("fit")
+        return data.provenance()
+
+    found = told("a b c")
+    assert found["name"] == "text"
+    assert json.loads(found["source"])["data_files"]["train"] == str(tmp_path / "text.txt")
+    assert json.loads(found["source"])["split"] == "train"
+    assert found == told("a b c")
+    assert found["digest"] != told("a b b")["digest"]
+
+
 def test_files_and_python_docs_come_through_the_same_code(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -60,6 +117,14 @@ def test_files_and_python_docs_come_through_the_same_code(
     data = TextData(str(tmp_path), "json", data_files=files, length=4, train_sequences=4)
     data.setup("fit")
     assert next(iter(data.val_dataloader()))[0].tolist() == [[3, 3, 3, 0]] * 4
+    rows = Dataset.from_dict({"words": ["b b b"] * 4})
+    for split in ("train", "validation"):
+        rows.to_parquet(tmp_path / "rows" / f"{split}.parquet")
+    data = TextData(
+        str(tmp_path), str(tmp_path / "rows"), text_column="words", length=4, train_sequences=4
+    )
+    data.setup("fit")
+    assert next(iter(data.val_dataloader()))[0].tolist() == [[2, 2, 2, 0]] * 4
     data = TextData(str(tmp_path), length=16, train_sequences=4, val_sequences=2, batch_size=2)
     data.setup("fit")
     assert next(iter(data.val_dataloader()))[0].shape == (2, 16)

@@ -1,0 +1,80 @@
+"""The documentation's code runs, and its commands are what the command line understands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L  # noqa: N812
+import pytest
+import torch
+from test_readme import Regression
+from torch.utils.data import DataLoader, TensorDataset
+
+from maskpro_lightning.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = {p.name: p for p in sorted(ROOT.glob("docs/*.md"))} | {
+    "recipes": ROOT / "recipes/README.md"
+}
+# They take no recipe; their options are looked for in their help.
+PLAIN = ("plot",)
+WITH_CODE = [name for name, page in PAGES.items() if "```python" in page.read_text()]
+
+
+def commands() -> set[str]:
+    """All command lines of all pages, once."""
+    text = "\n".join(page.read_text() for page in PAGES.values())
+    return set(re.findall(r"^ {4,}(maskpro .*)$", text, flags=re.MULTILINE))
+
+
+def test_pages_are_listed_and_found() -> None:
+    index = PAGES["README.md"].read_text()
+    assert len(WITH_CODE) == 6
+    for name in PAGES.keys() - {"README.md", "recipes"}:
+        assert f"]({name})" in index, name
+
+
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0", "ignore:.*already configured with model")
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_every_python_block_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("maskpro_lightning.plots.figures", lambda run: {})
+    trainer = L.Trainer
+
+    def short_trainer(**options: Any) -> L.Trainer:
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+        steps = min(options.pop("max_steps"), 4)
+        return trainer(**{"logger": False} | options | {"max_steps": steps} | quiet)
+
+    monkeypatch.setattr(L, "Trainer", short_trainer)
+    torch.manual_seed(0)
+    module = Regression()
+    data = TensorDataset(torch.randn(32, 8), torch.randn(32, 4))
+    names: dict[str, Any] = {"module": module, "data": DataLoader(data, 8)}
+    # The pages' own names of layers.
+    names["model"] = torch.nn.ModuleDict({"layers": module.model})
+    for block in re.findall(r"```python\n(.*?)```", PAGES[name].read_text(), flags=re.DOTALL):
+        exec(block, names)
+
+
+@pytest.mark.parametrize("line", sorted(commands()))
+def test_every_command_is_understood(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["maskpro"])
+    command, *options = shlex.split(line)[1:]
+    if command in PLAIN:
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        told = capsys.readouterr().out
+        assert all(option in told for option in options if option.startswith("--"))
+        return
+    with pytest.raises(SystemExit, match="0"):
+        main([command, *options, *([] if "--print_config" in options else ["--print_config"])])
+    assert "maskpro_lightning.MaskProCallback" in capsys.readouterr().out

@@ -1,0 +1,238 @@
+"""An MLflow run's place, data and model; against a server, all that a user does with a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from modules import FAST, Net, loader, quiet_trainer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from maskpro_lightning import MaskProCallback
+from maskpro_lightning.catalog import resolve
+from maskpro_lightning.cli import main
+from maskpro_lightning.language import TextData
+from maskpro_lightning.mlflow_run import PARENT, MLflowRun
+from maskpro_lightning.tracking import Tracking
+
+# MLflow on SQLAlchemy 2.1.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+
+
+class MLFlowLogger:
+    """Remembers what it is told, under the name that is looked for."""
+
+    run_id = "own"
+
+    def __init__(self) -> None:
+        self.experiment = self
+        self.tags: dict[str, str] = {}
+        self.inputs: list[Any] = []
+
+    def set_tag(self, run_id: str, name: str, value: str) -> None:
+        assert run_id == self.run_id
+        self.tags[name] = value
+
+    def log_inputs(self, run_id: str, datasets: list[Any]) -> None:
+        assert run_id == self.run_id
+        self.inputs += datasets
+
+
+class Trainer:
+    """A trainer as far as a run looks at it."""
+
+    fast_dev_run, default_root_dir = False, "."
+
+    def __init__(self, datamodule: Any = None, rank: int = 0) -> None:
+        self.loggers = [MLFlowLogger()]
+        self.datamodule, self.is_global_zero = datamodule, rank == 0
+
+
+def begun(trainer: Trainer) -> MLFlowLogger:
+    run = MLflowRun(trainer, Tracking(trainer, "raise"))
+    run.begin({"maskpro.pattern": "2:4"})
+    run.end()
+    return trainer.loggers[0]
+
+
+@pytest.mark.parametrize("by", ["environment", "active", "itself", "nothing"])
+def test_a_run_is_nested_under_the_parent_it_is_given(
+    by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(PARENT, raising=False)
+    active = type("Run", (), {"info": type("Info", (), {"run_id": "sweep"})})
+    if by == "environment":
+        monkeypatch.setenv(PARENT, "sweep")
+    elif by == "itself":
+        monkeypatch.setenv(PARENT, "own")
+    elif by == "active":
+        monkeypatch.setattr(mlflow, "active_run", lambda: active)
+    nested = {"mlflow.parentRunId": "sweep"} if by in ("environment", "active") else {}
+    assert begun(Trainer()).tags == {"maskpro.pattern": "2:4"} | nested
+
+
+def test_the_data_is_logged_if_it_tells_where_it_is_from(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some words")
+    files = dict.fromkeys(("train", "validation"), str(tmp_path / "text.txt"))
+    data = TextData(
+        resolve("quickstart/model"), "text", data_files=files, length=2, train_sequences=1
+    )
+    data.setup("fit")
+    (logged,) = begun(Trainer(data)).inputs
+    assert (logged.dataset.name, logged.dataset.source_type) == ("text", "hugging_face")
+    assert logged.dataset.digest == data.provenance()["digest"]
+    assert [(tag.key, tag.value) for tag in logged.tags] == [("mlflow.data.context", "training")]
+    assert begun(Trainer(object())).inputs == []
+
+
+def test_other_ranks_log_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PARENT, "sweep")
+    assert begun(Trainer(rank=1)).tags == {}
+
+
+# --- A server -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A tracking server on a database; starting it takes half a minute."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    files = ["--artifacts-destination", str(tmp_path / "artifacts")]
+    where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *store, *files, *where],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}", process)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+def wait_for(uri: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(240):
+        assert process.poll() is None, "the server ended"
+        try:
+            with urllib.request.urlopen(f"{uri}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError("the server did not start")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning:mlflow", "ignore::UserWarning:mlflow")
+def test_a_server_holds_a_run_that_is_resumed_and_its_model(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["maskpro"])
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+    client = MlflowClient(server)
+    sweep = client.create_run(client.create_experiment("sweeps"), run_name="sweep")
+    monkeypatch.setenv(PARENT, sweep.info.run_id)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=1024, **sizes, **heads)).save_pretrained("tiny")
+    AutoTokenizer.from_pretrained(resolve("quickstart/model")).save_pretrained("tiny")
+    options = [
+        "--config=quickstart",
+        f"--model.model={tmp_path / 'tiny'}",
+        f"--data.tokenizer={tmp_path / 'tiny'}",
+        "--data.train_sequences=32",
+        "--data.val_sequences=4",
+        "--data.length=16",
+        "--data.batch_size=4",
+        "--trainer.val_check_interval=2",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.logger.experiment_name=sweeps",
+        f"--trainer.logger.tracking_uri={server}",
+    ]
+    main(["fit", *options, "--trainer.max_steps=4", "--trainer.logger.run_name=a fit"])
+    (run,) = [r for r in client.search_runs(["1"]) if r.info.run_id != sweep.info.run_id]
+    run_id = run.info.run_id
+    assert (run.info.run_name, run.info.status) == ("a fit", "FINISHED")
+    assert run.data.params["maskpro/pattern"] == "2:4"
+    assert run.data.tags["mlflow.parentRunId"] == sweep.info.run_id
+    assert run.data.tags["maskpro.estimator"] == "straight_through"
+    (used,) = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.tags[0].value) == ("python-docs", "training")
+    assert any(name.startswith("system/") for name in run.data.metrics)
+    kept = {item.path for item in client.list_artifacts(run_id, "maskpro")}
+    assert {f"maskpro/{n}" for n in ("masks.safetensors", "loss.png", "step=4")} <= kept
+
+    # A resumed fit goes on in its run.
+    (checkpoint,) = tmp_path.glob("runs/**/*.ckpt")
+    resumed = [f"--trainer.logger.run_id={run_id}", f"--ckpt_path={checkpoint}"]
+    main(["fit", *options, *resumed, "--trainer.max_steps=6"])
+    points = client.get_metric_history(run_id, "maskpro/loss")
+    assert [point.step for point in points] == list(range(6))
+    assert len(client.search_runs(["1"])) == 2
+
+    # The sparse model is logged to it, registered, and loads back.
+    (checkpoint,) = set(tmp_path.glob("runs/**/*.ckpt")) - {checkpoint}
+    resumed = [f"--trainer.logger.run_id={run_id}", f"--ckpt_path={checkpoint}"]
+    main(["export", *options, *resumed, "--output=out", "--registered_name=tiny"])
+    assert "MLflow model: models:/m-" in capsys.readouterr().out
+    (version,) = client.search_model_versions("name='tiny'")
+    assert version.run_id == run_id
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(server)
+    try:
+        found = mlflow.transformers.load_model("models:/tiny/1", return_type="components")
+    finally:
+        mlflow.set_tracking_uri(before)
+    exported = LlamaForCausalLM.from_pretrained("out").state_dict()
+    assert exported.keys() == found["model"].state_dict().keys()
+    assert all(torch.equal(v, exported[n]) for n, v in found["model"].state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning:mlflow", "ignore::FutureWarning:mlflow")
+def test_any_module_is_logged_as_a_model_of_pytorch(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import MLFlowLogger as Logger
+
+    from maskpro_lightning.mlflow_run import log_model
+
+    before = mlflow.get_tracking_uri()
+    logger = Logger(
+        "any",
+        tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
+        artifact_location=(tmp_path / "artifacts").as_uri(),
+    )
+    module = Net()
+    quiet_trainer(tmp_path, MaskProCallback(lr=FAST), max_steps=2).fit(module, loader())
+    uri = log_model(logger, module)
+    assert mlflow.get_tracking_uri() == before
+    assert mlflow.active_run() is None
+    mlflow.set_tracking_uri(logger._tracking_uri)
+    try:
+        found = mlflow.pytorch.load_model(uri)
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert isinstance(found, Net)
+    assert all(torch.equal(v, module.state_dict()[n]) for n, v in found.state_dict().items())
