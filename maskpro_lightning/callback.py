@@ -70,6 +70,7 @@ class MaskProCallback(pl.Callback):
         momentum: Decay of the tracker of residuals.
         normalize: Scale residuals by their running spread; False is the published rule.
         seed: Seed of all draws.
+        fused: Compile the step of the masks, see :class:`MaskPro`.
         baseline_cache: Batches whose baseline is remembered; 0 measures it at every step.
         log_distributions: Hand the logits to the loggers that keep files at every checkpoint
             (4 bytes per weight).
@@ -96,6 +97,7 @@ class MaskProCallback(pl.Callback):
         momentum: float = 0.99,
         normalize: bool = True,
         seed: int = 0,
+        fused: bool | None = None,
         baseline_cache: int = 2**16,
         log_distributions: bool = True,
         on_logger_error: OnError = "warn",
@@ -110,6 +112,7 @@ class MaskProCallback(pl.Callback):
         self.baseline_cache = baseline_cache
         self.calibration_batches = calibration_batches
         self.lr_scheduler = lr_scheduler
+        self.fused = fused
         self.rule: dict[str, Any] = {
             "estimator": estimator,
             "lr": lr,
@@ -360,7 +363,8 @@ class MaskProCallback(pl.Callback):
     def _configure_optimizers(self) -> Any:
         module = self._module
         self._targets = find_targets(module, self.pattern, self.include, self.exclude)
-        self.optimizer = MaskPro(parameter_groups(self._targets), self.pattern, **self.rule)
+        groups = parameter_groups(self._targets)
+        self.optimizer = MaskPro(groups, self.pattern, fused=self.fused, **self.rule)
         _log.info(describe(module, self._targets, self.pattern))
         steps = self._trainer.estimated_stepping_batches
         if self.lr_scheduler is not None:

@@ -16,14 +16,22 @@ import torch
 from torch import Tensor
 
 from maskpro_lightning import distribution, philox
+from maskpro_lightning.fusion import Transition
 from maskpro_lightning.pattern import NMPattern
+from maskpro_lightning.transition import (
+    DRAWN,
+    INITIAL,
+    PREVIOUS,
+    integers_of,
+    transition,
+    words_of,
+)
 
 Version = Literal["dense", "initial", "drawn", "mode"]
 
-# One byte per weight holds three masks, a bit each.
-_INITIAL, _DRAWN, _PREVIOUS = 1, 2, 4
-# Groups handled at once.
-_BLOCK = 2**14
+# Groups handled at once: as many as a processor's cache holds, or more where each block costs a
+# launch.
+_BLOCK, _DEVICE_BLOCK = 2**16, 2**22
 
 
 @dataclass(frozen=True)
@@ -85,11 +93,15 @@ class MaskedWeight:
         return {
             "dense": weight.detach().clone(),
             "logits": mask.float() * logit_scale,
-            "masks": mask.to(torch.uint8) * _INITIAL,
+            "masks": mask.to(torch.uint8) * INITIAL,
         }
 
     def advance(
-        self, draw: Draw, change: Tensor | None = None, direction: Tensor | None = None
+        self,
+        draw: Draw,
+        change: Tensor | None = None,
+        direction: Tensor | None = None,
+        step: Transition = transition,
     ) -> None:
         """Move the logits, then draw the next mask and write it into the weight.
 
@@ -97,28 +109,29 @@ class MaskedWeight:
             draw: The next draw.
             change: Scalar; the logits move against it along grad log P(drawn mask).
             direction: Shaped like the weight; the logits move against it.
+            step: Does what :func:`transition` does.
         """
         key = philox.key_of(draw.seed, self.name)
-        step = torch.tensor(draw.step, device=self.weight.device)
+        number = torch.full((), draw.step, device=self.weight.device)
         moves = [] if direction is None else [direction]
         for groups_G, weight, dense, logits, masks, *block_moves in self._blocks(
             self.weight, self.dense, self.logits, self.masks, *moves
         ):
-            logits_GM, masks_GM = _columns(logits), _columns(masks)
-            if block_moves:
-                logits_GM -= _columns(block_moves[0])
-            if change is not None:
-                drawn_GM = (masks_GM & _DRAWN).bool()
-                logits_GM -= change * distribution.score(
-                    logits_GM * draw.sharpness, drawn_GM, self.pattern
-                )
-            logits.copy_(logits_GM.view_as(logits))
-            noise_GM = philox.exponential(key, step, groups_G, self.pattern.m)
-            drawn_GM = distribution.sample(logits_GM * draw.sharpness, noise_GM, self.pattern)
-            previous_GM = (masks_GM & _DRAWN) * (_PREVIOUS // _DRAWN)
-            masks_GM = masks_GM & _INITIAL | previous_GM | drawn_GM.to(torch.uint8) * _DRAWN
-            masks.copy_(masks_GM.view_as(masks))
-            weight.copy_(_masked(dense, drawn_GM.view_as(dense)))
+            words, next_logits, next_masks = step(
+                self.pattern,
+                groups_G.view(logits.shape[:-1]),
+                words_of(dense),
+                logits,
+                masks,
+                key,
+                number,
+                draw.sharpness,
+                change,
+                *(block_moves or [None]),
+            )
+            integers_of(weight).copy_(words)
+            logits.copy_(next_logits)
+            masks.copy_(next_masks)
 
     def direction(self, gradient: Tensor, sharpness: float) -> Tensor:
         """The gradient of the expected loss, to first order, in the logits; rms 1.
@@ -159,7 +172,7 @@ class MaskedWeight:
                 self.name,
                 self.pattern,
                 _columns(logits) * sharpness,
-                *((masks_GM & bit).bool() for bit in (_INITIAL, _DRAWN, _PREVIOUS)),
+                *((masks_GM & bit).bool() for bit in (INITIAL, DRAWN, PREVIOUS)),
             )
 
     def _blocks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -170,14 +183,15 @@ class MaskedWeight:
         """
         views = [self.pattern.group(tensor.detach(), self.input_dim) for tensor in tensors]
         groups_in_row = views[0][0].numel() // self.pattern.m
-        rows = max(1, _BLOCK // max(1, groups_in_row))
+        block = _BLOCK if views[0].device.type == "cpu" else _DEVICE_BLOCK
+        rows = max(1, block // max(1, groups_in_row))
         for first in range(0, len(views[0]), rows):
-            block = [view[first : first + rows] for view in views]
+            parts = [view[first : first + rows] for view in views]
             start = first * groups_in_row
             numbers_G = torch.arange(
-                start, start + block[0].numel() // self.pattern.m, device=views[0].device
+                start, start + parts[0].numel() // self.pattern.m, device=views[0].device
             )
-            yield numbers_G, *block
+            yield numbers_G, *parts
 
     def _kept(self, version: Version, logits: Tensor, masks: Tensor) -> Tensor:
         """A block's mask of a version, bool (..., M)."""
@@ -185,7 +199,7 @@ class MaskedWeight:
             return torch.ones_like(masks, dtype=torch.bool)
         if version == "mode":
             return distribution.mode(_columns(logits), self.pattern).view_as(masks)
-        return (masks & {"initial": _INITIAL, "drawn": _DRAWN}[version]).bool()
+        return (masks & {"initial": INITIAL, "drawn": DRAWN}[version]).bool()
 
 
 def _columns(block: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from maskpro_lightning import initializers, tracker
+from maskpro_lightning.fusion import Fusion
 from maskpro_lightning.masked_weight import Draw, Groups, MaskedWeight, Version
 from maskpro_lightning.pattern import NMPattern
 
@@ -70,10 +71,14 @@ class MaskPro(Optimizer):
             losses of any size. False is the published rule (for Llama-2 7B: lr 50, logit_scale
             10), whose lr has to be found for each model.
         seed: Seed of the draws.
+        fused: Compile the step of the masks (patterns with N <= 2) into one loop over the weights,
+            several times as fast: True or False, or None for where there is a compiler and enough
+            weights to win back the time that compiling takes.
 
     Raises:
         ValueError: an argument out of range, an unknown pattern, or a weight that M does not
             divide.
+        RuntimeError: ``fused`` is True and there is no compiler.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class MaskPro(Optimizer):
         momentum: float = 0.99,
         normalize: bool = True,
         seed: int = 0,
+        fused: bool | None = None,
     ) -> None:
         if estimator not in DEFAULTS:
             raise ValueError(f"estimator is one of {', '.join(DEFAULTS)}; got {estimator!r}.")
@@ -131,6 +137,9 @@ class MaskPro(Optimizer):
                     f"{name!r} has {inputs} input features, not a multiple of {pattern.m} "
                     f"(pattern {pattern})."
                 )
+        self._fusion = Fusion(
+            fused, [(p, NMPattern.parse(group["pattern"])) for group, _, p in self._parameters()]
+        )
         self._holds: Version = "dense"
         #: Loss, baseline, residual and advantage of the last step, scalars.
         self.last: dict[str, Tensor] = {}
@@ -328,7 +337,7 @@ class MaskPro(Optimizer):
                 change = group["lr"] * advantage
             elif learn and masked.weight.grad is not None:
                 direction = masked.direction(masked.weight.grad, draw.sharpness).mul_(group["lr"])
-            masked.advance(draw, change, direction)
+            masked.advance(draw, change, direction, self._fusion)
             masked.weight.grad = None
         self._holds = "drawn"
 
