@@ -72,7 +72,7 @@ class Fusion:
             if self._required:
                 raise RuntimeError("The fused mask step cannot be compiled here.") from error
             self._active = False
-            reason = str(error).partition("\n")[0]
+            reason = " ".join(str(error).split())[:200]
             _log.warning("The mask step goes on without being fused, which failed: %s", reason)
             return transition(pattern, *arguments)
 
