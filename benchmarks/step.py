@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from maskpro_lightning import MaskPro
+from maskpro_lightning.optimizer import Memory
 
 Step = Callable[[], object]
 _LAYER = 2**24
@@ -50,9 +51,9 @@ class Published:
             weight.copy_(dense * mask.view_as(dense))
 
 
-def ours(weights: list[nn.Parameter], *, fused: bool) -> Step:
+def ours(weights: list[nn.Parameter], *, fused: bool, memory: Memory = "plain") -> Step:
     named = [(str(number), weight) for number, weight in enumerate(weights)]
-    optimizer = MaskPro(named, lr=0.1, fused=fused)
+    optimizer = MaskPro(named, lr=0.1, fused=fused, memory=memory)
     losses = (
         torch.tensor(0.5, device=weights[0].device),
         torch.tensor(0.2, device=weights[0].device),
@@ -64,6 +65,7 @@ ROWS: dict[str, Callable[[list[nn.Parameter]], Step]] = {
     "published": lambda weights: Published(weights).step,
     "eager": lambda weights: ours(weights, fused=False),
     "fused": lambda weights: ours(weights, fused=True),
+    "fused lean": lambda weights: ours(weights, fused=True, memory="lean"),
 }
 
 

@@ -28,8 +28,9 @@ from maskpro_lightning.baseline import (
 )
 from maskpro_lightning.export import load_masks
 from maskpro_lightning.journal import Journal
+from maskpro_lightning.masked_weight import Version
 from maskpro_lightning.metrics import mask_metrics
-from maskpro_lightning.optimizer import Estimator, MaskPro, Version
+from maskpro_lightning.optimizer import Estimator, MaskPro, Memory
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.targets import Target, describe, find_targets, parameter_groups
 from maskpro_lightning.tracking import OnError, Tracking
@@ -71,6 +72,7 @@ class MaskProCallback(pl.Callback):
         normalize: Scale residuals by their running spread; False is the published rule.
         seed: Seed of all draws.
         fused: Compile the step of the masks, see :class:`MaskPro`.
+        memory: "lean" keeps no dense copy of the weights, see :class:`MaskPro`.
         baseline_cache: Batches whose baseline is remembered; 0 measures it at every step.
         log_distributions: Hand the logits to the loggers that keep files at every checkpoint
             (4 bytes per weight).
@@ -98,6 +100,7 @@ class MaskProCallback(pl.Callback):
         normalize: bool = True,
         seed: int = 0,
         fused: bool | None = None,
+        memory: Memory = "plain",
         baseline_cache: int = 2**16,
         log_distributions: bool = True,
         on_logger_error: OnError = "warn",
@@ -113,6 +116,7 @@ class MaskProCallback(pl.Callback):
         self.calibration_batches = calibration_batches
         self.lr_scheduler = lr_scheduler
         self.fused = fused
+        self.memory = memory
         self.rule: dict[str, Any] = {
             "estimator": estimator,
             "lr": lr,
@@ -364,7 +368,8 @@ class MaskProCallback(pl.Callback):
         module = self._module
         self._targets = find_targets(module, self.pattern, self.include, self.exclude)
         groups = parameter_groups(self._targets)
-        self.optimizer = MaskPro(groups, self.pattern, fused=self.fused, **self.rule)
+        how: dict[str, Any] = {"fused": self.fused, "memory": self.memory}
+        self.optimizer = MaskPro(groups, self.pattern, **self.rule, **how)
         _log.info(describe(module, self._targets, self.pattern))
         steps = self._trainer.estimated_stepping_batches
         if self.lr_scheduler is not None:

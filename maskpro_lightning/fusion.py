@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from maskpro_lightning.pattern import NMPattern
-from maskpro_lightning.transition import transition
 
 _log = logging.getLogger(__name__)
 
-Transition = Callable[..., tuple[Tensor, ...]]
+Step = Callable[..., tuple[Tensor, ...]]
 
 # Compiling takes ten seconds or more, which this many weights win back in some forty steps.
 _PAYS_FROM = 2**24
@@ -58,31 +57,31 @@ class Fusion:
             )
         self._active = fused and not missing
 
-    def __call__(self, pattern: NMPattern, *arguments: Any) -> tuple[Tensor, ...]:
-        """The result of :func:`transition`, whose arguments these are."""
+    def __call__(self, step: Step, pattern: NMPattern, *arguments: Any) -> tuple[Tensor, ...]:
+        """The result of a step, one of the module ``transition``, whose arguments these are."""
         *_, change, direction = arguments
         # The first draw learns nothing, and happens once.
         if not self._active or not _has_loop(pattern) or (change is None and direction is None):
-            return transition(pattern, *arguments)
+            return step(pattern, *arguments)
         from torch._dynamo.exc import TorchDynamoException
 
         try:
-            return _run(pattern, *arguments)
+            return _run(step, pattern, *arguments)
         except TorchDynamoException as error:
             if self._required:
                 raise RuntimeError("The fused mask step cannot be compiled here.") from error
             self._active = False
             reason = " ".join(str(error).split())[:200]
             _log.warning("The mask step goes on without being fused, which failed: %s", reason)
-            return transition(pattern, *arguments)
+            return step(pattern, *arguments)
 
 
-def _run(pattern: NMPattern, groups: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """:func:`transition`, compiled."""
+def _run(step: Step, pattern: NMPattern, groups: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """A step, compiled."""
     blocks = [value for value in arguments if isinstance(value, Tensor) and value.dim()]
     flat_groups, *flat = _collapsed([groups[..., None], *blocks])
     flat_blocks = iter(flat)
-    found = _compiled()(
+    found = _compiled(step)(
         pattern,
         flat_groups[..., 0],
         *(
@@ -92,7 +91,8 @@ def _run(pattern: NMPattern, groups: Tensor, *arguments: Any) -> tuple[Tensor, .
             for value in arguments
         ),
     )
-    return tuple(result.view(*groups.shape, -1) for result in found)
+    dims = flat_groups.dim() - 1
+    return tuple(result.view(*groups.shape, *result.shape[dims:]) for result in found)
 
 
 def _collapsed(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -147,12 +147,12 @@ def _missing(devices: set[str]) -> str | None:
 
 
 @cache
-def _compiled() -> Transition:
+def _compiled(step: Step) -> Step:
     # Of values a group apart the compiler thinks that they do not vectorize; it gathers them well.
     options = {"cpp.enable_tiling_heuristics": False}
     known = torch._inductor.list_options()
-    compiled: Transition = torch.compile(
-        transition,
+    compiled: Step = torch.compile(
+        step,
         dynamic=True,
         fullgraph=True,
         options={name: value for name, value in options.items() if name in known},

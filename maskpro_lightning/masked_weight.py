@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from maskpro_lightning import distribution, philox
-from maskpro_lightning.fusion import Transition
+from maskpro_lightning.fusion import Fusion
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.transition import (
     DRAWN,
@@ -53,7 +53,8 @@ class Draw:
 class Groups:
     """Some groups of one weight: the logits that masks are drawn from, and masks, each (G, M).
 
-    ``previous_GM`` is the mask drawn before ``drawn_GM``; all False before the second draw.
+    ``redrawn`` is the number of groups, int64, whose mask is another than in the draw before, which
+    for the first draw is the initial mask.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Groups:
     logits_GM: Tensor
     initial_GM: Tensor
     drawn_GM: Tensor
-    previous_GM: Tensor
+    redrawn: Tensor
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,12 @@ class MaskedWeight:
         mask = mask.to(weight.device)
         return {
             "dense": weight.detach().clone(),
-            "logits": mask.float() * logit_scale,
-            "masks": mask.to(torch.uint8) * INITIAL,
+            "logits": mask.float().mul_(logit_scale),
+            "masks": mask.to(torch.uint8).mul_(INITIAL | DRAWN),
         }
 
     def advance(
-        self,
-        draw: Draw,
-        change: Tensor | None = None,
-        direction: Tensor | None = None,
-        step: Transition = transition,
+        self, draw: Draw, change: Tensor | None, direction: Tensor | None, fusion: Fusion
     ) -> None:
         """Move the logits, then draw the next mask and write it into the weight.
 
@@ -109,15 +106,16 @@ class MaskedWeight:
             draw: The next draw.
             change: Scalar; the logits move against it along grad log P(drawn mask).
             direction: Shaped like the weight; the logits move against it.
-            step: Does what :func:`transition` does.
+            fusion: Runs the step of a block.
         """
         key = philox.key_of(draw.seed, self.name)
         number = torch.full((), draw.step, device=self.weight.device)
         moves = [] if direction is None else [direction]
-        for groups_G, weight, dense, logits, masks, *block_moves in self._blocks(
-            self.weight, self.dense, self.logits, self.masks, *moves
+        for groups_G, weight, dense, logits, masks, *moving in blocks(
+            self.pattern, self.input_dim, self.weight, self.dense, self.logits, self.masks, *moves
         ):
-            words, next_logits, next_masks = step(
+            found = fusion(
+                transition,
                 self.pattern,
                 groups_G.view(logits.shape[:-1]),
                 words_of(dense),
@@ -127,11 +125,10 @@ class MaskedWeight:
                 number,
                 draw.sharpness,
                 change,
-                *(block_moves or [None]),
+                moving[0] if moving else None,
             )
-            integers_of(weight).copy_(words)
-            logits.copy_(next_logits)
-            masks.copy_(next_masks)
+            # One call, so that an exception leaves a block as it was or as it should be.
+            torch._foreach_copy_([integers_of(weight), logits, masks], found)
 
     def direction(self, gradient: Tensor, sharpness: float) -> Tensor:
         """The gradient of the expected loss, to first order, in the logits; rms 1.
@@ -140,69 +137,92 @@ class MaskedWeight:
         the gradient of sum_j c_j P(j kept), computed in the memory of ``gradient``. Divided by its
         root mean square, so that one step size fits all; zero where something is not finite.
         """
-        for _, values, dense, logits in self._blocks(gradient, self.dense, self.logits):
-            worth_GM = _columns(values).float() * _columns(dense).float()
+        total = torch.zeros((), device=gradient.device)
+        for _, values, dense, logits in blocks(
+            self.pattern, self.input_dim, gradient, self.dense, self.logits
+        ):
+            worth_GM = columns_of(values).float() * columns_of(dense).float()
             direction_GM = distribution.inclusion_gradient(
-                _columns(logits) * sharpness, worth_GM, self.pattern
+                columns_of(logits) * sharpness, worth_GM, self.pattern
             )
             values.copy_(direction_GM.view_as(values))
-        spread = gradient.float().square().mean().sqrt()
-        learns = spread.isfinite() & (spread > 0)
-        return gradient.div_(spread).where(learns, 0)
+            total += values.float().square().sum()
+        return unit(gradient, total)
 
     def write(self, version: Version) -> None:
         """Write a version of the weight into it."""
-        for _, weight, dense, logits, masks in self._blocks(
-            self.weight, self.dense, self.logits, self.masks
+        for _, weight, dense, logits, masks in blocks(
+            self.pattern, self.input_dim, self.weight, self.dense, self.logits, self.masks
         ):
             weight.copy_(_masked(dense, self._kept(version, logits, masks)))
 
     def mask(self, version: Version) -> Tensor:
         """The mask of a version, bool in the weight's shape."""
         found = torch.empty_like(self.weight, dtype=torch.bool)
-        for _, kept, logits, masks in self._blocks(found, self.logits, self.masks):
+        for _, kept, logits, masks in blocks(
+            self.pattern, self.input_dim, found, self.logits, self.masks
+        ):
             kept.copy_(self._kept(version, logits, masks))
         return found
 
     def groups(self, sharpness: float) -> Iterator[Groups]:
         """Go through all groups in blocks, for statistics."""
-        for _, logits, masks in self._blocks(self.logits, self.masks):
-            masks_GM = _columns(masks)
+        for _, logits, masks in blocks(self.pattern, self.input_dim, self.logits, self.masks):
+            masks_GM = columns_of(masks)
+            initial_GM, drawn_GM, previous_GM = (
+                (masks_GM & bit).bool() for bit in (INITIAL, DRAWN, PREVIOUS)
+            )
             yield Groups(
                 self.name,
                 self.pattern,
-                _columns(logits) * sharpness,
-                *((masks_GM & bit).bool() for bit in (INITIAL, DRAWN, PREVIOUS)),
+                columns_of(logits) * sharpness,
+                initial_GM,
+                drawn_GM,
+                (drawn_GM != previous_GM).any(-1).sum(),
             )
-
-    def _blocks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Go through tensors of the weight's shape in blocks of whole groups.
-
-        Yields:
-            int64 (G,), the groups' numbers in the weight, and a view (..., M) of each tensor.
-        """
-        views = [self.pattern.group(tensor.detach(), self.input_dim) for tensor in tensors]
-        groups_in_row = views[0][0].numel() // self.pattern.m
-        block = _BLOCK if views[0].device.type == "cpu" else _DEVICE_BLOCK
-        rows = max(1, block // max(1, groups_in_row))
-        for first in range(0, len(views[0]), rows):
-            parts = [view[first : first + rows] for view in views]
-            start = first * groups_in_row
-            numbers_G = torch.arange(
-                start, start + parts[0].numel() // self.pattern.m, device=views[0].device
-            )
-            yield numbers_G, *parts
 
     def _kept(self, version: Version, logits: Tensor, masks: Tensor) -> Tensor:
         """A block's mask of a version, bool (..., M)."""
         if version == "dense":
             return torch.ones_like(masks, dtype=torch.bool)
         if version == "mode":
-            return distribution.mode(_columns(logits), self.pattern).view_as(masks)
+            return distribution.mode(columns_of(logits), self.pattern).view_as(masks)
         return (masks & {"initial": INITIAL, "drawn": DRAWN}[version]).bool()
 
 
-def _columns(block: Tensor) -> Tensor:
+def blocks(pattern: NMPattern, input_dim: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Go through tensors with something for each group in blocks of whole groups.
+
+    Args:
+        pattern: The pattern.
+        input_dim: The dimension that groups lie along.
+        tensors: The first of the weight's shape; others may have another number for each group.
+
+    Yields:
+        int64 (G,), the groups' numbers in the weight, and a view of each tensor, of which the last
+        dimension holds what belongs to a group.
+    """
+    along = tensors[0].shape[input_dim] // pattern.m
+    views = [
+        tensor.detach().movedim(input_dim, -1).unflatten(-1, (along, -1)) for tensor in tensors
+    ]
+    groups_in_row = views[0][0].numel() // pattern.m
+    size = _BLOCK if views[0].device.type == "cpu" else _DEVICE_BLOCK
+    rows = max(1, size // max(1, groups_in_row))
+    for first in range(0, len(views[0]), rows):
+        parts = [view[first : first + rows] for view in views]
+        start, number = first * groups_in_row, parts[0].numel() // pattern.m
+        yield torch.arange(start, start + number, device=views[0].device), *parts
+
+
+def unit(direction: Tensor, total: Tensor) -> Tensor:
+    """A direction divided, in place, by its root mean square, given the total of its squares."""
+    spread = (total / direction.numel()).sqrt()
+    learns = spread.isfinite() & (spread > 0)
+    return direction.div_(spread).masked_fill_(~learns, 0)
+
+
+def columns_of(block: Tensor) -> Tensor:
     """A copy of a block as (G, M), stored column by column so that a column is contiguous."""
     return block.movedim(-1, 0).reshape(block.shape[-1], -1).contiguous().T
 

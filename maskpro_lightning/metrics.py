@@ -85,22 +85,27 @@ def mask_metrics(optimizer: MaskPro) -> dict[str, dict[str, float]]:
         whose most likely mask is not the initial one), ``churn`` (share of groups whose mask was
         changed by the last draw); each in [0, 1].
     """
-    metrics: dict[str, tuple[MaskEntropy, MaskChange, MaskChange]] = {}
+    metrics: dict[str, tuple[MaskEntropy, MaskChange]] = {}
+    redrawn: dict[str, Tensor] = {}
     for groups in optimizer.groups():
         if groups.name not in metrics:
-            metrics[groups.name] = (MaskEntropy(), MaskChange(), MaskChange())
+            metrics[groups.name] = (MaskEntropy(), MaskChange())
             for metric in metrics[groups.name]:
                 metric.to(groups.logits_GM.device)
         mode_GM = distribution.mode(groups.logits_GM, groups.pattern)
-        entropy, changed, churn = metrics[groups.name]
+        entropy, changed = metrics[groups.name]
         entropy.update(groups.logits_GM, groups.drawn_GM, groups.pattern)
         changed.update(mode_GM, groups.initial_GM)
-        churn.update(groups.drawn_GM, groups.previous_GM)
+        redrawn[groups.name] = redrawn.get(groups.name, 0) + groups.redrawn
     names = ("entropy", "changed", "churn")
     sizes = {layer: int(found[0].total) for layer, found in metrics.items()}
     values = {
-        layer: {name: float(metric.compute()) for name, metric in zip(names, found, strict=True)}
-        for layer, found in metrics.items()
+        layer: {
+            "entropy": float(entropy.compute()),
+            "changed": float(changed.compute()),
+            "churn": int(redrawn[layer]) / sizes[layer],
+        }
+        for layer, (entropy, changed) in metrics.items()
     }
     values[""] = {
         name: sum(sizes[layer] * value[name] for layer, value in values.items())

@@ -30,10 +30,12 @@ from torch.optim import Optimizer
 
 from maskpro_lightning import initializers, tracker
 from maskpro_lightning.fusion import Fusion
+from maskpro_lightning.lean_weight import Held, LeanWeight, loaded
 from maskpro_lightning.masked_weight import Draw, Groups, MaskedWeight, Version
 from maskpro_lightning.pattern import NMPattern
 
 Estimator = Literal["policy", "straight_through"]
+Memory = Literal["plain", "lean"]
 
 #: Step size, initial logit and final sharpness by estimator, where they are not given.
 DEFAULTS: dict[Estimator, dict[str, float]] = {
@@ -49,7 +51,8 @@ class MaskPro(Optimizer):
     mask and under the drawn one, moves the logits and draws the next mask. Nothing is touched
     before the first step or :meth:`begin`; after it the parameters hold the drawn mask.
 
-    Memory per weight, in bytes, for weights of b bytes: b (weight) + b (dense) + 4 (logits) + 1.
+    Memory per weight, in bytes, for weights of b bytes: b (weight) + b (dense) + 4 (logits) + 1, or
+    with ``memory="lean"``, which keeps pruned weights instead of all, b + b (M - N) / M + 4 + 1/4.
 
     Args:
         params: Weights, best as ``(name, weight)`` pairs: a mask's randomness depends on the seed
@@ -74,6 +77,8 @@ class MaskPro(Optimizer):
         fused: Compile the step of the masks (patterns with N <= 2) into one loop over the weights,
             several times as fast: True or False, or None for where there is a compiler and enough
             weights to win back the time that compiling takes.
+        memory: "plain" keeps a dense copy of each weight, "lean" what the weight's mask leaves out.
+            Both learn the same, and load each other's checkpoints.
 
     Raises:
         ValueError: an argument out of range, an unknown pattern, or a weight that M does not
@@ -94,9 +99,12 @@ class MaskPro(Optimizer):
         normalize: bool = True,
         seed: int = 0,
         fused: bool | None = None,
+        memory: Memory = "plain",
     ) -> None:
         if estimator not in DEFAULTS:
             raise ValueError(f"estimator is one of {', '.join(DEFAULTS)}; got {estimator!r}.")
+        if memory not in get_args(Memory):
+            raise ValueError(f"memory is one of {', '.join(get_args(Memory))}; got {memory!r}.")
         lr = DEFAULTS[estimator]["lr"] if lr is None else lr
         logit_scale = DEFAULTS[estimator]["logit_scale"] if logit_scale is None else logit_scale
         sharpness = DEFAULTS[estimator]["sharpness"] if sharpness is None else sharpness
@@ -140,7 +148,11 @@ class MaskPro(Optimizer):
         self._fusion = Fusion(
             fused, [(p, NMPattern.parse(group["pattern"])) for group, _, p in self._parameters()]
         )
+        self._memory = memory
+        # What the weights hold, or should, where a change was interrupted.
         self._holds: Version = "dense"
+        self._changing = False
+        self._held: dict[Tensor, Held] = {}
         #: Loss, baseline, residual and advantage of the last step, scalars.
         self.last: dict[str, Tensor] = {}
 
@@ -177,9 +189,14 @@ class MaskPro(Optimizer):
             pattern.check(mask, input_dim, f"the mask of {name!r}")
             initial[name] = mask
         for group, name, parameter in self._parameters():
-            self.state[parameter] = MaskedWeight.state(
-                parameter, initial[name], group["logit_scale"]
-            )
+            mask, scale = initial.pop(name), group["logit_scale"]
+            if self._memory == "lean":
+                pattern = NMPattern.parse(group["pattern"])
+                state = LeanWeight.state(parameter, mask, scale, pattern, group["input_dim"])
+                self._held[parameter] = Held()
+            else:
+                state = MaskedWeight.state(parameter, mask, scale)
+            self.state[parameter] = state
         self._draw()
 
     @torch.no_grad()
@@ -249,11 +266,12 @@ class MaskPro(Optimizer):
         """
         if version not in get_args(Version):
             raise ValueError(f"version is one of {get_args(Version)}, got {version!r}.")
-        if not self.begun or version == self._holds:
+        if not self.begun or (version == self._holds and not self._changing):
             return
+        self._changing, self._holds = True, version
         for _, masked in self._masked_weights():
             masked.write(version)
-        self._holds = version
+        self._changing = False
 
     @contextmanager
     def applied(self, version: Version) -> Iterator[None]:
@@ -286,6 +304,18 @@ class MaskPro(Optimizer):
         for group, masked in self._masked_weights():
             yield from masked.groups(_sharpness(group))
 
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """The state, alike for each ``memory``: for "lean" it holds a dense copy of the weights."""
+        saved = super().state_dict()
+        if self._memory == "lean" and self.begun:
+            order = chain.from_iterable(group["params"] for group in saved["param_groups"])
+            for key, (_, masked) in zip(order, self._masked_weights(), strict=True):
+                assert isinstance(masked, LeanWeight)
+                saved["state"][key] = masked.saved()
+        return saved
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state; the parameters then hold the drawn mask of that state.
 
@@ -297,9 +327,13 @@ class MaskPro(Optimizer):
         super().load_state_dict(state_dict)
         # The base class casts what it loads to the parameter's dtype; logits and masks have theirs.
         order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for key, (_, _, parameter) in zip(order, self._parameters(), strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                self.state[parameter][name] = value.detach().to(parameter.device).clone()
+        for key, (group, _, parameter) in zip(order, self._parameters(), strict=True):
+            saved = {
+                name: value.detach().to(parameter.device).clone()
+                for name, value in state_dict["state"].get(key, {}).items()
+            }
+            if saved:
+                self.state[parameter] = self._unpacked(group, parameter, saved)
         self._holds = "dense"
         self.write("drawn")
 
@@ -315,13 +349,24 @@ class MaskPro(Optimizer):
             for name, parameter in zip(names, group["params"], strict=True):
                 yield group, name, parameter
 
-    def _masked_weights(self) -> Iterator[tuple[dict[str, Any], MaskedWeight]]:
+    def _masked_weights(self) -> Iterator[tuple[dict[str, Any], MaskedWeight | LeanWeight]]:
         for group, name, parameter in self._parameters():
-            pattern = NMPattern.parse(group["pattern"])
-            yield (
-                group,
-                MaskedWeight(name, pattern, group["input_dim"], parameter, **self.state[parameter]),
-            )
+            about = name, NMPattern.parse(group["pattern"]), group["input_dim"], parameter
+            state = self.state[parameter]
+            if self._memory == "lean":
+                yield group, LeanWeight(*about, **state, held=self._held[parameter])
+            else:
+                yield group, MaskedWeight(*about, **state)
+
+    def _unpacked(
+        self, group: dict[str, Any], parameter: Tensor, saved: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The state of a weight, which is made to hold the dense version, from a saved one."""
+        if self._memory == "plain":
+            return {name: value for name, value in saved.items() if name != "redrawn"}
+        parameter.copy_(saved["dense"])
+        self._held[parameter] = Held()
+        return loaded(saved, NMPattern.parse(group["pattern"]), group["input_dim"])
 
     def _cuda_devices(self) -> list[torch.device]:
         return list({p.device for _, _, p in self._parameters() if p.device.type == "cuda"})
@@ -330,6 +375,7 @@ class MaskPro(Optimizer):
         """Move the logits, by an advantage or by gradients, then draw the next masks."""
         for group in self.param_groups:
             group["step"] += learn
+        self._changing, self._holds = True, "drawn"
         for group, masked in self._masked_weights():
             draw = Draw(group["seed"], group["step"], _sharpness(group))
             change = direction = None
@@ -339,7 +385,7 @@ class MaskPro(Optimizer):
                 direction = masked.direction(masked.weight.grad, draw.sharpness).mul_(group["lr"])
             masked.advance(draw, change, direction, self._fusion)
             masked.weight.grad = None
-        self._holds = "drawn"
+        self._changing = False
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         saved_groups = state_dict["param_groups"]

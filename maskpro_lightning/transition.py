@@ -10,6 +10,8 @@ Shape suffix: ``M`` group size; lists over ``M`` hold columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import mul, or_
 
 import torch
 from torch import Tensor
@@ -52,28 +54,115 @@ def transition(
     Returns:
         The words of the masked weights, the next logits and masks.
     """
-    logits_M = logits.unbind(-1)
     masks_M = [mask.int() for mask in masks.unbind(-1)]
-    if direction is not None:
-        logits_M = _minus(logits_M, direction.unbind(-1))
-    if change is not None:
-        drawn_M = [(mask >> 1 & 1).float() for mask in masks_M]
-        score_M = _score([logit * sharpness for logit in logits_M], drawn_M, pattern)
-        logits_M = _minus(logits_M, [change * score for score in score_M])
-    noise_M = philox.exponential_columns(key, step, groups, pattern.m)
-    races_M = [x * sharpness - noise.log() for x, noise in zip(logits_M, noise_M, strict=True)]
-    kept_M = [flag.int() for flag in columns.top(races_M, pattern.n)]
+    drawn_M = [mask >> 1 & 1 for mask in masks_M]
+    logits_M = _learned(pattern, logits, drawn_M, sharpness, change, direction)
+    kept_M = _drawn(pattern, logits_M, groups, key, step, sharpness)
     next_M = [
         mask & INITIAL | (mask & DRAWN) << 1 | kept << 1
         for mask, kept in zip(masks_M, kept_M, strict=True)
     ]
-    # Bits, since a product would leave negative zeros, and NaN where a pruned weight is infinite.
     bits_M = [bits & -kept for bits, kept in zip(_bits(words, pattern.m), kept_M, strict=True)]
     return (
         _words(bits_M, words.shape[-1]),
-        torch.stack(logits_M, dim=-1),
+        torch.stack(list(logits_M), dim=-1),
         torch.stack(next_M, dim=-1).to(torch.uint8),
     )
+
+
+def lean_transition(
+    pattern: NMPattern,
+    groups: Tensor,
+    words: Tensor,
+    pruned: Tensor,
+    logits: Tensor,
+    masks: Tensor,
+    key: philox.Key,
+    step: Tensor,
+    sharpness: float | Tensor,
+    change: Tensor | None = None,
+    direction: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`transition` does where a weight holds what is kept, and ``pruned`` the rest.
+
+    Args:
+        pattern: The pattern.
+        groups: int64 (...), the groups' numbers.
+        words: The weights under the drawn mask, see :func:`words_of`.
+        pruned: The words of the pruned weights (..., M - N).
+        logits: float32 (..., M).
+        masks: uint8 (..., B), the initial and the drawn mask, see :func:`flags_of`.
+        key: As for :func:`transition`, like all that follow.
+        step: The number of the draw.
+        sharpness: Its sharpness.
+        change: How the logits move along the score.
+        direction: How they move besides.
+
+    Returns:
+        The words of the masked weights and of the pruned ones, the next logits and masks, and
+        int32 (...), 1 for each group whose mask has changed.
+    """
+    initial_M, held_M = flags_of(masks, pattern.m)
+    logits_M = _learned(pattern, logits, held_M, sharpness, change, direction)
+    next_M = _drawn(pattern, logits_M, groups, key, step, sharpness)
+    stays = reduce(mul, [1 - (old ^ new) for old, new in zip(held_M, next_M, strict=True)])
+    words, pruned = exchange(pattern, words, pruned, held_M, next_M)
+    return (
+        words,
+        pruned,
+        torch.stack(list(logits_M), dim=-1),
+        masks_of(initial_M, next_M),
+        1 - stays,
+    )
+
+
+def flags_of(masks: Tensor, m: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The columns of an initial and of a drawn mask, int32, from two bits per weight (..., B)."""
+    octets = [octet.int() for octet in masks.unbind(-1)]
+    flags = [octets[bit // 8] >> bit % 8 & 1 for bit in range(2 * m)]
+    return flags[:m], flags[m:]
+
+
+def masks_of(initial_M: Sequence[Tensor], drawn_M: Sequence[Tensor]) -> Tensor:
+    """Two bits per weight, of which :func:`flags_of` gives the columns: uint8 (..., B)."""
+    bits = [flag << bit % 8 for bit, flag in enumerate((*initial_M, *drawn_M))]
+    octets = [reduce(or_, bits[first : first + 8]) for first in range(0, len(bits), 8)]
+    return torch.stack(octets, dim=-1).to(torch.uint8)
+
+
+def exchange(
+    pattern: NMPattern,
+    words: Tensor,
+    pruned: Tensor,
+    held_M: Sequence[Tensor] | None,
+    next_M: Sequence[Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """The words of weights and of pruned weights, brought from one mask (None: dense) to another.
+
+    The pruned ones are those that the mask of a group leaves out, in their order.
+    """
+    bits_M, number = _bits(words, pattern.m), words.shape[-1]
+    left_out = _bits(pruned, pattern.m - pattern.n)
+    if held_M is not None:
+        places = _places(held_M)
+        bits_M = [
+            torch.where(kept > 0, bits, _at(place, left_out, last=j, number=pattern.n))
+            for j, (kept, bits, place) in enumerate(zip(held_M, bits_M, places, strict=True))
+        ]
+    if next_M is None:
+        return _words(bits_M, number), pruned
+    places = [
+        torch.where(kept > 0, -1, place)
+        for kept, place in zip(next_M, _places(next_M), strict=True)
+    ]
+    gone = []
+    for k in range(len(left_out)):
+        value = bits_M[k]
+        for j in range(k + 1, k + pattern.n + 1):
+            value = torch.where(places[j] == k, bits_M[j], value)
+        gone.append(value)
+    kept_bits = [bits & -kept for bits, kept in zip(bits_M, next_M, strict=True)]
+    return _words(kept_bits, number), _words(gone, pruned.shape[-1])
 
 
 def integers_of(block: Tensor) -> Tensor:
@@ -108,6 +197,56 @@ def _words(bits_M: Sequence[Tensor], number: int) -> Tensor:
         pairs = zip(bits_M[::2], bits_M[1::2], strict=True)
         bits_M = [low & 0xFFFF | high << 16 for low, high in pairs]
     return torch.stack(list(bits_M), dim=-1)
+
+
+def _places(kept_M: Sequence[Tensor]) -> list[Tensor]:
+    """How many of its group's pruned weights come before each weight."""
+    places = [torch.zeros_like(kept_M[0])]
+    for kept in kept_M[:-1]:
+        places.append(places[-1] + 1 - kept)
+    return places
+
+
+def _at(place: Tensor, columns: Sequence[Tensor], *, last: int, number: int) -> Tensor:
+    """The column at a place, which lies in ``[last - number, last]``."""
+    first = max(0, last - number)
+    found = columns[min(first, len(columns) - 1)]
+    for k in range(first + 1, min(last, len(columns) - 1) + 1):
+        found = torch.where(place == k, columns[k], found)
+    return found
+
+
+def _learned(
+    pattern: NMPattern,
+    logits: Tensor,
+    drawn_M: Sequence[Tensor],
+    sharpness: float | Tensor,
+    change: Tensor | None,
+    direction: Tensor | None,
+) -> Sequence[Tensor]:
+    """The columns of logits, moved."""
+    logits_M: Sequence[Tensor] = logits.unbind(-1)
+    if direction is not None:
+        logits_M = _minus(logits_M, direction.unbind(-1))
+    if change is not None:
+        kept_M = [flag.float() for flag in drawn_M]
+        score_M = _score([logit * sharpness for logit in logits_M], kept_M, pattern)
+        logits_M = _minus(logits_M, [change * score for score in score_M])
+    return logits_M
+
+
+def _drawn(
+    pattern: NMPattern,
+    logits_M: Sequence[Tensor],
+    groups: Tensor,
+    key: philox.Key,
+    step: Tensor,
+    sharpness: float | Tensor,
+) -> list[Tensor]:
+    """Columns of flags, int32: the N highest of logits plus Gumbel noise."""
+    noise_M = philox.exponential_columns(key, step, groups, pattern.m)
+    races_M = [x * sharpness - noise.log() for x, noise in zip(logits_M, noise_M, strict=True)]
+    return [flag.int() for flag in columns.top(races_M, pattern.n)]
 
 
 def _minus(values: Sequence[Tensor], moves: Sequence[Tensor]) -> list[Tensor]:

@@ -40,7 +40,7 @@ def failing_compiler(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         runs.append("failed")
         raise TorchDynamoException("no space\nleft")
 
-    monkeypatch.setattr(fusion, "_compiled", lambda: compiled)
+    monkeypatch.setattr(fusion, "_compiled", lambda _: compiled)
     return runs
 
 
