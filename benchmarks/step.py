@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from maskpro_lightning import MaskPro
-from maskpro_lightning.optimizer import Memory
 
 Step = Callable[[], object]
 _LAYER = 2**24
@@ -51,9 +51,9 @@ class Published:
             weight.copy_(dense * mask.view_as(dense))
 
 
-def ours(weights: list[nn.Parameter], *, fused: bool, memory: Memory = "plain") -> Step:
+def ours(weights: list[nn.Parameter], **how: Any) -> Step:
     named = [(str(number), weight) for number, weight in enumerate(weights)]
-    optimizer = MaskPro(named, lr=0.1, fused=fused, memory=memory)
+    optimizer = MaskPro(named, lr=0.1, **how)
     losses = (
         torch.tensor(0.5, device=weights[0].device),
         torch.tensor(0.2, device=weights[0].device),
@@ -66,6 +66,9 @@ ROWS: dict[str, Callable[[list[nn.Parameter]], Step]] = {
     "eager": lambda weights: ours(weights, fused=False),
     "fused": lambda weights: ours(weights, fused=True),
     "fused lean": lambda weights: ours(weights, fused=True, memory="lean"),
+    "fused lean bf16": lambda weights: ours(
+        weights, fused=True, memory="lean", logits_dtype="bfloat16"
+    ),
 }
 
 
@@ -130,8 +133,8 @@ def measure(row: str, size: int, repeats: int, dtype: torch.dtype, device: torch
         copies.append(seconds(lambda: target.copy_(source), device))
     per_weight = statistics.median(steps) / size
     bandwidth = 2 * source.numel() / statistics.median(copies)
-    # Read and write logits and weight, read the dense weight, read and write the mask's byte.
-    moved = 2 * 4 + 3 * weights[0].element_size() + 2
+    # What MaskPro's plain form has to move: read and write logits, masks and weight, read dense.
+    moved = 2 * 4 + 2 * 1 + 3 * weights[0].element_size()
     base = _published.setdefault(size, per_weight)
     print(
         f"| {size:,} | {row} | {1e9 * per_weight:.2f} | {per_weight / base:.3f} | "

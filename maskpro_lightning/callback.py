@@ -30,7 +30,7 @@ from maskpro_lightning.export import load_masks
 from maskpro_lightning.journal import Journal
 from maskpro_lightning.masked_weight import Version
 from maskpro_lightning.metrics import mask_metrics
-from maskpro_lightning.optimizer import Estimator, MaskPro, Memory
+from maskpro_lightning.optimizer import Estimator, LogitsDtype, MaskPro, Memory
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.targets import Target, describe, find_targets, parameter_groups
 from maskpro_lightning.tracking import OnError, Tracking
@@ -73,6 +73,7 @@ class MaskProCallback(pl.Callback):
         seed: Seed of all draws.
         fused: Compile the step of the masks, see :class:`MaskPro`.
         memory: "lean" keeps no dense copy of the weights, see :class:`MaskPro`.
+        logits_dtype: "bfloat16" halves the logits, see :class:`MaskPro`.
         baseline_cache: Batches whose baseline is remembered; 0 measures it at every step.
         log_distributions: Hand the logits to the loggers that keep files at every checkpoint
             (4 bytes per weight).
@@ -101,6 +102,7 @@ class MaskProCallback(pl.Callback):
         seed: int = 0,
         fused: bool | None = None,
         memory: Memory = "plain",
+        logits_dtype: LogitsDtype = "float32",
         baseline_cache: int = 2**16,
         log_distributions: bool = True,
         on_logger_error: OnError = "warn",
@@ -115,8 +117,11 @@ class MaskProCallback(pl.Callback):
         self.baseline_cache = baseline_cache
         self.calibration_batches = calibration_batches
         self.lr_scheduler = lr_scheduler
-        self.fused = fused
-        self.memory = memory
+        self.how: dict[str, Any] = {
+            "fused": fused,
+            "memory": memory,
+            "logits_dtype": logits_dtype,
+        }
         self.rule: dict[str, Any] = {
             "estimator": estimator,
             "lr": lr,
@@ -368,8 +373,7 @@ class MaskProCallback(pl.Callback):
         module = self._module
         self._targets = find_targets(module, self.pattern, self.include, self.exclude)
         groups = parameter_groups(self._targets)
-        how: dict[str, Any] = {"fused": self.fused, "memory": self.memory}
-        self.optimizer = MaskPro(groups, self.pattern, **self.rule, **how)
+        self.optimizer = MaskPro(groups, self.pattern, **self.rule, **self.how)
         _log.info(describe(module, self._targets, self.pattern))
         steps = self._trainer.estimated_stepping_batches
         if self.lr_scheduler is not None:

@@ -27,6 +27,8 @@ from maskpro_lightning.transition import (
     flags_of,
     integers_of,
     lean_transition,
+    logits_of,
+    logits_to,
     masks_of,
     words_of,
 )
@@ -69,7 +71,7 @@ class LeanWeight:
         input_dim: The dimension that groups lie along.
         weight: Holds one version or another; written in place.
         pruned: What that version leaves out, in the weight's shape with M - N for M inputs.
-        logits: float32, in the weight's shape.
+        logits: float32 or bfloat16, in the weight's shape.
         masks: uint8, the initial and the drawn mask in two bits per weight: in the weight's shape
             with the bytes of a group for M inputs.
         redrawn: int64 (blocks,), the number of groups with another mask than in the draw before.
@@ -88,10 +90,15 @@ class LeanWeight:
 
     @staticmethod
     def state(
-        weight: Tensor, mask: Tensor, logit_scale: float, pattern: NMPattern, input_dim: int
+        weight: Tensor,
+        mask: Tensor,
+        logit_scale: float,
+        logits_dtype: torch.dtype,
+        pattern: NMPattern,
+        input_dim: int,
     ) -> dict[str, Tensor]:
         """The state of a weight whose initial mask, bool in its shape, has logits of one size."""
-        logits = mask.to(weight.device).float().mul_(logit_scale)
+        logits = mask.to(weight.device, logits_dtype).mul_(logit_scale)
         state = _empty(weight, logits, pattern, input_dim)
         for _, kept, masks in blocks(pattern, input_dim, mask.to(weight.device), state["masks"]):
             initial_M = [flag.int() for flag in kept.unbind(-1)]
@@ -125,7 +132,7 @@ class LeanWeight:
             dense = torch.empty_like(weight, memory_format=torch.contiguous_format)
             integers_of(dense).copy_(words)
             direction_GM = distribution.inclusion_gradient(
-                columns_of(logits) * sharpness,
+                columns_of(logits).float() * sharpness,
                 columns_of(values).float() * columns_of(dense).float(),
                 self.pattern,
             )
@@ -153,7 +160,7 @@ class LeanWeight:
         for number, (_, logits, masks) in enumerate(self._blocks(self.logits, self.masks)):
             kept = [torch.stack(f, dim=-1).bool() for f in flags_of(masks, self.pattern.m)]
             initial_GM, drawn_GM = map(columns_of, kept)
-            logits_GM = columns_of(logits) * sharpness
+            logits_GM = columns_of(logits).float() * sharpness
             redrawn = self.redrawn[number]
             yield Groups(self.name, self.pattern, logits_GM, initial_GM, drawn_GM, redrawn)
 
@@ -195,7 +202,7 @@ class LeanWeight:
                 groups_G.view(logits.shape[:-1]),
                 words_of(weight),
                 words_of(pruned),
-                logits,
+                logits_of(logits),
                 masks,
                 key,
                 step,
@@ -203,7 +210,7 @@ class LeanWeight:
                 change,
                 moving[0] if moving else None,
             )
-            places = [integers_of(weight), integers_of(pruned), logits, masks]
+            places = [integers_of(weight), integers_of(pruned), logits_to(logits), masks]
             counts = [self.redrawn[number], done]
             torch._foreach_copy_([*places, *counts], [*found, redrawn.sum(), done + 1])
 

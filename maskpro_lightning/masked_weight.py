@@ -23,6 +23,8 @@ from maskpro_lightning.transition import (
     INITIAL,
     PREVIOUS,
     integers_of,
+    logits_of,
+    logits_to,
     transition,
     words_of,
 )
@@ -75,7 +77,7 @@ class MaskedWeight:
         input_dim: The dimension that groups lie along.
         weight: Holds ``dense * mask`` for one mask or another; written in place.
         dense: The weight as it was; never changes.
-        logits: float32.
+        logits: float32 or bfloat16.
         masks: uint8, the initial, the drawn and the previous mask, a bit each.
     """
 
@@ -88,12 +90,14 @@ class MaskedWeight:
     masks: Tensor
 
     @staticmethod
-    def state(weight: Tensor, mask: Tensor, logit_scale: float) -> dict[str, Tensor]:
+    def state(
+        weight: Tensor, mask: Tensor, logit_scale: float, logits_dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         """The state of a weight whose initial mask, bool in its shape, has logits of one size."""
         mask = mask.to(weight.device)
         return {
             "dense": weight.detach().clone(),
-            "logits": mask.float().mul_(logit_scale),
+            "logits": mask.to(logits_dtype).mul_(logit_scale),
             "masks": mask.to(torch.uint8).mul_(INITIAL | DRAWN),
         }
 
@@ -119,7 +123,7 @@ class MaskedWeight:
                 self.pattern,
                 groups_G.view(logits.shape[:-1]),
                 words_of(dense),
-                logits,
+                logits_of(logits),
                 masks,
                 key,
                 number,
@@ -128,7 +132,7 @@ class MaskedWeight:
                 moving[0] if moving else None,
             )
             # One call, so that an exception leaves a block as it was or as it should be.
-            torch._foreach_copy_([integers_of(weight), logits, masks], found)
+            torch._foreach_copy_([integers_of(weight), logits_to(logits), masks], found)
 
     def direction(self, gradient: Tensor, sharpness: float) -> Tensor:
         """The gradient of the expected loss, to first order, in the logits; rms 1.
@@ -143,7 +147,7 @@ class MaskedWeight:
         ):
             worth_GM = columns_of(values).float() * columns_of(dense).float()
             direction_GM = distribution.inclusion_gradient(
-                columns_of(logits) * sharpness, worth_GM, self.pattern
+                columns_of(logits).float() * sharpness, worth_GM, self.pattern
             )
             values.copy_(direction_GM.view_as(values))
             total += values.float().square().sum()
@@ -175,7 +179,7 @@ class MaskedWeight:
             yield Groups(
                 self.name,
                 self.pattern,
-                columns_of(logits) * sharpness,
+                columns_of(logits).float() * sharpness,
                 initial_GM,
                 drawn_GM,
                 (drawn_GM != previous_GM).any(-1).sum(),

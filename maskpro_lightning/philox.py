@@ -71,10 +71,24 @@ def exponential(key: Key, step: Tensor, groups_G: Tensor, m: int) -> Tensor:
 
 def exponential_columns(key: Key, step: Tensor, groups_G: Tensor, m: int) -> list[Tensor]:
     """The ``m`` columns of :func:`exponential`, each of the shape of ``groups_G``."""
+    uniforms = [(word.float() + 0.5) * 2**-32 for word in words(key, step, groups_G, m)]
+    return [-torch.log1p(-uniform.clamp(max=1 - 2**-24)) for uniform in uniforms]
+
+
+def words(key: Key, step: Tensor, groups_G: Tensor, m: int, *, stream: int = 0) -> list[Tensor]:
+    """Random 32-bit words for whole groups, ``m`` int64 columns of the shape of ``groups_G``.
+
+    Args:
+        key: Two 32-bit words.
+        step: int64 scalar in [0, 2^63).
+        groups_G: int64 (G,), the groups' numbers.
+        m: Words per group.
+        stream: 0 for draws; 1 for other numbers of the same step, which are independent of them.
+    """
     blocks = -(-m // 4)
-    words: list[Tensor] = []
+    found: list[Tensor] = []
     for block in range(blocks):
         place = groups_G * blocks + block
-        words += philox(key, (place & _LOW, place >> 32, step & _LOW, step >> 32))
-    uniforms = [(word.float() + 0.5) * 2**-32 for word in words[:m]]
-    return [-torch.log1p(-uniform.clamp(max=1 - 2**-24)) for uniform in uniforms]
+        high = step >> 32 ^ stream << 31
+        found += philox(key, (place & _LOW, place >> 32, step & _LOW, high))
+    return found[:m]

@@ -43,7 +43,7 @@ def transition(
         pattern: The pattern.
         groups: int64 (...), the groups' numbers.
         words: The dense weights, see :func:`words_of`.
-        logits: float32 (..., M).
+        logits: float32 (..., M), or the words of bfloat16, which are rounded at random.
         masks: uint8 (..., M), a bit for each of ``INITIAL``, ``DRAWN`` and ``PREVIOUS``.
         key: What draws depend on besides, see :func:`philox.exponential`.
         step: int64 scalar, the number of the draw.
@@ -56,7 +56,11 @@ def transition(
     """
     masks_M = [mask.int() for mask in masks.unbind(-1)]
     drawn_M = [mask >> 1 & 1 for mask in masks_M]
-    logits_M = _learned(pattern, logits, drawn_M, sharpness, change, direction)
+    logits_M = _logits(logits, pattern.m)
+    if change is not None or direction is not None:
+        logits_M = _learned(pattern, logits_M, drawn_M, sharpness, change, direction)
+        if logits.dtype == torch.int32:
+            logits_M = _rounded(logits_M, groups, key, step)
     kept_M = _drawn(pattern, logits_M, groups, key, step, sharpness)
     next_M = [
         mask & INITIAL | (mask & DRAWN) << 1 | kept << 1
@@ -65,7 +69,7 @@ def transition(
     bits_M = [bits & -kept for bits, kept in zip(_bits(words, pattern.m), kept_M, strict=True)]
     return (
         _words(bits_M, words.shape[-1]),
-        torch.stack(list(logits_M), dim=-1),
+        _stored(logits_M, logits),
         torch.stack(next_M, dim=-1).to(torch.uint8),
     )
 
@@ -90,7 +94,7 @@ def lean_transition(
         groups: int64 (...), the groups' numbers.
         words: The weights under the drawn mask, see :func:`words_of`.
         pruned: The words of the pruned weights (..., M - N).
-        logits: float32 (..., M).
+        logits: As for :func:`transition`.
         masks: uint8 (..., B), the initial and the drawn mask, see :func:`flags_of`.
         key: As for :func:`transition`, like all that follow.
         step: The number of the draw.
@@ -103,14 +107,18 @@ def lean_transition(
         int32 (...), 1 for each group whose mask has changed.
     """
     initial_M, held_M = flags_of(masks, pattern.m)
-    logits_M = _learned(pattern, logits, held_M, sharpness, change, direction)
+    logits_M = _logits(logits, pattern.m)
+    if change is not None or direction is not None:
+        logits_M = _learned(pattern, logits_M, held_M, sharpness, change, direction)
+        if logits.dtype == torch.int32:
+            logits_M = _rounded(logits_M, groups, key, step)
     next_M = _drawn(pattern, logits_M, groups, key, step, sharpness)
     stays = reduce(mul, [1 - (old ^ new) for old, new in zip(held_M, next_M, strict=True)])
     words, pruned = exchange(pattern, words, pruned, held_M, next_M)
     return (
         words,
         pruned,
-        torch.stack(list(logits_M), dim=-1),
+        _stored(logits_M, logits),
         masks_of(initial_M, next_M),
         1 - stays,
     )
@@ -184,6 +192,16 @@ def words_of(block: Tensor) -> Tensor:
     return integers.int() if integers.element_size() < 4 else integers
 
 
+def logits_of(block: Tensor) -> Tensor:
+    """A block of logits as a step takes it: bfloat16 as words, float32 as it is."""
+    return words_of(block) if block.dtype == torch.bfloat16 else block
+
+
+def logits_to(block: Tensor) -> Tensor:
+    """The view of a block of logits that what a step gives is written to."""
+    return integers_of(block) if block.dtype == torch.bfloat16 else block
+
+
 def _bits(words: Tensor, m: int) -> list[Tensor]:
     """The M columns of bits that words hold."""
     if words.shape[-1] == m:
@@ -218,14 +236,13 @@ def _at(place: Tensor, columns: Sequence[Tensor], *, last: int, number: int) -> 
 
 def _learned(
     pattern: NMPattern,
-    logits: Tensor,
+    logits_M: Sequence[Tensor],
     drawn_M: Sequence[Tensor],
     sharpness: float | Tensor,
     change: Tensor | None,
     direction: Tensor | None,
 ) -> Sequence[Tensor]:
     """The columns of logits, moved."""
-    logits_M: Sequence[Tensor] = logits.unbind(-1)
     if direction is not None:
         logits_M = _minus(logits_M, direction.unbind(-1))
     if change is not None:
@@ -233,6 +250,35 @@ def _learned(
         score_M = _score([logit * sharpness for logit in logits_M], kept_M, pattern)
         logits_M = _minus(logits_M, [change * score for score in score_M])
     return logits_M
+
+
+def _logits(logits: Tensor, m: int) -> Sequence[Tensor]:
+    """Columns of float32."""
+    if logits.dtype != torch.int32:
+        return logits.unbind(-1)
+    return [(bits << 16).view(torch.float32) for bits in _bits(logits, m)]
+
+
+def _stored(logits_M: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Columns as a block of logits is stored."""
+    if like.dtype != torch.int32:
+        return torch.stack(list(logits_M), dim=-1)
+    return _words([logit.view(torch.int32) >> 16 for logit in logits_M], like.shape[-1])
+
+
+def _rounded(
+    logits_M: Sequence[Tensor], groups: Tensor, key: philox.Key, step: Tensor
+) -> list[Tensor]:
+    """Columns of float32 rounded to bfloat16 up or down, to their own value on average.
+
+    Rounded to the nearest, a logit would never notice steps below half of its last bit.
+    """
+    # Another counter than any draw's: their fourth word is below 2^31.
+    noise_M = philox.words(key, step, groups, len(logits_M), stream=1)
+    return [
+        ((logit.view(torch.int32) + (word >> 16).int()) & -0x10000).view(torch.float32)
+        for logit, word in zip(logits_M, noise_M, strict=True)
+    ]
 
 
 def _drawn(

@@ -69,10 +69,15 @@ def trained(dense: Tensor, pattern: str = "2:4", input_dim: int = -1, **rule: An
     ("pattern", "shape", "input_dim", "dtype", "rule"),
     [
         pytest.param("2:4", (129, 128), -1, torch.bfloat16, {}, id="Linear"),
-        pytest.param("1:4", (128, 129), 0, torch.float32, {}, id="Conv1D"),
+        pytest.param("1:4", (128, 129), 0, torch.bfloat16, {"memory": "lean"}, id="Conv1D lean"),
         pytest.param("2:4", (16, 32, 3, 3), 1, torch.float16, {}, id="Conv2d"),
         pytest.param(
-            "2:4", (129, 128), -1, torch.float32, {"estimator": "straight_through"}, id="gradients"
+            "2:4",
+            (129, 128),
+            -1,
+            torch.float32,
+            {"estimator": "straight_through", "memory": "lean"},
+            id="gradients lean",
         ),
     ],
 )

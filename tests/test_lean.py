@@ -55,14 +55,17 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "logits_dtype"),
+    [(torch.float32, "bfloat16"), (torch.bfloat16, "float32"), (torch.float64, "float32")],
+)
 def test_lean_and_plain_look_alike_at_every_step(
-    pattern: str, shape: Shape, input_dim: int, dtype: torch.dtype
+    pattern: str, shape: Shape, input_dim: int, dtype: torch.dtype, logits_dtype: Any
 ) -> None:
     dense = special(shape, dtype)
     weights = [nn.Parameter(dense.clone()) for _ in range(2)]
     plain, lean = (
-        one_weight(weight, pattern, input_dim, memory=memory, **RULE)
+        one_weight(weight, pattern, input_dim, memory=memory, logits_dtype=logits_dtype, **RULE)
         for weight, memory in zip(weights, ("plain", "lean"), strict=True)
     )
     for residual in RESIDUALS:
@@ -181,13 +184,17 @@ def is_tensor(leaf: Any) -> bool:
 
 
 @pytest.mark.parametrize("estimator", ["policy", "straight_through"])
-@pytest.mark.parametrize(("memory", "each"), [("plain", 9.0), ("lean", 7.25)])
+@pytest.mark.parametrize(
+    ("memory", "logits_dtype", "each"),
+    [("plain", "float32", 9.0), ("lean", "float32", 7.25), ("lean", "bfloat16", 5.25)],
+)
 def test_nothing_as_large_as_a_layer_is_made_on_the_way(
-    monkeypatch: pytest.MonkeyPatch, estimator: Any, memory: Any, each: float
+    monkeypatch: pytest.MonkeyPatch, estimator: Any, memory: Any, logits_dtype: Any, each: float
 ) -> None:
     monkeypatch.setattr(masked_weight, "_BLOCK", 256)
     weight = nn.Parameter(random(256, 128).bfloat16())
-    optimizer = one_weight(weight, estimator=estimator, memory=memory)
+    rule = {"memory": memory, "logits_dtype": logits_dtype}
+    optimizer = one_weight(weight, estimator=estimator, **rule)
     optimizer.begin()
     loss = partial(with_gradient, weight, random(256, 128).bfloat16())
     with Largest() as largest:
