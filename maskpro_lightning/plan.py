@@ -81,7 +81,8 @@ def plan(
     for target in targets:
         size, weight = share(target.parameter, devices), target.parameter
         part = torch.empty(size, dtype=weight.dtype, device="meta")
-        kept = MaskedWeight.state(part, torch.empty(size, dtype=torch.bool, device="meta"), 1.0)
+        mask = torch.empty(size, dtype=torch.bool, device="meta")
+        kept = MaskedWeight.state(part, mask, 1.0, torch.float32)
         for name, value in kept.items():
             state[name] = state.get(name, 0) + value.numel() * value.element_size()
     whole = max((_bytes(unit.parameters()) for unit in _units(model)), default=0)
