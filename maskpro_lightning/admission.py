@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskpro_lightning.pattern import NMPattern
 
-#: Bounds a rule's numbers and a logit's move in one step, so that no product leaves float32.
+#: Bounds a rule's numbers; with residuals up to 1e18 no product of theirs leaves float32.
 LARGEST = 1e6
 
 

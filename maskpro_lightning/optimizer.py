@@ -584,7 +584,7 @@ class MaskPro(Optimizer):
             judged: list[Draw] = []
             change = direction = None
             if advantage_K is not None:
-                change = (group["lr"] * advantage_K).clamp(-LARGEST, LARGEST)
+                change = group["lr"] * advantage_K
                 if self._explores_apart:
                     _, *judged = self._draws(group, group["step"] - 1, group["drawn_sharpness"])
             elif finite is not None and parameter.grad is not None:

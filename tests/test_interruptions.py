@@ -42,7 +42,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
 ]
 
-STEPS, MOMENTS = 6, 25
+STEPS, MOMENTS = 6, 16
 
 
 class Broken(BaseException):

@@ -34,15 +34,15 @@ NAN, INFINITE = math.nan, math.inf
 
 
 class Spoiled(Net):
-    """Multiplies the loss of some training steps, by their number, by something bad."""
+    """Adds something bad to the loss of some training steps; its gradient stays as good as ever."""
 
-    def __init__(self, spoils: Callable[[int], bool], factor: float = NAN) -> None:
+    def __init__(self, spoils: Callable[[int], bool], bad: float = NAN) -> None:
         super().__init__()
-        self.spoils, self.factor = spoils, factor
+        self.spoils, self.bad = spoils, bad
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        factor = self.factor if self.spoils(self.global_step) else 1.0
-        return super().training_step(batch, batch_idx) * factor
+        bad = self.bad if self.spoils(self.global_step) else 0.0
+        return super().training_step(batch, batch_idx) + bad
 
 
 def masks(estimator: Estimator = "policy", **kwargs: Any) -> MaskProCallback:
@@ -167,7 +167,7 @@ def test_a_loss_without_a_masked_weight_has_no_gradient_to_learn_from(tmp_path: 
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("size", [1e12, 1e30])
+@pytest.mark.parametrize("size", [9e17, 1e30])
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "3:8", "9:16"])
 def test_logits_stay_finite_however_large_losses_and_steps_are(
     pattern: str, size: float, normalize: bool
