@@ -89,6 +89,6 @@ def words(key: Key, step: Tensor, groups_G: Tensor, m: int, *, stream: int = 0) 
     found: list[Tensor] = []
     for block in range(blocks):
         place = groups_G * blocks + block
-        high = step >> 32 ^ stream << 31
+        high = step >> 32 ^ stream << 31  # no step has this bit
         found += philox(key, (place & _LOW, place >> 32, step & _LOW, high))
     return found[:m]

@@ -59,8 +59,7 @@ def transition(
     logits_M = _logits(logits, pattern.m)
     if change is not None or direction is not None:
         logits_M = _learned(pattern, logits_M, drawn_M, sharpness, change, direction)
-        if logits.dtype == torch.int32:
-            logits_M = _rounded(logits_M, groups, key, step)
+        logits_M = _rounded(logits_M, logits, groups, key, step)
     kept_M = _drawn(pattern, logits_M, groups, key, step, sharpness)
     next_M = [
         mask & INITIAL | (mask & DRAWN) << 1 | kept << 1
@@ -110,8 +109,7 @@ def lean_transition(
     logits_M = _logits(logits, pattern.m)
     if change is not None or direction is not None:
         logits_M = _learned(pattern, logits_M, held_M, sharpness, change, direction)
-        if logits.dtype == torch.int32:
-            logits_M = _rounded(logits_M, groups, key, step)
+        logits_M = _rounded(logits_M, logits, groups, key, step)
     next_M = _drawn(pattern, logits_M, groups, key, step, sharpness)
     stays = reduce(mul, [1 - (old ^ new) for old, new in zip(held_M, next_M, strict=True)])
     words, pruned = exchange(pattern, words, pruned, held_M, next_M)
@@ -274,13 +272,14 @@ def _stored(logits_M: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def _rounded(
-    logits_M: Sequence[Tensor], groups: Tensor, key: philox.Key, step: Tensor
-) -> list[Tensor]:
-    """Columns of float32 rounded to bfloat16 up or down, to their own value on average.
+    logits_M: Sequence[Tensor], like: Tensor, groups: Tensor, key: philox.Key, step: Tensor
+) -> Sequence[Tensor]:
+    """Columns rounded, if stored as bfloat16, up or down, to their own value on average.
 
     Rounded to the nearest, a logit would never notice steps below half of its last bit.
     """
-    # Another counter than any draw's: their fourth word is below 2^31.
+    if like.dtype != torch.int32:
+        return logits_M
     noise_M = philox.words(key, step, groups, len(logits_M), stream=1)
     return [
         ((logit.view(torch.int32) + (word >> 16).int()) & -0x10000).view(torch.float32)

@@ -105,6 +105,9 @@ def test_an_exception_between_any_two_blocks_loses_no_weight(
         optimizer = one_weight(weight, memory=memory, **RULE)
         for residual in RESIDUALS:
             step(optimizer, residual)
+        twin = one_weight(nn.Parameter(dense.clone()), memory=memory, **RULE)
+        for residual in (*RESIDUALS, 1.0):
+            step(twin, residual)
         acts = {"step": partial(step, optimizer, 1.0)}
         with monkeypatch.context() as patched:
             patched.setattr(torch, "_foreach_copy_", interrupted(number, then))
@@ -115,6 +118,8 @@ def test_an_exception_between_any_two_blocks_loses_no_weight(
         for version in ("dense", "mode", "initial", "dense"):
             optimizer.write(version)
             assert_holds(weight, dense, optimizer.masks(version)["w"])
+        if memory == "lean" and action == "step":  # it has been finished, and once
+            assert_same(seen(optimizer), seen(twin))
     blocks = 3  # of 3 groups each
     assert interruptions == (blocks if memory == "lean" or action == "step" else 0)
 
