@@ -181,7 +181,9 @@ class MaskProCallback(pl.Callback):
         self._tracking: Tracking | None = None
         self._teacher: Teacher | None = None
         # Made for its checks, and for the defaults that it fills in.
-        trial = MaskPro([nn.Parameter(torch.zeros(self.pattern.m))], self.pattern, **self.rule)
+        weight = nn.Parameter(torch.zeros(self.pattern.m, device="cpu"))
+        given = {**self.rule, **self.how, "fused": False}  # where it runs may have a compiler
+        trial = MaskPro([weight], self.pattern, **given)
         self._lr_given = lr is not None
         self.rule = {name: trial.defaults[name] for name in self.rule}
 

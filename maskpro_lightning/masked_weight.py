@@ -32,7 +32,8 @@ from maskpro_lightning.transition import (
 
 Version = Literal["dense", "initial", "drawn", "mode"]
 
-# A gradient takes some ten numbers per weight on the way: so many times fewer groups at once.
+# A gradient takes some ten numbers per weight on the way, or hundreds for a large pattern: so many
+# times fewer groups at once, which costs no time.
 GRADIENT_SHARE = 4
 
 

@@ -20,6 +20,8 @@ Group = dict[str, Any]
 _IDENTITY = ("param_names", "pattern", "input_dim", "estimator")
 _TENSORS = {"dense", "logits", "masks"}
 _LOGITS = (torch.float32, torch.bfloat16)
+# No fit gets there, as a step is at most LARGEST, and beyond a draw's numbers may leave float32.
+_LARGEST_LOGIT = 1e20
 _Stored = Literal["initial", "drawn"]
 
 
@@ -128,8 +130,11 @@ def _check_weight(name: str, layout: Layout, group: Group, state: Any) -> None:
     dtypes = (dense.is_floating_point(), logits.dtype in _LOGITS, masks.dtype)
     if dtypes != (True, True, torch.uint8):
         raise _damaged(f"{name!r} has {dense.dtype}, {logits.dtype} and {masks.dtype}")
-    if not logits.isfinite().all():
+    extent = max(abs(float(end)) for end in logits.aminmax()) if logits.numel() else 0.0
+    if not math.isfinite(extent):
         raise _damaged(f"the logits of {name!r} are not all finite")
+    if extent > _LARGEST_LOGIT:
+        raise _damaged(f"the logits of {name!r} reach {extent:.0e}")
     if tuple(masks.shape) != layout.shape:
         return  # a part, which may cut groups
     pattern, input_dim = NMPattern.parse(group["pattern"]), group["input_dim"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from maskpro_lightning import MaskPro, layout
+from maskpro_lightning import MaskPro, NMPattern, layout
 from maskpro_lightning.masked_weight import Version
 from maskpro_lightning.metrics import mask_metrics
 
@@ -161,6 +162,60 @@ def test_each_form_resumes_the_other_to_the_bit(before: Any, after: Any, version
     for residual in RESIDUALS[2:]:
         step(interrupted, residual)
     assert_same(seen(interrupted), seen(uninterrupted))
+
+
+def test_masks_of_their_own_and_lean_memory_are_refused() -> None:
+    message = (
+        "exploration='per_replica' needs what memory='lean' does not keep: choose memory='plain' "
+        "or exploration='shared'."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        one_weight(nn.Parameter(random(4, 8)), memory="lean", exploration="per_replica")
+
+
+def test_shards_and_lean_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flat(*_: Any) -> list[layout.Layout]:
+        whole = layout.Layout.of(torch.empty(4, 8), NMPattern.parse("2:4"), -1)
+        return [layout.Layout.run(whole, 0, 16, ())]
+
+    monkeypatch.setattr("maskpro_lightning.optimizer.layouts", flat)
+    message = (
+        "'w' is sharded, but memory='lean' exchanges whole weights: choose memory='plain', whose "
+        "state is sharded like the weights."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        one_weight(nn.Parameter(random(4, 8)), memory="lean")
+
+
+@pytest.mark.parametrize("memory", ["plain", "lean"])
+@pytest.mark.parametrize("input_dim", [-1, 0])
+def test_where_a_weight_lies_in_memory_changes_nothing(memory: Any, input_dim: int) -> None:
+    found = []
+    for start in (0, 1):  # an odd start leaves no two values in one word
+        memory_of_both = torch.empty(8 * 8 + 1, dtype=torch.bfloat16)
+        values = memory_of_both[start : start + 64].view(8, 8).copy_(random(8, 8))
+        optimizer = one_weight(nn.Parameter(values), input_dim=input_dim, memory=memory, **RULE)
+        for residual in RESIDUALS:
+            step(optimizer, residual)
+        found.append(seen(optimizer))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("memory", ["plain", "lean"])
+def test_draws_are_from_the_logits_that_are_stored_whatever_the_gradients_dtype(
+    memory: Any,
+) -> None:
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        weight = nn.Parameter(random(6, 8).to(dtype))
+        optimizer = one_weight(
+            weight, estimator="straight_through", memory=memory, logits_dtype="bfloat16"
+        )
+        for seed in range(3):
+            optimizer.step(partial(with_gradient, weight, random(6, 8, seed=seed)))
+        assert_holds(weight, random(6, 8).to(dtype), optimizer.masks("drawn")["w"])
+        found.append(optimizer.logits()["w"].float())
+    torch.testing.assert_close(*found, rtol=2**-6, atol=2**-6)
 
 
 # --- memory -------------------------------------------------------------------------------------
