@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import reduce
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from modules import ROUNDING, equal, identical
 from process_shards import STEPS, Model, weights
 from test_sharding import RANKS, Told, assert_alike, run
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskpro_lightning import MaskPro
 
