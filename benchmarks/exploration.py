@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 
-from maskpro_lightning import MaskPro
-from maskpro_lightning.optimizer import Exploration
+from maskpro_lightning import MaskPro, NMPattern
+from maskpro_lightning.optimizer import DEFAULTS, Exploration, policy_lr
 
 WIDTH, ROWS, SEEDS = 32, 32, 5
 
@@ -39,7 +39,8 @@ def learn(seed: int, exploration: Exploration, steps: int) -> tuple[float, float
     """Share of the excess loss removed, and seconds per step; data is split over the ranks."""
     model, x, y = problem(seed)
     named = [(n, p) for n, p in model.named_parameters() if p.dim() > 1]
-    optimizer = MaskPro(named, exploration=exploration, seed=seed)
+    lr = policy_lr(NMPattern(2, 4), DEFAULTS["policy"]["logit_scale"], steps)
+    optimizer = MaskPro(named, lr=lr, exploration=exploration, seed=seed)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(seed)

@@ -258,9 +258,10 @@ class MaskProCallback(pl.Callback):
     ) -> None:
         if self._optimizer.begun:
             return
-        # Only now have all hooks run in which a module may load its weights.
-        masks = self._initial_masks(trainer, pl_module)
-        self._optimizer.begin(masks)
+        # Only now have all hooks run in which a module may load its weights. Reading calibration
+        # batches takes random numbers, too.
+        with traceless(trainer, pl_module):
+            self._optimizer.begin(self._initial_masks(trainer, pl_module))
 
     @property
     def _forward_only(self) -> bool:

@@ -54,7 +54,7 @@ def figures(run: Run) -> dict[str, Figure]:
         drawn |= {"loss": _loss(rows), "exploration": _exploration(rows)}
     if any(row.keys() & _OF_BASELINE for row in rows):
         drawn["signal"] = _signal(rows)
-    if run.validation:
+    if any(row.keys() - {"step"} for row in run.validation):  # a module may log nothing
         drawn["validation"] = _validation(run.validation, run.comparison)
     if run.layers:
         drawn["layers"] = _layers(run.layers)

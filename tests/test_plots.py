@@ -372,6 +372,10 @@ def test_everything_drawn_stands_out_on_light_and_dark_pages(name: str, style: s
         assert contrast(solid[:, :3], page).min() >= 3, page
 
 
+def test_validations_that_logged_nothing_are_not_drawn() -> None:
+    assert "validation" not in plots.figures(Run(validation=[{"step": 1}, {"step": 2}]))
+
+
 def test_validation_is_drawn_over_steps_beside_other_masks_and_none() -> None:
     figure = plots.figures(Run(validation=VALIDATION, comparison=COMPARISON))["validation"]
     found = lines({"": figure})
@@ -464,7 +468,7 @@ def test_the_history_that_a_journal_wrote_is_read_back_and_drawn_in_full(tmp_pat
     weight = torch.nn.Parameter(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)))
     optimizer = MaskPro([("fc.weight", weight)])
     journal, rows = Journal(), []
-    journal.open(tmp_path, writes=True)
+    journal.open(tmp_path, keeps=True, writes=True)
     for step in range(1, 6):
         optimizer.step(lambda: weight.square().mean())
         values = optimizer.last | {"delta": optimizer.tracker["delta"]}
