@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -105,8 +106,10 @@ def log_model(
                 kwargs |= {"task": "text-generation", "pip_requirements": ["torch", "transformers"]}
                 info = mlflow.transformers.log_model(parts, **kwargs)
             else:
-                # MLflow's other format traces the model, which takes an example of its input.
-                kwargs |= {"serialization_format": "pickle", "pip_requirements": ["torch"]}
+                kwargs["pip_requirements"] = ["torch"]
+                if "serialization_format" in signature(mlflow.pytorch.log_model).parameters:
+                    # Newer MLflows would trace the model, which takes an example of its input.
+                    kwargs["serialization_format"] = "pickle"
                 info = mlflow.pytorch.log_model(model, **kwargs)
     finally:
         mlflow.set_tracking_uri(before)

@@ -88,9 +88,12 @@ def test_provenance_tells_the_source_and_the_tokens(
 ) -> None:
     tokenizer.save_pretrained(tmp_path)
 
+    names = {"train": "text", "validation": "other"}
+
     def told(text: str) -> dict[str, str]:
         (tmp_path / "text.txt").write_text(text)
-        files = dict.fromkeys(("train", "validation"), str(tmp_path / "text.txt"))
+        (tmp_path / "other.txt").write_text("c c")
+        files = {split: str(tmp_path / f"{name}.txt") for split, name in names.items()}
         data = TextData(str(tmp_path), "text", data_files=files, length=2, train_sequences=2)
         data.setup("fit")
         return data.provenance()

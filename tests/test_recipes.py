@@ -32,8 +32,8 @@ from transformers import (
     Qwen3ForCausalLM,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessor,
 )
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from maskpro_lightning import NMPattern, load_masks
 from maskpro_lightning.catalog import recipes, resolve
@@ -94,7 +94,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=words_of_bert, pad_token="[PAD]", unk_token="[UNK]"
     ).save_pretrained(folder / "bert")
-    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder / "vit")
     write_c4(folder / "c4")
     pixels = np.random.default_rng(0).integers(0, 256, (24, 6, 6, 3), np.uint8)
     rows = {"img": [Image.fromarray(image) for image in pixels], "label": [0, 1, 2] * 8}
