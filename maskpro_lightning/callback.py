@@ -163,7 +163,8 @@ class MaskProCallback(pl.Callback):
         self._tracking: Tracking | None = None
         self._teacher: Teacher | None = None
         # Made for its checks, and for the defaults that it fills in.
-        trial = MaskPro([nn.Parameter(torch.zeros(self.pattern.m))], self.pattern, **self.rule)
+        weight = nn.Parameter(torch.zeros(self.pattern.m, device="cpu"))  # never on "meta"
+        trial = MaskPro([weight], self.pattern, **self.rule)
         self._lr_given = lr is not None
         self.rule = {name: trial.defaults[name] for name in self.rule}
 
