@@ -33,10 +33,7 @@ from maskpro_lightning.journal import Journal
 from maskpro_lightning.masked_weight import Version
 from maskpro_lightning.maskfiles import load_maskllm, load_masks
 from maskpro_lightning.metrics import mask_metrics
-<<<<<<< HEAD
 from maskpro_lightning.mlflow_run import MLflowRun
-from maskpro_lightning.optimizer import Estimator, Exploration, MaskPro, policy_lr
-=======
 from maskpro_lightning.optimizer import (
     Estimator,
     Exploration,
@@ -45,7 +42,6 @@ from maskpro_lightning.optimizer import (
     Memory,
     policy_lr,
 )
->>>>>>> integrate
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.targets import Target, count, describe, find_targets, parameter_groups
 from maskpro_lightning.tracking import OnError, Tracking
@@ -186,15 +182,9 @@ class MaskProCallback(pl.Callback):
         self._tracking: Tracking | None = None
         self._teacher: Teacher | None = None
         # Made for its checks, and for the defaults that it fills in.
-<<<<<<< HEAD
-        trial = MaskPro(
-            [nn.Parameter(torch.zeros(self.pattern.m, device="cpu"))], self.pattern, **self.rule
-        )
-=======
-        weight = nn.Parameter(torch.zeros(self.pattern.m, device="cpu"))
+        weight = nn.Parameter(torch.zeros(self.pattern.m, device="cpu"))  # never on "meta"
         given = {**self.rule, **self.how, "fused": False}  # where it runs may have a compiler
         trial = MaskPro([weight], self.pattern, **given)
->>>>>>> integrate
         self._lr_given = lr is not None
         self.rule = {name: trial.defaults[name] for name in self.rule}
 

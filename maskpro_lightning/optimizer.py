@@ -74,7 +74,8 @@ def policy_lr(pattern: NMPattern, logit_scale: float, steps: int) -> float:
         steps: T.
     """
     information = distribution.gap_information(pattern, logit_scale)
-    return logit_scale / (_WALK_MARGIN * math.sqrt(information * steps / 3))
+    rate = logit_scale / (_WALK_MARGIN * math.sqrt(information * steps / 3))
+    return min(rate, LARGEST)  # what is hardly ever drawn differently tells nothing
 
 
 class MaskPro(Optimizer):
