@@ -65,7 +65,7 @@ def learn(seed: int, exploration: Exploration, steps: int) -> tuple[float, float
     losses = {}
     with torch.no_grad():
         for version in ("initial", "mode"):
-            optimizer.write(version)  # type: ignore[arg-type]
+            optimizer.write(version)
             losses[version] = float(loss_on(torch.arange(len(x))))
     return 1 - losses["mode"] / losses["initial"], seconds
 
@@ -96,7 +96,9 @@ def main() -> None:
             free.bind(("127.0.0.1", 0))
             port, path = free.getsockname()[1], str(Path(folder) / "found.pt")
             free.close()
-            multiprocessing.spawn(run, (ranks, port, steps, path), ranks)
+            multiprocessing.spawn(  # type: ignore[attr-defined,no-untyped-call]
+                run, (ranks, port, steps, path), ranks
+            )
             found = torch.load(path)
         for exploration, results in found.items():
             gains, seconds = (torch.tensor(values) for values in zip(*results, strict=True))

@@ -7,7 +7,7 @@ pytest's.
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -44,7 +44,7 @@ class Counts:
     def __init__(self) -> None:
         self.tried: Counter[str] = Counter()
         self.survived: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if kind_of(item.nodeid) is not None]

@@ -34,7 +34,14 @@ from maskpro_lightning.masked_weight import Version
 from maskpro_lightning.maskfiles import load_maskllm, load_masks
 from maskpro_lightning.metrics import mask_metrics
 from maskpro_lightning.mlflow_run import MLflowRun
-from maskpro_lightning.optimizer import Estimator, Exploration, MaskPro, policy_lr
+from maskpro_lightning.optimizer import (
+    Estimator,
+    Exploration,
+    LogitsDtype,
+    MaskPro,
+    Memory,
+    policy_lr,
+)
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.targets import Target, count, describe, find_targets, parameter_groups
 from maskpro_lightning.tracking import OnError, Tracking
@@ -84,6 +91,9 @@ class MaskProCallback(pl.Callback):
         exploration: "shared": the ranks evaluate one mask on all their data. "per_replica": each
             copy of the model evaluates a mask of its own on its own data, and all learn from all,
             see :class:`MaskPro`; with ``strategy="ddp"`` each rank is one.
+        fused: Compile the step of the masks, see :class:`MaskPro`.
+        memory: "lean" keeps no dense copy of the weights, see :class:`MaskPro`.
+        logits_dtype: "bfloat16" halves the logits, see :class:`MaskPro`.
         baseline_cache: Batches whose baseline is remembered; 0 measures it at every step.
         distillation: Learn from the distance to the dense model's own outputs instead of the loss
             of the training step; costs one more forward pass per batch.
@@ -113,6 +123,9 @@ class MaskProCallback(pl.Callback):
         normalize: bool = True,
         seed: int = 0,
         exploration: Exploration = "shared",
+        fused: bool | None = None,
+        memory: Memory = "plain",
+        logits_dtype: LogitsDtype = "float32",
         baseline_cache: int = 2**16,
         distillation: Distillation | None = None,
         log_distributions: bool = True,
@@ -129,6 +142,11 @@ class MaskProCallback(pl.Callback):
         self.distillation = distillation
         self.calibration_batches = calibration_batches
         self.lr_scheduler = lr_scheduler
+        self.how: dict[str, Any] = {
+            "fused": fused,
+            "memory": memory,
+            "logits_dtype": logits_dtype,
+        }
         self.rule: dict[str, Any] = {
             "estimator": estimator,
             "lr": lr,
@@ -164,9 +182,9 @@ class MaskProCallback(pl.Callback):
         self._tracking: Tracking | None = None
         self._teacher: Teacher | None = None
         # Made for its checks, and for the defaults that it fills in.
-        trial = MaskPro(
-            [nn.Parameter(torch.zeros(self.pattern.m, device="cpu"))], self.pattern, **self.rule
-        )
+        weight = nn.Parameter(torch.zeros(self.pattern.m, device="cpu"))  # never on "meta"
+        given = {**self.rule, **self.how, "fused": False}  # where it runs may have a compiler
+        trial = MaskPro([weight], self.pattern, **given)
         self._lr_given = lr is not None
         self.rule = {name: trial.defaults[name] for name in self.rule}
 
@@ -484,7 +502,7 @@ class MaskProCallback(pl.Callback):
         if falls and self._forward_only and not self._lr_given:
             self.rule["lr"] = policy_lr(self.pattern, self.rule["logit_scale"], int(steps))
         groups = parameter_groups(self._targets)
-        self.optimizer = MaskPro(groups, self.pattern, model=sharded, **self.rule)
+        self.optimizer = MaskPro(groups, self.pattern, model=sharded, **self.rule, **self.how)
         _log.info(describe(module, self._targets, self.pattern))
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(self.optimizer)

@@ -218,6 +218,9 @@ def _plan() -> None:
         strategy=cli.config["strategy"],
         estimator=callback.rule["estimator"],
         rows=None if None in shape else math.prod(size or 0 for size in shape),
+        pattern=callback.pattern,
+        memory=callback.how["memory"],
+        logits_dtype=callback.how["logits_dtype"],
     )
     parts = {**found.state, "largest unit, gathered": found.gathered}
     parts |= {} if found.activations is None else {"activations (estimate)": found.activations}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from maskpro_lightning import philox
+from maskpro_lightning import columns, philox
 from maskpro_lightning.pattern import NMPattern
 
 # Up to here 2^N subsets are cheaper than the quadrature.
@@ -32,8 +32,6 @@ _LARGEST_N_BY_ORDERS = 8
 # the first ring's probability.
 _NODE_STEP = 0.25
 _FIRST_NODE = -18.0
-# A ratio above e^27 changes a score by less than e^-27, but a larger one could overflow.
-_LARGEST_LOG_RATIO = 27.0
 
 
 def sample(logits_GM: Tensor, exponential_GM: Tensor, pattern: NMPattern) -> Tensor:
@@ -82,10 +80,12 @@ def score(logits_GM: Tensor, kept_GM: Tensor, pattern: NMPattern) -> Tensor:
         kept_GM: bool (..., M), exactly N kept per group.
         pattern: The pattern.
     """
-    log_ratio_GM, share_GM = _against_the_rest(_real(logits_GM), kept_GM)
-    if pattern.n == 2:
-        gain_GM = _pair_score(log_ratio_GM, kept_GM)
-    elif pattern.n <= _LARGEST_N_BY_ORDERS:
+    logits_GM = _real(logits_GM)
+    if pattern.n <= min(2, _LARGEST_N_BY_ORDERS):
+        flags = kept_GM.to(logits_GM.dtype).unbind(-1)
+        return torch.stack(columns.score(logits_GM.unbind(-1), flags, pattern.n), dim=-1)
+    log_ratio_GM, share_GM = _against_the_rest(logits_GM, kept_GM)
+    if pattern.n <= _LARGEST_N_BY_ORDERS:
         gain_GN = _orders_score(_kept_ratios(log_ratio_GM, kept_GM, pattern.n))
         gain_GM = gain_GN.gather(-1, _slots(kept_GM).clamp(0, pattern.n - 1))
     else:
@@ -127,23 +127,10 @@ def _real(logits: Tensor) -> Tensor:
 
 def _against_the_rest(logits_GM: Tensor, kept_GM: Tensor) -> tuple[Tensor, Tensor]:
     """log(w_i / q) for every weight, and w_j / q for those outside the kept set (else zero)."""
-    # Multiplications, since masked_fill costs several times as much on a CPU.
-    outside_GM = 1 - kept_GM.to(logits_GM.dtype)
-    log_q_G1 = (logits_GM - (1 - outside_GM) * 1e30).amax(-1, keepdim=True)
-    share_GM = (logits_GM - log_q_G1).clamp(max=0).exp() * outside_GM
-    total_G1 = share_GM.sum(-1, keepdim=True)
-    return logits_GM - log_q_G1 - total_G1.log(), share_GM / total_G1
-
-
-def _pair_score(log_ratio_GM: Tensor, kept_GM: Tensor) -> Tensor:
-    """d log P / d logit of the kept weights for N = 2.
-
-    The derivative of P = ab (2 + a + b) / ((1 + a) (1 + b) (1 + a + b)), over one denominator.
-    """
-    a = log_ratio_GM.clamp(max=_LARGEST_LOG_RATIO).exp() * kept_GM.to(log_ratio_GM.dtype)
-    total_G1 = a.sum(-1, keepdim=True)
-    b = total_G1 - a
-    return (2 + 2 * a + b * (3 + 2 * a + b)) / ((1 + a) * ((1 + total_G1) * (2 + total_G1)))
+    flags = kept_GM.to(logits_GM.dtype).unbind(-1)
+    found = columns.against_the_rest(logits_GM.unbind(-1), flags)
+    log_ratio_GM, share_GM = (torch.stack(column, dim=-1) for column in found)
+    return log_ratio_GM, share_GM
 
 
 def _slots(kept_GM: Tensor) -> Tensor:
@@ -153,7 +140,7 @@ def _slots(kept_GM: Tensor) -> Tensor:
 
 def _kept_ratios(log_ratio_GM: Tensor, kept_GM: Tensor, n: int) -> Tensor:
     """The ratios of the kept weights, in their order, (..., N)."""
-    ratio_GM = log_ratio_GM.clamp(max=_LARGEST_LOG_RATIO).exp()
+    ratio_GM = log_ratio_GM.clamp(max=columns.LARGEST_LOG_RATIO).exp()
     slot_GM = _slots(kept_GM).masked_fill(~kept_GM, n)  # slot N collects what is not kept
     ratio_GN = ratio_GM.new_zeros((*ratio_GM.shape[:-1], n + 1))
     return ratio_GN.scatter_(-1, slot_GM, ratio_GM)[..., :n]

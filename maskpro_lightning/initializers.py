@@ -39,8 +39,13 @@ def magnitude(weight: Tensor, pattern: NMPattern, input_dim: int = -1) -> Tensor
     Raises:
         ValueError: the weight holds NaN.
     """
-    scores_GM = pattern.group(weight, input_dim).abs()
-    return laid_out(_top(scores_GM, pattern), weight, input_dim)
+    mask = torch.empty_like(weight, dtype=torch.bool)
+    groups = pattern.group(weight, input_dim)
+    rows = max(1, _GROUPS_AT_ONCE // max(1, groups[0].numel() // pattern.m))
+    parts = zip(groups.split(rows), pattern.group(mask, input_dim).split(rows), strict=True)
+    for values_GM, kept_GM in parts:
+        kept_GM.copy_(_top(values_GM.abs(), pattern))
+    return mask
 
 
 @torch.no_grad()

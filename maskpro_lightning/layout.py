@@ -23,8 +23,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from maskpro_lightning.pattern import NMPattern
 
-# Groups handled at once.
-_BLOCK = 2**14
+# Groups handled at once: as many as a processor's cache holds, or more where each block costs a
+# launch.
+_BLOCK, _DEVICE_BLOCK = 2**16, 2**22
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Layout:
         return whole
 
     def blocks(
-        self, *tensors: Tensor, once: bool = False
+        self, *tensors: Tensor, once: bool = False, share: int = 1
     ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
         """Go through parts, padded or not, in blocks of whole groups.
 
@@ -142,6 +143,7 @@ class Layout:
         Args:
             tensors: Parts.
             once: Leave out the groups that an earlier part begins.
+            share: Take so many times fewer groups at once.
 
         Yields:
             int64 (G,), the groups' numbers in the weight, and a view (..., M) of each tensor.
@@ -153,7 +155,7 @@ class Layout:
         views = [self._grouped(t) for t in padded]
         views = [view.narrow(along, skip, view.shape[along] - skip) for view in views]
         in_row = views[0].shape[1:-1].numel()
-        rows = max(1, _BLOCK // max(1, in_row))
+        rows = max(1, block_size(views[0].device) // share // max(1, in_row))
         for first in range(0, len(views[0]) if in_row else 0, rows):
             block = tuple(view[first : first + rows] for view in views)
             yield self._numbers(first, block[0].shape[:-1], skip, views[0].device), block
@@ -204,6 +206,11 @@ class Layout:
             place = torch.arange(start, start + count, device=device)
             numbers = numbers[..., None] * size + place
         return numbers.flatten()
+
+
+def block_size(device: torch.device) -> int:
+    """How many groups to handle at once on a device."""
+    return _BLOCK if device.type == "cpu" else _DEVICE_BLOCK
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -89,21 +89,22 @@ def mask_metrics(optimizer: MaskPro) -> dict[str, dict[str, float]]:
         whose most likely mask is not the initial one), ``churn`` (share of groups whose mask was
         changed by the last draw); each in [0, 1].
     """
-    layers = {name: (MaskEntropy(), MaskChange(), MaskChange()) for name in optimizer.names}
+    layers = {name: (MaskEntropy(), MaskChange()) for name in optimizer.names}
+    redrawn = dict.fromkeys(optimizer.names, torch.tensor(0))
     for groups in optimizer.groups():
         mode_GM = distribution.mode(groups.logits_GM, groups.pattern)
-        entropy, changed, churn = layers[groups.name]
+        entropy, changed = layers[groups.name]
         for metric in layers[groups.name]:
             metric.to(mode_GM.device)
         entropy.update(groups.logits_GM, groups.drawn_GM, groups.pattern)
         changed.update(mode_GM, groups.initial_GM)
-        churn.update(groups.drawn_GM, groups.previous_GM)
+        redrawn[groups.name] = redrawn[groups.name].to(mode_GM.device) + groups.redrawn
     # Not torchmetrics' own way of joining ranks, which asks for each number on its own.
     sums = optimizer.over_ranks(
         torch.tensor(
             [
-                [float(entropy.entropy), float(changed.changed), float(churn.changed), groups]
-                for entropy, changed, churn in layers.values()
+                [float(entropy.entropy), float(changed.changed), float(redrawn[name]), groups]
+                for name, (entropy, changed) in layers.items()
                 for groups in (float(entropy.total),)
             ],
             dtype=torch.float64,

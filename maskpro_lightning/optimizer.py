@@ -23,7 +23,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, count
 from typing import Any, Literal, get_args
 
@@ -35,13 +35,17 @@ from torch.optim import Optimizer
 
 from maskpro_lightning import admission, distribution, initializers, saved_state, tracker
 from maskpro_lightning.admission import LARGEST
+from maskpro_lightning.fusion import Fusion
 from maskpro_lightning.layout import Layout, like, local, sums, whole_of
+from maskpro_lightning.lean_weight import Held, LeanWeight, loaded
 from maskpro_lightning.masked_weight import Draw, Groups, MaskedWeight, Version
 from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.sharding import Replicas, find_replicas, flat_shapes, layouts, settle
 
 Estimator = Literal["policy", "straight_through"]
 Exploration = Literal["shared", "per_replica"]
+Memory = Literal["plain", "lean"]
+LogitsDtype = Literal["float32", "bfloat16"]
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +74,8 @@ def policy_lr(pattern: NMPattern, logit_scale: float, steps: int) -> float:
         steps: T.
     """
     information = distribution.gap_information(pattern, logit_scale)
-    return logit_scale / (_WALK_MARGIN * math.sqrt(information * steps / 3))
+    rate = logit_scale / (_WALK_MARGIN * math.sqrt(information * steps / 3))
+    return min(rate, LARGEST)  # what is hardly ever drawn differently tells nothing
 
 
 class MaskPro(Optimizer):
@@ -80,7 +85,9 @@ class MaskPro(Optimizer):
     mask and under the drawn one, moves the logits and draws the next mask. Nothing is touched
     before the first step or :meth:`begin`; after it the parameters hold the drawn mask.
 
-    Memory per weight, in bytes, for weights of b bytes: b (weight) + b (dense) + 4 (logits) + 1.
+    Memory per weight, in bytes, for weights of b bytes: b (weight) + b (dense) + 4 (logits) + 1, or
+    with ``memory="lean"``, which keeps pruned weights instead of all, b + b (M - N) / M + 4 + 1/4.
+    Logits in bfloat16 take 2 instead of 4.
 
     Args:
         params: Weights, best as ``(name, weight)`` pairs: a mask's randomness depends on the seed
@@ -111,10 +118,19 @@ class MaskPro(Optimizer):
         model: The model that the weights belong to, where FSDP shards it (``fully_shard`` or
             ``FullyShardedDataParallel`` with ``use_orig_params=True``): each rank then keeps the
             state of its own shards, and draws what one rank would draw.
+        fused: Compile the step of the masks (patterns with N <= 2) into one loop over the weights,
+            several times as fast: True or False, or None for where there is a compiler and enough
+            weights to win back the time that compiling takes.
+        memory: "plain" keeps a dense copy of each weight, "lean" what the weight's mask leaves out
+            (whole weights only, and one mask for all ranks). Both learn the same, and load each
+            other's checkpoints.
+        logits_dtype: "bfloat16" saves 2 bytes a weight; logits are then rounded up or down at
+            random, so that small steps count on average.
 
     Raises:
         ValueError: an argument out of range, an unknown pattern, a weight that M does not
-            divide, or groups cut by a shard's edge with "straight_through".
+            divide, groups cut by a shard's edge with "straight_through", or shards with "lean".
+        RuntimeError: ``fused`` is True and there is no compiler.
     """
 
     def __init__(
@@ -131,12 +147,22 @@ class MaskPro(Optimizer):
         seed: int = 0,
         exploration: Exploration = "shared",
         model: nn.Module | None = None,
+        fused: bool | None = None,
+        memory: Memory = "plain",
+        logits_dtype: LogitsDtype = "float32",
     ) -> None:
-        if estimator not in DEFAULTS:
-            raise ValueError(f"estimator is one of {', '.join(DEFAULTS)}; got {estimator!r}.")
-        if exploration not in get_args(Exploration):
+        for argument, given, choices in (
+            ("estimator", estimator, DEFAULTS),
+            ("exploration", exploration, get_args(Exploration)),
+            ("memory", memory, get_args(Memory)),
+            ("logits_dtype", logits_dtype, get_args(LogitsDtype)),
+        ):
+            if given not in choices:
+                raise ValueError(f"{argument} is one of {', '.join(choices)}; got {given!r}.")
+        if memory == "lean" and exploration == "per_replica":
             raise ValueError(
-                f"exploration is one of {', '.join(get_args(Exploration))}; got {exploration!r}."
+                "exploration='per_replica' needs what memory='lean' does not keep: choose "
+                "memory='plain' or exploration='shared'."
             )
         lr = DEFAULTS[estimator]["lr"] if lr is None else lr
         logit_scale = DEFAULTS[estimator]["logit_scale"] if logit_scale is None else logit_scale
@@ -162,10 +188,15 @@ class MaskPro(Optimizer):
             group.update(tracker.new())
             group["initial_lr"] = group["lr"]
         self._model = model
+        self._memory = memory
+        self._logits_dtype: torch.dtype = getattr(torch, logits_dtype)
         #: Which part of each weight is this rank's.
         self.layouts = self._find_layouts()
+        self._fusion = Fusion(fused, [(local(p), at.pattern) for p, at in self.layouts.items()])
         # What state holds of weights whose groups are cut is a view of these.
         self._padded: dict[Tensor, dict[str, Tensor]] = {}
+        # What lean weights hold, and how far they are on their way to something else.
+        self._held: dict[Tensor, Held] = {}
         self._holds: Version | None = "dense"
         #: Loss, baseline, residual and advantage of the last step, scalars.
         self.last: dict[str, Tensor] = {}
@@ -199,9 +230,11 @@ class MaskPro(Optimizer):
             admission.check_mask(name, mask, layout.shape)
             mask = whole_of(mask)
             layout.pattern.check(mask, layout.input_dim, f"the mask of {name!r}")
-            state[parameter] = MaskedWeight.state(
-                local(parameter), layout.take(mask), group["logit_scale"]
-            )
+            about = local(parameter), layout.take(mask), group["logit_scale"], self._logits_dtype
+            if self._memory == "lean":
+                state[parameter] = LeanWeight.state(*about, layout.pattern, layout.input_dim)
+            else:
+                state[parameter] = MaskedWeight.state(*about)
         # At once, so that an error on the way, such as no memory, leaves nothing begun.
         for parameter, tensors in state.items():
             self._keep(parameter, tensors)
@@ -325,8 +358,8 @@ class MaskPro(Optimizer):
     @torch.no_grad()
     def whole_masks(self, version: Version = "mode") -> Iterator[tuple[str, Tensor]]:
         """Masks of whole weights, one after the other; all ranks have to ask for all of them."""
-        for _, _, masked in self._masked_weights():
-            yield masked.name, masked.layout.whole(masked.mask(version))
+        for _, parameter, masked in self._masked_weights():
+            yield masked.name, self.layouts[parameter].whole(masked.mask(version))
 
     @property
     def sharded(self) -> bool:
@@ -359,7 +392,7 @@ class MaskPro(Optimizer):
         return self.layouts[parameter].whole(local(parameter))
 
     def logits(self) -> dict[str, Tensor]:
-        """The logits by parameter name, float32, shaped like the weights; not copies."""
+        """The logits by parameter name, shaped like the weights; not copies."""
         return {name: self.state[parameter]["logits"] for _, name, parameter in self._parameters()}
 
     @torch.no_grad()
@@ -368,6 +401,18 @@ class MaskPro(Optimizer):
         for group, _, masked in self._masked_weights():
             yield from masked.groups(_sharpness(group))
 
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """The state, alike for each ``memory``: for "lean" it holds a dense copy of the weights."""
+        saved = super().state_dict()
+        if self._memory == "lean" and self.begun:
+            order = chain.from_iterable(group["params"] for group in saved["param_groups"])
+            for key, (_, _, masked) in zip(order, self._masked_weights(), strict=True):
+                assert isinstance(masked, LeanWeight)
+                saved["state"][key] = masked.saved()
+        return saved
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state; the parameters then hold the drawn mask of that state.
 
@@ -392,17 +437,19 @@ class MaskPro(Optimizer):
         self._padded.clear()
         for parameter, tensors in state.items():
             if tensors:
-                self._keep(parameter, tensors)
+                self._keep(parameter, self._in_own_form(parameter, tensors))
         explored = {group.get("exploration") for group in state_dict["param_groups"]}
         if self._explores_apart or "per_replica" in explored:
             for group, _, masked in self._masked_weights() if self.begun else ():
-                masked.redraw(self._draws(group, group["step"], group["drawn_sharpness"])[0])
+                if isinstance(masked, MaskedWeight):  # lean ones load replica 0's, which all share
+                    masked.redraw(self._draws(group, group["step"], group["drawn_sharpness"])[0])
         self._holds = "dense"
         self.write("drawn")
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_holds", "last", "layouts", "_model", "_padded")
-        return super().__getstate__() | {name: vars(self)[name] for name in kept}
+        kept = ("_held", "_holds", "_padded", "_model", "_fusion", "_memory", "_logits_dtype")
+        own = {name: vars(self)[name] for name in (*kept, "last", "layouts")}
+        return super().__getstate__() | own
 
     @property
     def tracker(self) -> dict[str, Tensor]:
@@ -416,14 +463,21 @@ class MaskPro(Optimizer):
             for name, parameter in zip(names, group["params"], strict=True):
                 yield group, name, parameter
 
-    def _masked_weights(self) -> Iterator[tuple[dict[str, Any], Tensor, MaskedWeight]]:
+    def _masked_weights(
+        self,
+    ) -> Iterator[tuple[dict[str, Any], Tensor, MaskedWeight | LeanWeight]]:
         if self._model is not None:
             settle(self._model)
         for group, name, parameter in self._parameters():
             state = {key: local(value) for key, value in self.state[parameter].items()}
             state |= self._padded.get(parameter, {})
             layout = self.layouts[parameter]
-            yield group, parameter, MaskedWeight(name, layout, local(parameter), **state)
+            if self._memory == "lean":
+                held = self._held[parameter]
+                lean = partial(LeanWeight, name, layout.pattern, layout.input_dim, parameter)
+                yield group, parameter, lean(**state, held=held)
+            else:
+                yield group, parameter, MaskedWeight(name, layout, local(parameter), **state)
 
     def _find_layouts(self) -> dict[Tensor, Layout]:
         shapes = {} if self._model is None else flat_shapes(self._model)
@@ -442,6 +496,11 @@ class MaskPro(Optimizer):
                     f"parallelism along the inputs), but the estimator 'straight_through' needs "
                     f"the gradients of whole groups: use fully_shard (FSDP2), or choose "
                     f"estimator='policy'."
+                )
+            if self._memory == "lean" and (layout.across or layout.flat):
+                raise ValueError(
+                    f"{name!r} is sharded, but memory='lean' exchanges whole weights: choose "
+                    f"memory='plain', whose state is sharded like the weights."
                 )
         return {parameter: layout for (parameter, _, _), layout in zip(weights, found, strict=True)}
 
@@ -478,14 +537,29 @@ class MaskPro(Optimizer):
         layout = self.layouts[parameter]
         if layout.cut:
             self._padded[parameter] = {k: v for k, v in tensors.items() if k != "dense"}
+        if self._memory == "lean":
+            self._held[parameter] = Held()
+            self.state[parameter] = dict(tensors)
+            return
         self.state[parameter] = {
             name: like(layout.own(value) if name != "dense" else value, parameter)
             for name, value in tensors.items()
         }
 
+    def _in_own_form(self, parameter: Tensor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of a weight, which may be made to hold the dense version, from a saved one."""
+        saved["logits"] = saved["logits"].to(self._logits_dtype)
+        if self._memory == "plain":
+            return {name: value for name, value in saved.items() if name != "redrawn"}
+        parameter.copy_(saved["dense"])
+        layout = self.layouts[parameter]
+        return loaded(saved, layout.pattern, layout.input_dim)
+
     def _part(self, parameter: Tensor, name: str, value: Tensor) -> Tensor:
         """This rank's part of a saved state, which may be of the whole weight; a copy."""
         layout = self.layouts[parameter]
+        if name == "redrawn":
+            return value.to(parameter.device)
         if isinstance(value, DTensor) and not isinstance(parameter, DTensor):
             value = value.full_tensor()
         value = local(value.detach())
@@ -516,11 +590,15 @@ class MaskPro(Optimizer):
                     _, *judged = self._draws(group, group["step"] - 1, group["drawn_sharpness"])
             elif finite is not None and parameter.grad is not None:
                 spread = spreads[masked.name]
-                learns = spread.isfinite() & (spread > 0) & finite
-                direction = local(parameter.grad).div_(spread).where(learns, 0).mul_(group["lr"])
+                idle = ~(spread.isfinite() & (spread > 0) & finite)
+                direction = local(parameter.grad).div_(spread).masked_fill_(idle, 0)
+                direction.mul_(group["lr"])
                 if direction.dtype == torch.float16:  # where a large step does not fit
                     direction.nan_to_num_()
-            masked.advance(draw, change, direction, judged)
+            if isinstance(masked, LeanWeight):
+                masked.advance(draw, change, direction, self._fusion)
+            else:
+                masked.advance(draw, change, direction, self._fusion, judged)
             parameter.grad = None
         for group in self.param_groups:
             group["drawn_sharpness"] = _sharpness(group)
@@ -551,7 +629,7 @@ class MaskPro(Optimizer):
         """Compare the logits of replicas, which must never differ in a bit."""
         checksum = torch.zeros((), dtype=torch.int64, device=next(iter(self.layouts)).device)
         for value in self.logits().values():
-            checksum += local(value).contiguous().view(torch.int32).sum(dtype=torch.int64)
+            checksum += local(value).float().contiguous().view(torch.int32).sum(dtype=torch.int64)
         if not self._replicas.agree(checksum):
             raise RuntimeError(
                 "The logits of the ranks have drifted apart: they were given different losses. "
@@ -566,9 +644,8 @@ class MaskPro(Optimizer):
         parts, squares = {}, []
         for group, parameter, masked in self._masked_weights():
             if parameter.grad is not None:
-                direction = masked.direction(local(parameter.grad), _sharpness(group))
-                parts[masked.name] = masked.layout
-                squares.append(direction.float().square().sum())
+                squares.append(masked.direction(local(parameter.grad), _sharpness(group)))
+                parts[masked.name] = self.layouts[parameter]
         totals = zip(parts.items(), sums(list(parts.values()), squares), strict=True)
         return {name: (total / math.prod(part.shape)).sqrt() for (name, part), total in totals}
 

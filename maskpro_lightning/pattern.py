@@ -137,7 +137,7 @@ class NMPattern:
         """
         if mask.dtype != torch.bool:
             raise TypeError(f"{name} must be a bool tensor, got {mask.dtype}.")
-        kept_G = self.group(mask, input_dim).sum(-1).flatten()
+        kept_G = self.group(mask, input_dim).sum(-1, dtype=torch.int32).flatten()
         wrong_G = kept_G != self.n
         if wrong_G.any():
             first = int(wrong_G.nonzero()[0])

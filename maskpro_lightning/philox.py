@@ -17,6 +17,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
+Key = tuple[int, int] | tuple[Tensor, Tensor]
+
 
 def key_of(*parts: object) -> tuple[int, int]:
     """A Philox key, two 32-bit words, from anything that prints, such as a seed and a name."""
@@ -25,12 +27,12 @@ def key_of(*parts: object) -> tuple[int, int]:
 
 
 def philox(
-    key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor]
+    key: Key, counter: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four random 32-bit words for each counter.
 
     Args:
-        key: Two 32-bit words.
+        key: Two 32-bit words, as numbers or as int64 scalars.
         counter: Four int64 tensors of broadcastable shapes, each value in [0, 2^32).
 
     Returns:
@@ -51,7 +53,7 @@ def philox(
     return c0, c1, c2, c3
 
 
-def exponential(key: tuple[int, int], step: Tensor, groups_G: Tensor, m: int) -> Tensor:
+def exponential(key: Key, step: Tensor, groups_G: Tensor, m: int) -> Tensor:
     """Standard exponential noise for whole groups, a function of its arguments alone.
 
     Args:
@@ -64,10 +66,29 @@ def exponential(key: tuple[int, int], step: Tensor, groups_G: Tensor, m: int) ->
         float32 (G, m), each value in (2^-33, 17). The smallest values, which win a draw, keep
         their full relative precision.
     """
+    return torch.stack(exponential_columns(key, step, groups_G, m), dim=-1)
+
+
+def exponential_columns(key: Key, step: Tensor, groups_G: Tensor, m: int) -> list[Tensor]:
+    """The ``m`` columns of :func:`exponential`, each of the shape of ``groups_G``."""
+    uniforms = [(word.float() + 0.5) * 2**-32 for word in words(key, step, groups_G, m)]
+    return [-torch.log1p(-uniform.clamp(max=1 - 2**-24)) for uniform in uniforms]
+
+
+def words(key: Key, step: Tensor, groups_G: Tensor, m: int, *, stream: int = 0) -> list[Tensor]:
+    """Random 32-bit words for whole groups, ``m`` int64 columns of the shape of ``groups_G``.
+
+    Args:
+        key: Two 32-bit words.
+        step: int64 scalar in [0, 2^63).
+        groups_G: int64 (G,), the groups' numbers.
+        m: Words per group.
+        stream: 0 for draws; 1 for other numbers of the same step, which are independent of them.
+    """
     blocks = -(-m // 4)
-    place = torch.arange(blocks, device=groups_G.device)[:, None] + groups_G * blocks
-    counter = (place & _LOW, place >> 32, step & _LOW, step >> 32)
-    # Stacked with the groups last, so that what is computed column by column runs over memory.
-    words_MG = torch.stack(philox(key, counter), dim=1).flatten(0, 1)[:m]
-    uniform_MG = (words_MG.float() + 0.5) * 2**-32
-    return -torch.log1p(-uniform_MG.clamp_(max=1 - 2**-24)).T
+    found: list[Tensor] = []
+    for block in range(blocks):
+        place = groups_G * blocks + block
+        high = step >> 32 ^ stream << 31  # no step has this bit
+        found += philox(key, (place & _LOW, place >> 32, step & _LOW, high))
+    return found[:m]

@@ -13,8 +13,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from maskpro_lightning.lean_weight import LeanWeight
 from maskpro_lightning.masked_weight import MaskedWeight
-from maskpro_lightning.optimizer import Estimator
+from maskpro_lightning.optimizer import Estimator, LogitsDtype, Memory
+from maskpro_lightning.pattern import NMPattern
 from maskpro_lightning.targets import Target
 
 Strategy = Literal["ddp", "fsdp1", "fsdp2"]
@@ -52,6 +54,9 @@ def plan(
     strategy: Strategy = "fsdp2",
     estimator: Estimator = "policy",
     rows: int | None = None,
+    pattern: str | NMPattern = "2:4",
+    memory: Memory = "plain",
+    logits_dtype: LogitsDtype = "float32",
 ) -> Plan:
     """Add up what a fit keeps on the rank that keeps most.
 
@@ -63,14 +68,22 @@ def plan(
             end to end, into equal runs; "fsdp2" cuts each weight along its first dimension.
         estimator: As for the fit.
         rows: Vectors that a layer sees in a step of one rank: tokens, or samples times positions.
+        pattern: As for the fit, like what follows.
+        memory: "plain" or "lean".
+        logits_dtype: "float32" or "bfloat16".
 
     Raises:
-        ValueError: an unknown strategy, or less than one device.
+        ValueError: an unknown strategy, less than one device, or shards with "lean".
     """
     if strategy not in get_args(Strategy) or devices < 1:
         raise ValueError(
             f"There is no plan for {strategy!r} on {devices} devices: strategy is one of "
             f"{', '.join(get_args(Strategy))}, and devices at least 1."
+        )
+    if memory == "lean" and strategy != "ddp" and devices > 1:
+        raise ValueError(
+            f"memory='lean' exchanges whole weights, but {strategy} shards them over {devices} "
+            f"ranks: plan with memory='plain', or with strategy='ddp'."
         )
     share = {"ddp": _all, "fsdp1": _run, "fsdp2": _rows}[strategy]
     weights = [*model.parameters(), *model.buffers()]
@@ -79,9 +92,15 @@ def plan(
         gradients = (p for p in model.parameters() if p.requires_grad)
         state["gradients"] = sum(share(p, devices) * p.element_size() for p in gradients)
     for target in targets:
-        size, weight = share(target.parameter, devices), target.parameter
+        weight, logits = target.parameter, getattr(torch, logits_dtype)
+        # Lean weights are whole, so their groups are, too.
+        size = weight.shape if memory == "lean" else (share(weight, devices),)
         part = torch.empty(size, dtype=weight.dtype, device="meta")
-        kept = MaskedWeight.state(part, torch.empty(size, dtype=torch.bool, device="meta"), 1.0)
+        about = part, torch.empty(size, dtype=torch.bool, device="meta"), 1.0, logits
+        if memory == "lean":
+            kept = LeanWeight.state(*about, NMPattern.parse(pattern), target.input_dim)
+        else:
+            kept = MaskedWeight.state(*about)
         for name, value in kept.items():
             state[name] = state.get(name, 0) + value.numel() * value.element_size()
     whole = max((_bytes(unit.parameters()) for unit in _units(model)), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal, get_args
@@ -18,6 +19,9 @@ Group = dict[str, Any]
 # What decides which masks these are; the rest of a rule is taken over from the saved state.
 _IDENTITY = ("param_names", "pattern", "input_dim", "estimator")
 _TENSORS = {"dense", "logits", "masks"}
+_LOGITS = (torch.float32, torch.bfloat16)
+# No fit gets there, as a step is at most LARGEST, and beyond a draw's numbers may leave float32.
+_LARGEST_LOGIT = 1e20
 _Stored = Literal["initial", "drawn"]
 
 
@@ -110,9 +114,11 @@ def _kind(value: Any) -> object:
 
 
 def _check_weight(name: str, layout: Layout, group: Group, state: Any) -> None:
-    if not isinstance(state, Mapping) or set(state) != _TENSORS:
+    if not isinstance(state, Mapping) or set(state) - {"redrawn"} != _TENSORS:
         raise _damaged(f"the state of {name!r} is not {', '.join(sorted(_TENSORS))}")
-    for key, value in state.items():
+    _check_redrawn(name, layout, state.get("redrawn", torch.tensor(0)))
+    for key in sorted(_TENSORS):
+        value = state[key]
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
             raise _damaged(f"{key} of {name!r} is no tensor of numbers")
         if tuple(value.shape) not in (layout.shape, layout.size):
@@ -121,11 +127,11 @@ def _check_weight(name: str, layout: Layout, group: Group, state: Any) -> None:
                 f"{tuple(value.shape)} there and {layout.shape} here."
             )
     dense, logits, masks = (local(state[key]) for key in sorted(_TENSORS))
-    dtypes = (dense.is_floating_point(), logits.dtype, masks.dtype)
-    if dtypes != (True, torch.float32, torch.uint8):
+    dtypes = (dense.is_floating_point(), logits.dtype in _LOGITS, masks.dtype)
+    if dtypes != (True, True, torch.uint8):
         raise _damaged(f"{name!r} has {dense.dtype}, {logits.dtype} and {masks.dtype}")
-    if not logits.isfinite().all():
-        raise _damaged(f"the logits of {name!r} are not all finite")
+    if not (logits.abs() < _LARGEST_LOGIT).all():
+        raise _damaged(f"the logits of {name!r} are not all below {_LARGEST_LOGIT:.0e}")
     if tuple(masks.shape) != layout.shape:
         return  # a part, which may cut groups
     pattern, input_dim = NMPattern.parse(group["pattern"]), group["input_dim"]
@@ -133,6 +139,15 @@ def _check_weight(name: str, layout: Layout, group: Group, state: Any) -> None:
     masked = MaskedWeight(name, whole, dense, dense, logits, masks)
     for version in get_args(_Stored):
         pattern.check(masked.mask(version), input_dim, f"the saved {version} mask of {name!r}")
+
+
+def _check_redrawn(name: str, layout: Layout, redrawn: Any) -> None:
+    """Refuse what is no number of groups, which a state of lean memory holds."""
+    groups = math.prod(layout.shape) // layout.pattern.m
+    if not isinstance(redrawn, Tensor) or redrawn.is_meta or redrawn.layout != torch.strided:
+        raise _damaged(f"redrawn of {name!r} is no tensor of numbers")
+    if redrawn.dtype != torch.int64 or redrawn.dim() or not 0 <= int(redrawn) <= groups:
+        raise _damaged(f"redrawn of {name!r} is no number of its {groups} groups")
 
 
 def _damaged(reason: str) -> ValueError:

@@ -44,6 +44,7 @@ JUNK: list[Callable[[], Any]] = [
     lambda: torch.zeros(16, 16, dtype=torch.uint8),
     lambda: torch.full((16, 16), 255, dtype=torch.uint8),
     lambda: torch.full((16, 16), math.inf),
+    lambda: torch.full((16, 16), 1e38),
     lambda: torch.zeros(16, 16).to_sparse(),
     lambda: torch.zeros(2**20, 2**20, device="meta"),
     lambda: torch.zeros(1).expand(16, 16),

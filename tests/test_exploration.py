@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import reduce
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from modules import ROUNDING, equal, identical
 from process_shards import STEPS, Model, weights
 from test_sharding import RANKS, Told, assert_alike, run
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskpro_lightning import MaskPro
 
@@ -101,3 +102,18 @@ def test_ranks_that_drift_are_stopped(told: Told, ranks: int) -> None:
         fine, drifted = rank["drift"]
         assert not fine
         assert drifted.startswith("The logits of the ranks have drifted apart")
+
+
+@pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
+def test_a_replica_alone_learns_what_all_would_share(logits_dtype: Any) -> None:
+    found = []
+    for exploration in ("shared", "per_replica"):
+        weight = nn.Parameter(oracle.random(8, 16))
+        optimizer = MaskPro(
+            [("w", weight)], lr=0.5, exploration=exploration, logits_dtype=logits_dtype
+        )
+        for residual in (1.0, -0.5, 2.0, 0.25):
+            optimizer.step(lambda r=residual: torch.tensor(r), torch.tensor(0.0))
+        found.append((optimizer.logits()["w"], optimizer.masks("drawn")["w"]))
+    assert all(map(torch.equal, *found))
+    assert found[0][0].unique().numel() > 2  # something is learned

@@ -126,10 +126,11 @@ def test_groups_go_through_everything_in_order(
         "logits_GM": optimizer.logits()["w"],
         "initial_GM": optimizer.masks("initial")["w"],
         "drawn_GM": drawn_of(optimizer),
-        "previous_GM": before,
     }
     blocks = list(optimizer.groups())
     assert len(blocks) > 1
+    changed = grouped(before != drawn_of(optimizer), pattern, input_dim).any(-1)
+    assert sum(int(block.redrawn) for block in blocks) == changed.sum()
     assert {(block.name, str(block.pattern)) for block in blocks} == {("w", pattern)}
     for name, tensor in expected.items():
         together_GM = torch.cat([getattr(block, name) for block in blocks])

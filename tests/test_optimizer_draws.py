@@ -126,7 +126,7 @@ class Training:
         return {
             "weight": self.weight.detach().clone(),
             "logits": logits_of(self.optimizer),
-            "previous": groups.previous_GM,
+            "redrawn": groups.redrawn,
             **masks,
             **self.optimizer.tracker,
         }

@@ -48,6 +48,25 @@ def test_gradients_cost_gradients_and_activations() -> None:
     assert policy.total == sum(policy.state.values()) + policy.gathered + policy.activations
 
 
+def test_lean_memory_and_small_logits_are_planned_as_they_are_kept() -> None:
+    weights = 3 * 64 * 48
+    lean = planned(2, "ddp", memory="lean", logits_dtype="bfloat16", pattern="1:4").state
+    counts = lean.pop("redrawn")
+    assert counts == 3 * 8  # a block of groups for each of three weights
+    assert lean == {
+        "weights": 4 * (weights + 3 * 48),
+        "pruned": 4 * weights * 3 // 4,
+        "logits": 2 * weights,
+        "masks": weights // 4,
+    }
+    message = (
+        "memory='lean' exchanges whole weights, but fsdp2 shards them over 2 ranks: plan with "
+        "memory='plain', or with strategy='ddp'."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        planned(2, memory="lean")
+
+
 def test_strategies_without_a_plan_are_refused() -> None:
     message = (
         "There is no plan for 'deepspeed' on 2 devices: strategy is one of ddp, fsdp1, fsdp2, "
