@@ -89,6 +89,7 @@ def test_one_run_holds_parameters_metrics_and_files(store: Store, tmp_path: Path
         "maskpro/momentum": "0.99",
         "maskpro/normalize": "True",
         "maskpro/seed": "3",
+        "maskpro/exploration": "shared",
         "maskpro/layers": "2",
         "maskpro/masked_weights": "512",
         "maskpro/masked_share": "0.9412",
