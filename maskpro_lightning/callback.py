@@ -249,6 +249,7 @@ class MaskProCallback(pl.Callback):
     def _leave(self) -> None:
         """Stands in for the strategy's teardown: everything of the user's is theirs again."""
         self._mlflow_run.end()
+        del self._mlflow_run
         if self.optimizer is not None:
             self.optimizer.write(self._deployed)
         teardown = self._teardown_inside

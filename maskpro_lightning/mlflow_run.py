@@ -97,6 +97,10 @@ def log_model(
 
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(logger._tracking_uri)
+    # MLflow starts no run of another experiment than the active one, for which there is no getter.
+    fluent: Any = import_module("mlflow.tracking.fluent")
+    active = fluent._active_experiment_id
+    fluent._active_experiment_id = None
     kwargs: dict[str, Any] = {"name": "sparse", "registered_model_name": registered_name}
     try:
         with mlflow.start_run(logger.run_id, nested=True, log_system_metrics=False):
@@ -113,6 +117,7 @@ def log_model(
                 info = mlflow.pytorch.log_model(model, **kwargs)
     finally:
         mlflow.set_tracking_uri(before)
+        fluent._active_experiment_id = active
     return str(info.model_uri)
 
 

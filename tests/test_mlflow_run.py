@@ -213,7 +213,9 @@ def test_a_server_holds_a_run_that_is_resumed_and_its_model(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:mlflow", "ignore::FutureWarning:mlflow")
-def test_any_module_is_logged_as_a_model_of_pytorch(tmp_path: Path) -> None:
+def test_any_module_is_logged_as_a_model_of_pytorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lightning.pytorch.loggers import MLFlowLogger as Logger
 
     from maskpro_lightning.mlflow_run import log_model
@@ -226,7 +228,10 @@ def test_any_module_is_logged_as_a_model_of_pytorch(tmp_path: Path) -> None:
     )
     module = Net()
     quiet_trainer(tmp_path, MaskProCallback(lr=FAST), max_steps=2).fit(module, loader())
+    # As after mlflow.set_experiment, with which no run of another experiment can be started.
+    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", "another")
     uri = log_model(logger, module)
+    assert mlflow.tracking.fluent._active_experiment_id == "another"
     assert mlflow.get_tracking_uri() == before
     assert mlflow.active_run() is None
     mlflow.set_tracking_uri(logger._tracking_uri)
