@@ -99,7 +99,7 @@ def sparsegpt_with_update(bench: Workbench) -> int:
     earlier blocks are pruned. A block is what shares a name up to the first number.
     """
     passes = 0
-    for _, block in groupby(bench.targets, lambda t: re.match(r"\D*\d*", t.name)):
+    for _, block in groupby(bench.targets, lambda target: re.findall(r"^\D*\d*", target.name)):
         some = {target.name: target for target in block}
         modules = {name: target.module for name, target in some.items()}
         with InputStatistics(modules, second_moments=True) as statistics:

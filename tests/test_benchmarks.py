@@ -59,6 +59,8 @@ def test_a_run_fills_the_table_and_another_makes_nothing_anew(
     for row in rows:  # a step costs at most 3, and none may start that does not fit
         if row["bytes_per_weight"] != "0":
             assert FORWARDS - 3 < int(row["forwards"]) <= FORWARDS, row["method"]
+    # The embedding, the only block and the head are three parts that are solved for in turn.
+    assert {r["forwards"] for r in rows if r["method"] == "sparsegpt_updated"} == {"3"}
     page = (tmp_path / "quality.md").read_text()
     assert all(f"| {name} |" in page for name in quality.METHODS.values())
     assert "vision, 2:4" in capsys.readouterr().out
