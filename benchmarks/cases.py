@@ -52,7 +52,9 @@ def llama() -> Case:
 def wikitext(folder: Path) -> Case:
     """The quickstart's Llama on WikiText's ``valid.txt`` and, held out, its ``test.txt``."""
     files = {split: str(folder / f"{split}.txt") for split in ("valid", "test")}
-    return _language(source="text", data_files=files, train_split="valid", val_split="test")
+    return _language(
+        source="text", data_files=files, train_split="valid", val_split="test", val_sequences=512
+    )
 
 
 def vision(folder: Path) -> Case:

@@ -19,7 +19,7 @@ import cases
 import methods
 import report
 import torch
-from results import METHODS, Key, Ledger, Result
+from ledger import METHODS, Key, Ledger, Result
 from rich.console import Console
 from tqdm import tqdm
 
@@ -38,12 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "llama": cases.llama,
         "vision": partial(cases.vision, args.output),
     }
-    models = {name: models[name] for name in args.model}
+    models = {name: cache(models[name]) for name in args.model}
     if args.wikitext is not None:
-        models["llama on WikiText-2"] = partial(cases.wikitext, args.wikitext)
+        models["llama on WikiText-2"] = cache(partial(cases.wikitext, args.wikitext))
     ledger = Ledger(args.output / "quality.csv")
-    for (name, case), pattern in product(models.items(), args.pattern):
-        loaded = cache(case)
+    for (name, loaded), pattern in product(models.items(), args.pattern):
         for key in wanted(ledger, name, pattern, args.rows, args.seeds):
             if key not in ledger.results:
                 ledger.add(run(key, loaded(), args.forwards))

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
+from ledger import METHODS, Ledger, Result, share_closed
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
-from results import METHODS, Ledger, Result, share_closed
 from rich.table import Table
 
 COLUMNS = (
@@ -148,6 +148,6 @@ def _legend(axes: Axes) -> tuple[Sequence[Artist], Sequence[str]]:
 
 
 def _spread(values: Sequence[float], show: Callable[[float], str]) -> str:
-    """The mean, and the range if there are several values."""
+    """The mean, and the range if it shows."""
     low, high = show(min(values)), show(max(values))
-    return show(mean(values)) + (f" ({low} to {high})" if len(values) > 1 else "")
+    return show(mean(values)) + (f" ({low} to {high})" if low != high else "")

@@ -90,7 +90,8 @@ class Ledger:
             writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(field.name for field in fields(Result))
-            writer.writerow(asdict(result).values())
+            cells = asdict(result).values()
+            writer.writerow(f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells)
         self.results[result.key] = result
 
     def best_setting(self, model: str, pattern: str, method: str, seed: int) -> str:
