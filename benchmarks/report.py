@@ -15,6 +15,7 @@ from rich.table import Table
 
 COLUMNS = (
     "mask",
+    "seeds",
     "held-out loss",
     "gap closed",
     "forward-equivalents",
@@ -32,7 +33,7 @@ _COLOURS = {
     "straight_through": "#b5489c",
 }
 _LEVELS = {
-    "dense": ":",
+    "dense": "-",
     "sparsegpt": "--",
     "sparsegpt_updated": "-.",
     "reconstruction": (0, (1, 3)),
@@ -50,6 +51,7 @@ def lines(rows: Mapping[str, Sequence[Result]]) -> list[list[str]]:
         found.append(
             [
                 METHODS[method],
+                str(len(results)),
                 _spread([r.loss for r in results], "{:.3f}".format),
                 *closed,
                 f"{results[0].forwards:,}",
