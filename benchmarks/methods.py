@@ -1,0 +1,268 @@
+"""Ways to find a mask: one-shot, and learners that get the same number of forward passes.
+
+A forward-equivalent is one forward pass over a training batch; a backward pass counts as two.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from cases import Case
+from categorical import CategoricalMasks
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from maskpro_lightning import MaskPro, NMPattern, find_targets, parameter_groups
+from maskpro_lightning.calibration import initial_masks
+from maskpro_lightning.initializers import InputStatistics, sparsegpt
+from maskpro_lightning.optimizer import DEFAULTS, policy_lr
+
+#: Calibration batches of every method, and how often each goes through them.
+CALIBRATION_BATCHES = 16
+PASSES = {"magnitude": 0, "wanda": 1, "sparsegpt": 1, "reconstruction": 7}
+
+
+class Workbench:
+    """A case, the weights to mask, which must be dense, and what one seed decides: the batches.
+
+    Args:
+        case: The model and its data.
+        pattern: The pattern.
+        seed: Decides which batches are calibrated on and the order they are learned in.
+    """
+
+    def __init__(self, case: Case, pattern: NMPattern, seed: int) -> None:
+        self.case, self.pattern, self.seed = case, pattern, seed
+        self.targets = find_targets(case.model, pattern)
+        self.weights = sum(target.parameter.numel() for target in self.targets)
+        self._dense = {t.name: t.parameter.detach().clone() for t in self.targets}
+        self._generator = torch.Generator().manual_seed(seed)
+        self.calibration = self.epoch()[:CALIBRATION_BATCHES]
+
+    def epoch(self) -> list[int]:
+        """The numbers of all training batches in a new order."""
+        return torch.randperm(len(self.case.training), generator=self._generator).tolist()
+
+    def loss(self, number: int) -> Tensor:
+        """The loss on a training batch."""
+        return self.case.loss_of(self.case.training[number])
+
+    def calibrate(self) -> Iterator[Callable[[], Tensor]]:
+        """Calls that run the model on a calibration batch each."""
+        return (partial(self.loss, number) for number in self.calibration)
+
+    def one_shot(self, method: str) -> tuple[dict[str, Tensor], int]:
+        """The masks of a method of ``initial_masks``, and what they cost in forward passes."""
+        masks = initial_masks(method, self.targets, self.pattern, batches=self.calibrate)
+        return masks, PASSES[method] * len(self.calibration)
+
+    def write(self, masks: Mapping[str, Tensor]) -> None:
+        """Write the dense weights under masks, each exactly N:M, into the model."""
+        for target in self.targets:
+            mask = masks[target.name]
+            self.pattern.check(mask, target.input_dim, f"the mask of {target.name!r}")
+            target.parameter.detach().copy_(self._dense[target.name].where(mask, 0))
+
+    def deployed_loss(self, masks: Mapping[str, Tensor], batches: Sequence[Any]) -> float:
+        """The held-out loss under masks; the weights are given back as they were."""
+        before = [target.parameter.detach().clone() for target in self.targets]
+        self.write(masks)
+        loss = self.case.held_out_loss(batches)
+        for target, weight in zip(self.targets, before, strict=True):
+            target.parameter.detach().copy_(weight)
+        return loss
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Make the model dense and frozen again after a ``with`` block."""
+        try:
+            yield
+        finally:
+            for target in self.targets:
+                target.parameter.detach().copy_(self._dense[target.name])
+                target.parameter.requires_grad_(False).grad = None
+
+
+@torch.no_grad()
+def sparsegpt_with_update(bench: Workbench) -> int:
+    """Write SparseGPT's pruned and updated weights, block by block; returns forward passes.
+
+    As published: the inputs that a block's weights are solved for come from the network whose
+    earlier blocks are pruned. A block is what shares a name up to the first number.
+    """
+    passes = 0
+    for _, block in groupby(bench.targets, lambda target: re.findall(r"^\D*\d*", target.name)):
+        some = {target.name: target for target in block}
+        modules = {name: target.module for name, target in some.items()}
+        with InputStatistics(modules, second_moments=True) as statistics:
+            for run in bench.calibrate():
+                run()
+        passes += len(bench.calibration)
+        for name, target in some.items():
+            hessian = statistics.hessian[name]
+            _, updated = sparsegpt(target.parameter, hessian, bench.pattern, target.input_dim)
+            target.parameter.copy_(updated)
+    return passes
+
+
+class Learner(ABC):
+    """Learns masks from one training batch after the other.
+
+    Attributes:
+        bytes: Memory held beyond the weights themselves, in bytes.
+    """
+
+    bytes = 0
+
+    @abstractmethod
+    def step(self, number: int) -> int:
+        """Learn from a training batch; returns the forward-equivalents that it took."""
+
+    @abstractmethod
+    def masks(self) -> dict[str, Tensor]:
+        """The masks to deploy."""
+
+
+class MaskProLearner(Learner):
+    """:class:`MaskPro` as the callback drives it: rate and sharpness change linearly.
+
+    Args:
+        bench: Its model and data.
+        masks: The initial masks.
+        steps: Steps that will be made.
+        rule: What :class:`MaskPro` takes.
+    """
+
+    def __init__(
+        self, bench: Workbench, masks: Mapping[str, Tensor], steps: int, **rule: Any
+    ) -> None:
+        self._bench = bench
+        self._baselines: dict[int, Tensor] = {}
+        self._policy = rule["estimator"] == "policy"
+        for target in bench.targets:
+            target.parameter.requires_grad_(not self._policy)
+        groups = parameter_groups(bench.targets)
+        self._optimizer = MaskPro(groups, bench.pattern, seed=bench.seed, **rule)
+        self._optimizer.begin(masks)
+        # The published rule keeps its rate.
+        fall = 1 / steps if rule.get("normalize", True) else 0
+        self._scheduler = LambdaLR(self._optimizer, lambda step: max(0.0, 1 - fall * step))
+
+    def step(self, number: int) -> int:
+        cost = self._from_loss(number) if self._policy else self._from_gradients(number)
+        self._scheduler.step()
+        return cost
+
+    def masks(self) -> dict[str, Tensor]:
+        return self._optimizer.masks("mode")
+
+    @torch.no_grad()
+    def _from_loss(self, number: int) -> int:
+        new = number not in self._baselines
+        if new:
+            with self._optimizer.applied("initial"):
+                self._baselines[number] = self._bench.loss(number)
+        self._optimizer.step(partial(self._bench.loss, number), self._baselines[number])
+        self.bytes = self._held()
+        return 1 + new
+
+    def _from_gradients(self, number: int) -> int:
+        def closure() -> Tensor:
+            loss = self._bench.loss(number)
+            loss.backward()
+            self.bytes = self._held()
+            return loss
+
+        self._optimizer.step(closure)
+        return 3
+
+    def _held(self) -> int:
+        state = [t for held in self._optimizer.state.values() for t in held.values()]
+        gradients = [target.parameter.grad for target in self._bench.targets]
+        return sum(t.numel() * t.element_size() for t in (*state, *gradients) if t is not None)
+
+
+class CategoricalLearner(Learner):
+    """:class:`CategoricalMasks`, one gradient a step."""
+
+    def __init__(
+        self, bench: Workbench, masks: Mapping[str, Tensor], steps: int, *, lr: float
+    ) -> None:
+        self._bench = bench
+        for target in bench.targets:
+            target.parameter.requires_grad_()
+        self._learned = CategoricalMasks(
+            bench.targets, bench.pattern, masks, lr=lr, steps=steps, seed=bench.seed
+        )
+
+    def step(self, number: int) -> int:
+        self._learned.step(partial(self._bench.loss, number))
+        self.bytes = self._learned.bytes
+        return 3
+
+    def masks(self) -> dict[str, Tensor]:
+        return self._learned.masks()
+
+
+#: Initial mask and settings to choose among, by learner.
+LEARNERS: dict[str, tuple[str, Sequence[Mapping[str, float]]]] = {
+    "published": (
+        "sparsegpt",
+        [{"lr": lr, "logit_scale": scale} for lr in (5, 10, 20) for scale in (6, 10)],
+    ),
+    "categorical": ("sparsegpt", [{"lr": lr} for lr in (3e-4, 1e-3, 3e-3, 1e-2)]),
+    "policy": ("reconstruction", [{}]),
+    "policy_from_sparsegpt": ("sparsegpt", [{}]),
+    "straight_through": ("sparsegpt", [{}]),
+}
+
+
+def learner(
+    method: str,
+    bench: Workbench,
+    masks: Mapping[str, Tensor],
+    forwards: int,
+    setting: Mapping[str, float],
+) -> tuple[Learner, int]:
+    """A learner and the number of steps that take it ``forwards`` forward-equivalents.
+
+    Raises:
+        ValueError: they are too few for one step.
+    """
+    steps = forwards // 3
+    if method in ("published", "policy", "policy_from_sparsegpt"):
+        # A batch that is seen for the first time costs two forward passes.
+        steps = max(forwards // 2, forwards - len(bench.case.training))
+    if steps < 1:
+        raise ValueError(f"{forwards} forward-equivalents are left for {method}: give more.")
+    if method == "categorical":
+        return CategoricalLearner(bench, masks, steps, lr=setting["lr"]), steps
+    rule: dict[str, Any] = {"estimator": "policy", **setting}
+    if method == "published":
+        rule["normalize"] = False
+    elif method == "straight_through":
+        rule["estimator"] = method
+    else:
+        rule["lr"] = policy_lr(bench.pattern, DEFAULTS["policy"]["logit_scale"], steps)
+    return MaskProLearner(bench, masks, steps, **rule), steps
+
+
+class Stopwatch:
+    """Adds up the time spent inside ``with`` blocks, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start
