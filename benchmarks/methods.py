@@ -61,7 +61,7 @@ class Workbench:
 
     def one_shot(self, method: str) -> tuple[dict[str, Tensor], int]:
         """The masks of a method of ``initial_masks``, and what they cost in forward passes."""
-        masks = initial_masks(method, self.targets, self.pattern, batches=self.calibrate)
+        masks = dict(initial_masks(method, self.targets, self.pattern, batches=self.calibrate))
         return masks, PASSES[method] * len(self.calibration)
 
     def write(self, masks: Mapping[str, Tensor]) -> None:
