@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from maskpro_lightning import initializers, philox, reconstruction
@@ -123,6 +124,7 @@ def _calibrated(
             yield name, mask
 
 
+@torch.no_grad()
 def _reconstructed(
     masks: dict[str, Tensor],
     targets: Sequence[Target],

@@ -105,10 +105,13 @@ def test_validation_in_the_midst_of_an_epoch_leaves_training_alone(tmp_path: Pat
 # --- what the fit leaves elsewhere --------------------------------------------------------------
 
 
+@pytest.mark.parametrize("init", ["sparsegpt", "reconstruction"])
 @every_estimator
-def test_nothing_is_left_on_module_strategy_and_loops(estimator: Estimator, tmp_path: Path) -> None:
+def test_nothing_is_left_on_module_strategy_and_loops(
+    estimator: Estimator, init: str, tmp_path: Path
+) -> None:
     plain, module = Net(), Net()
-    callback = fast(init="sparsegpt", estimator=estimator)
+    callback = fast(init=init, estimator=estimator)
     expected = traces(fit(plain, folder=tmp_path, max_steps=2), plain)
     trainer = fit(module, callback, folder=tmp_path, max_steps=2)
     assert traces(trainer, module) == expected
