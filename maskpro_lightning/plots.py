@@ -280,8 +280,8 @@ def _label(axes: Axes, height: float, text: str, colour: str) -> None:
 
 def _spread_labels(axes: Axes) -> None:
     """Move labels up that lie over others, lowest first."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
+    figure = axes.figure
+    assert isinstance(figure, Figure)
     figure.draw_without_rendering()
     to_pixels, free = axes.transData, -math.inf
     for text in sorted(axes.texts, key=lambda text: text.get_position()[1]):
