@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from importlib import import_module
@@ -11,6 +12,8 @@ from typing import Any
 from torch import nn
 
 from maskpro_lightning.tracking import Tracking
+
+_log = logging.getLogger(__name__)
 
 #: The environment variable that names the run under which the runs of a sweep are shown.
 PARENT = "MLFLOW_PARENT_RUN_ID"
@@ -64,13 +67,18 @@ class MLflowRun:
         settings: Any = import_module("mlflow.environment_variables")
         if not settings.MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
             return
-        system: Any = import_module("mlflow.system_metrics.system_metrics_monitor")
-        monitor = system.SystemMetricsMonitor(
-            logger.run_id,
-            sampling_interval=settings.MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or 10,
-            samples_before_logging=settings.MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING.get() or 1,
-            tracking_uri=logger._tracking_uri,
-        )
+        samples = settings.MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING.get() or 1
+        try:
+            system: Any = import_module("mlflow.system_metrics.system_metrics_monitor")
+            monitor = system.SystemMetricsMonitor(
+                logger.run_id,
+                sampling_interval=settings.MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or 10,
+                samples_before_logging=samples,
+                tracking_uri=logger._tracking_uri,
+            )
+        except ModuleNotFoundError as error:  # MLflow itself does not ask for psutil
+            _log.warning("The run goes on without system metrics: pip install %s.", error.name)
+            return
         monitor.start()
         self._monitors.append(monitor)
 

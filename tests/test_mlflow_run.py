@@ -241,3 +241,19 @@ def test_any_module_is_logged_as_a_model_of_pytorch(
         mlflow.set_tracking_uri(before)
     assert isinstance(found, Net)
     assert all(torch.equal(v, module.state_dict()[n]) for n, v in found.state_dict().items())
+
+
+def test_a_run_without_psutil_goes_on_without_system_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from lightning.pytorch.loggers import MLFlowLogger as Logger
+
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    for name in [name for name in sys.modules if name.startswith("mlflow.system_metrics")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    logger = Logger("bare", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    trainer = quiet_trainer(tmp_path, MaskProCallback(lr=FAST), max_steps=2, logger=logger)
+    trainer.fit(Net(), loader())
+    assert "without system metrics: pip install psutil." in caplog.text
+    assert MlflowClient(logger._tracking_uri).get_run(logger.run_id).info.status == "FINISHED"
