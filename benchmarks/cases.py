@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from maskpro_lightning.language import CausalLM, TextData
+from maskpro_lightning.modules.language import CausalLM, TextData
 
 #: Training batches of every model, and the sequences of a batch of text.
 TRAINING_BATCHES, SEQUENCES = 512, 8

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from maskpro_lightning.pattern import NMPattern
-from maskpro_lightning.targets import Target
+from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.weights.targets import Target
 
 # The paper's: from the first step to the last, linearly.
 _LOGIT_FACTOR, _TEMPERATURE = (100.0, 500.0), (4.0, 0.05)

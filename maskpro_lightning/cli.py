@@ -18,16 +18,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from maskpro_lightning import measure, runs
-from maskpro_lightning.callback import MaskProCallback
 from maskpro_lightning.catalog import recipes
-from maskpro_lightning.compare import callback_of, compare, table, write_csv
-from maskpro_lightning.delivery import send
-from maskpro_lightning.export import Format, export_sparse
-from maskpro_lightning.mlflow_run import log_model
-from maskpro_lightning.plan import Strategy, plan
-from maskpro_lightning.targets import find_targets
-from maskpro_lightning.tracking import Tracking, without_credentials
+from maskpro_lightning.commands import measure
+from maskpro_lightning.commands.compare import callback_of, compare, table, write_csv
+from maskpro_lightning.commands.plan import Strategy, plan
+from maskpro_lightning.files.export import Format, export_sparse
+from maskpro_lightning.fit.callback import MaskProCallback
+from maskpro_lightning.tracking import runs
+from maskpro_lightning.tracking.delivery import send
+from maskpro_lightning.tracking.loggers import Tracking, without_credentials
+from maskpro_lightning.tracking.mlflow_run import log_model
+from maskpro_lightning.weights.targets import find_targets
 
 _USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
 
@@ -137,7 +138,7 @@ class _Evaluated(_WithCheckpoint):
     """Adds the options of ``maskpro evaluate``."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        from maskpro_lightning.evaluate import WIKITEXT2
+        from maskpro_lightning.commands.evaluate import WIKITEXT2
 
         super().add_arguments_to_parser(parser)
         parser.add_argument(
@@ -248,8 +249,8 @@ def _compare() -> None:
 
 
 def _evaluate() -> None:
-    from maskpro_lightning import evaluate
-    from maskpro_lightning.language import CausalLM
+    from maskpro_lightning.commands import evaluate
+    from maskpro_lightning.modules.language import CausalLM
 
     cli = _Evaluated()
     sparse, data, window = cli.checkpoint(), cli.datamodule, cli.config["window"]
@@ -287,7 +288,7 @@ def _measure() -> None:
 
 
 def _plot() -> None:
-    from maskpro_lightning import plots
+    from maskpro_lightning.tracking import plots
 
     parser = ArgumentParser("maskpro plot", description="Draw what a run logged, PNG and SVG.")
     parser.add_argument("run", help="a run's folder, or the id of an MLflow run")

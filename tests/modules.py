@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from maskpro_lightning import MaskProCallback, find_targets
-from maskpro_lightning.optimizer import Estimator, Version
+from maskpro_lightning.optim.optimizer import Estimator, Version
 
 ROWS, BATCH, WIDTH = 32, 8, 16
 # So large that a mask whose residuals are not all zero has moved after a few steps.

@@ -36,6 +36,6 @@ if __name__ == "__main__":
     with (
         mock.patch.object(strategies, "FSDPStrategy", OnCPU),
         mock.patch.object(fsdp, "_get_full_state_dict_context", _whole_on_cpu),
-        mock.patch("maskpro_lightning.plots.figures", return_value={}),
+        mock.patch("maskpro_lightning.tracking.plots.figures", return_value={}),
     ):
         main()

@@ -48,9 +48,10 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
-from maskpro_lightning import MaskPro, MaskProCallback, layout
-from maskpro_lightning.metrics import mask_metrics
-from maskpro_lightning.optimizer import Estimator
+from maskpro_lightning import MaskPro, MaskProCallback
+from maskpro_lightning.optim.optimizer import Estimator
+from maskpro_lightning.tracking.metrics import mask_metrics
+from maskpro_lightning.weights import layout
 
 STEPS, LR = 8, 20.0
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding
 
-from maskpro_lightning.baseline import BaselineCache, fingerprint
+from maskpro_lightning.fit.baseline import BaselineCache, fingerprint
 
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 INTEGER = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.bool]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from maskpro_lightning import NMPattern, find_targets
-from maskpro_lightning.initializers import magnitude
+from maskpro_lightning.initial.initializers import magnitude
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 FORWARDS = 24

@@ -30,7 +30,7 @@ from modules import (
 from torch import Tensor
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optimizer import Estimator
+from maskpro_lightning.optim.optimizer import Estimator
 
 
 def fast(**kwargs: Any) -> MaskProCallback:

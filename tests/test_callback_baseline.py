@@ -33,7 +33,7 @@ LAYERS = {
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing them takes longer than all else in these tests."""
-    monkeypatch.setattr("maskpro_lightning.plots.figures", lambda run: {})
+    monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda run: {})
 
 
 def logged(folder: Path) -> list[dict[str, str]]:

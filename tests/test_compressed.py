@@ -15,7 +15,7 @@ from oracle import random
 from torch import Tensor, nn
 
 from maskpro_lightning import NMPattern, export_sparse, find_targets, load_compressed
-from maskpro_lightning.compressed import save_compressed
+from maskpro_lightning.files.compressed import save_compressed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SPECIAL = [0.0, -0.0, 1e-45, float("inf"), float("-inf"), float("nan")]

@@ -14,8 +14,8 @@ from oracle import random
 from torch import Tensor, nn
 
 from maskpro_lightning import Distillation, MaskProCallback
-from maskpro_lightning.distillation import Teacher
-from maskpro_lightning.optimizer import Estimator
+from maskpro_lightning.fit.distillation import Teacher
+from maskpro_lightning.optim.optimizer import Estimator
 
 
 class Misled(Net):

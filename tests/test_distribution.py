@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from oracle import random
 from torch import Tensor
 
-from maskpro_lightning import distribution, inclusion
-from maskpro_lightning.distribution import (
+from maskpro_lightning.masks import distribution, inclusion
+from maskpro_lightning.masks.distribution import (
     entropy,
     log_prob,
     mode,
     sample,
     score,
 )
-from maskpro_lightning.pattern import NMPattern
-from maskpro_lightning.philox import exponential, key_of
+from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.masks.philox import exponential, key_of
 
 PATTERNS = [NMPattern(n, m) for m in range(2, 9) for n in range(1, m)]
 SCALES = [1.0, 5.0, 10.0, 30.0, 150.0]

@@ -44,7 +44,7 @@ def test_every_python_block_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("maskpro_lightning.plots.figures", lambda run: {})
+    monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda run: {})
     trainer = L.Trainer
 
     def short_trainer(**options: Any) -> L.Trainer:

@@ -13,11 +13,12 @@ from datasets import Dataset
 from torch.nn.functional import log_softmax
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from maskpro_lightning import NMPattern, evaluate, find_targets
+from maskpro_lightning import NMPattern, find_targets
 from maskpro_lightning.catalog import resolve
 from maskpro_lightning.cli import main
-from maskpro_lightning.initializers import magnitude
-from maskpro_lightning.language import CausalLM
+from maskpro_lightning.commands import evaluate
+from maskpro_lightning.initial.initializers import magnitude
+from maskpro_lightning.modules.language import CausalLM
 
 WINDOW = 32
 ROWS = ["", " = Robert Boulter = \n", "", " Robert Boulter is an English actor . \n"] * 8

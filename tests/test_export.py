@@ -18,18 +18,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torchmetrics import MeanMetric
 
-from maskpro_lightning import (
-    MaskPro,
-    NMPattern,
-    archive,
-    export,
-    export_sparse,
-    find_targets,
-    parameter_groups,
-)
-from maskpro_lightning.export import Format, save_distributions
-from maskpro_lightning.grouping import check_sparse
-from maskpro_lightning.maskfiles import load_maskllm
+from maskpro_lightning import MaskPro, NMPattern, export_sparse, find_targets, parameter_groups
+from maskpro_lightning.files import archive, export
+from maskpro_lightning.files.export import Format, save_distributions
+from maskpro_lightning.files.grouping import check_sparse
+from maskpro_lightning.files.maskfiles import load_maskllm
 
 TWO_OF_FOUR = NMPattern(2, 4)
 

@@ -18,7 +18,8 @@ from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
-from maskpro_lightning import MaskPro, fusion
+from maskpro_lightning import MaskPro
+from maskpro_lightning.optim import fusion
 
 RESIDUALS = [1.0, -0.5, 2.0, 0.25]
 RULE: dict[str, Any] = {"lr": 0.3, "logit_scale": 1.0}

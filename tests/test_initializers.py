@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from maskpro_lightning import initializers
-from maskpro_lightning.initializers import InputStatistics
-from maskpro_lightning.pattern import NMPattern
-from maskpro_lightning.philox import key_of
+from maskpro_lightning.initial import initializers
+from maskpro_lightning.initial.initializers import InputStatistics
+from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.masks.philox import key_of
 
 TWO_OF_FOUR = NMPattern(2, 4)
 KEY = key_of(0, "layer.weight")

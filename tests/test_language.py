@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from maskpro_lightning.language import ResumableLoader, TextData, pack
-from maskpro_lightning.python_docs import python_docs
+from maskpro_lightning.modules.language import ResumableLoader, TextData, pack
+from maskpro_lightning.modules.python_docs import python_docs
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from maskpro_lightning import MaskPro, NMPattern, layout
-from maskpro_lightning.masked_weight import Version
-from maskpro_lightning.metrics import mask_metrics
+from maskpro_lightning import MaskPro, NMPattern
+from maskpro_lightning.optim.masked_weight import Version
+from maskpro_lightning.tracking.metrics import mask_metrics
+from maskpro_lightning.weights import layout
 
 VERSIONS: list[Version] = ["dense", "initial", "drawn", "mode"]
 RESIDUALS = [1.0, -0.5, 2.0, 0.25]
@@ -178,7 +179,7 @@ def test_shards_and_lean_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
         whole = layout.Layout.of(torch.empty(4, 8), NMPattern.parse("2:4"), -1)
         return [layout.Layout.run(whole, 0, 16, ())]
 
-    monkeypatch.setattr("maskpro_lightning.optimizer.layouts", flat)
+    monkeypatch.setattr("maskpro_lightning.optim.optimizer.layouts", flat)
     message = (
         "'w' is sharded, but memory='lean' exchanges whole weights: choose memory='plain', whose "
         "state is sharded like the weights."

@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.journal import Journal
-from maskpro_lightning.optimizer import Estimator
+from maskpro_lightning.optim.optimizer import Estimator
+from maskpro_lightning.tracking.journal import Journal
 
 # --- long runs ----------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ def run(
 def test_the_same_seed_gives_the_same_bytes(
     estimator: Estimator, init: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("maskpro_lightning.plots.figures", lambda rows, layers: {})
+    monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda rows, layers: {})
     runs = [run(tmp_path / name, estimator, init=init) for name in "ab"]
     other, _ = run(tmp_path / "c", estimator, init=init, seed=1)
     for what in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):

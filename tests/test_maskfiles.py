@@ -24,15 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskpro_lightning import (
-    NMPattern,
-    archive,
-    export_sparse,
-    load_compressed,
-    load_masks,
-    save_masks,
-)
-from maskpro_lightning.maskfiles import load_maskllm, save_maskllm
+from maskpro_lightning import NMPattern, export_sparse, load_compressed, load_masks, save_masks
+from maskpro_lightning.files import archive
+from maskpro_lightning.files.maskfiles import load_maskllm, save_maskllm
 
 TWO_OF_FOUR = NMPattern(2, 4)
 NAMES = ["w", "fc.weight", "../../escape", "/tmp/escape", "a:b", "", "é\n"]
@@ -462,7 +456,7 @@ WITHIN_A_LIMIT = """
 import resource, sys
 from pathlib import Path
 from maskpro_lightning import load_compressed, load_masks
-from maskpro_lightning.maskfiles import load_maskllm
+from maskpro_lightning.files.maskfiles import load_maskllm
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + 2**28
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

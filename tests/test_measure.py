@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from maskpro_lightning import NMPattern, find_targets, measure
-from maskpro_lightning.measure import Measurement, Timing, conclusion, table
+from maskpro_lightning import NMPattern, find_targets
+from maskpro_lightning.commands import measure
+from maskpro_lightning.commands.measure import Measurement, Timing, conclusion, table
 
 CPU = torch.device("cpu")
 

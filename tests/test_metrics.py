@@ -11,8 +11,15 @@ from optimizer_cases import step
 from oracle import random
 from torch import Tensor, nn
 
-from maskpro_lightning import MaskPro, NMPattern, layout
-from maskpro_lightning.metrics import BINS, MaskChange, MaskEntropy, histograms, mask_metrics
+from maskpro_lightning import MaskPro, NMPattern
+from maskpro_lightning.tracking.metrics import (
+    BINS,
+    MaskChange,
+    MaskEntropy,
+    histograms,
+    mask_metrics,
+)
+from maskpro_lightning.weights import layout
 
 # Up to 128 masks: 2:16 has 120, 2:17 has 136.
 EXACT = [NMPattern(*n_m) for n_m in [(1, 2), (1, 4), (2, 4), (3, 4), (3, 5), (4, 8), (2, 16)]]

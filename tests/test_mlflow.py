@@ -198,7 +198,7 @@ def broken(folder: Path, method: str) -> tuple[CSVLogger, list[str]]:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing them takes longer than all else in these tests."""
-    monkeypatch.setattr("maskpro_lightning.plots.figures", lambda run: {})
+    monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda run: {})
 
 
 METHODS = ["log_metrics", "log_hyperparams", "save", "after_save_checkpoint", "finalize"]
@@ -208,7 +208,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         record.getMessage()
         for record in caplog.records
-        if record.name == "maskpro_lightning.tracking" and record.levelno == logging.WARNING
+        if record.name == "maskpro_lightning.tracking.loggers" and record.levelno == logging.WARNING
     ]
 
 

@@ -23,9 +23,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from maskpro_lightning import MaskProCallback
 from maskpro_lightning.catalog import resolve
 from maskpro_lightning.cli import main
-from maskpro_lightning.language import TextData
-from maskpro_lightning.mlflow_run import PARENT, MLflowRun
-from maskpro_lightning.tracking import Tracking
+from maskpro_lightning.modules.language import TextData
+from maskpro_lightning.tracking.loggers import Tracking
+from maskpro_lightning.tracking.mlflow_run import PARENT, MLflowRun
 
 # MLflow on SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -218,7 +218,7 @@ def test_any_module_is_logged_as_a_model_of_pytorch(
 ) -> None:
     from lightning.pytorch.loggers import MLFlowLogger as Logger
 
-    from maskpro_lightning.mlflow_run import log_model
+    from maskpro_lightning.tracking.mlflow_run import log_model
 
     before = mlflow.get_tracking_uri()
     logger = Logger(

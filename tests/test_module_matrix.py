@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torchmetrics import MeanSquaredError
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optimizer import Estimator
+from maskpro_lightning.optim.optimizer import Estimator
 
 
 def run(

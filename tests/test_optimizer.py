@@ -21,8 +21,9 @@ from optimizer_cases import (
 from oracle import random
 from torch import Tensor, nn
 
-from maskpro_lightning import MaskPro, layout
-from maskpro_lightning.optimizer import Version
+from maskpro_lightning import MaskPro
+from maskpro_lightning.optim.optimizer import Version
+from maskpro_lightning.weights import layout
 
 VERSIONS: list[Version] = ["dense", "initial", "drawn", "mode"]
 

@@ -13,7 +13,8 @@ from optimizer_cases import drawn_of, logits_of, one_weight, step
 from oracle import random
 from torch import Tensor, nn
 
-from maskpro_lightning import MaskPro, layout
+from maskpro_lightning import MaskPro
+from maskpro_lightning.weights import layout
 
 RESIDUALS = [1.0, -0.5, 2.0, 0.25, -1.0, 0.75]
 SHAPES = {"a.weight": (8, 16), "b.weight": (4, 8), "c.weight": (12, 8)}

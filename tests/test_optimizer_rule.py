@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.optim.lr_scheduler import LinearLR
 
-from maskpro_lightning import MaskPro, NMPattern, distribution
-from maskpro_lightning.optimizer import Version, policy_lr
+from maskpro_lightning import MaskPro, NMPattern
+from maskpro_lightning.masks import distribution
+from maskpro_lightning.optim.optimizer import Version, policy_lr
 
 EPS = torch.finfo(torch.float32).eps
 

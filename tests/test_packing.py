@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import random
 
-from maskpro_lightning.packing import pack, packed_size, unpack
-from maskpro_lightning.pattern import NMPattern
+from maskpro_lightning.files.packing import pack, packed_size, unpack
+from maskpro_lightning.masks.pattern import NMPattern
 
 # With words of one byte, of several, of eight, and plain bits.
 PATTERNS = [

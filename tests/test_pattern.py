@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import random
 from torch import Tensor
 
-from maskpro_lightning.pattern import NMPattern
+from maskpro_lightning.masks.pattern import NMPattern
 
 TWO_OF_FOUR = NMPattern(2, 4)
 # The last four are too large for counting rivals and are sorted.

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskpro_lightning.philox import exponential, key_of, philox
+from maskpro_lightning.masks.philox import exponential, key_of, philox
 
 KEY = key_of(0, "layer.weight")
 STEP = torch.tensor(3)

@@ -11,7 +11,7 @@ from torch import nn
 
 from maskpro_lightning import find_targets
 from maskpro_lightning.cli import main
-from maskpro_lightning.plan import Plan, Strategy, plan
+from maskpro_lightning.commands.plan import Plan, Strategy, plan
 
 
 def planned(devices: int, strategy: Strategy = "fsdp2", **kwargs: object) -> Plan:

@@ -19,11 +19,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from maskpro_lightning import MaskPro, plots
-from maskpro_lightning.journal import Journal
-from maskpro_lightning.metrics import mask_metrics
-from maskpro_lightning.runs import Run, read_run
-from maskpro_lightning.tracking import Tracking
+from maskpro_lightning import MaskPro
+from maskpro_lightning.tracking import plots
+from maskpro_lightning.tracking.journal import Journal
+from maskpro_lightning.tracking.loggers import Tracking
+from maskpro_lightning.tracking.metrics import mask_metrics
+from maskpro_lightning.tracking.runs import Run, read_run
 
 Rows = Sequence[Mapping[str, float]]
 Figures = dict[str, Figure]

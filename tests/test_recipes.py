@@ -176,7 +176,7 @@ def test_a_recipe_runs(name: str, hub: Path, runs: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "argv", ["maskpro"])
     monkeypatch.chdir(runs)
     # Drawing them takes longer than all else here.
-    monkeypatch.setattr("maskpro_lightning.plots.figures", lambda run: {})
+    monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda run: {})
     main(["fit", *options(name, hub)])
     assert_learned(name, runs)
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from maskpro_lightning import NMPattern, find_targets
-from maskpro_lightning.calibration import initial_masks
-from maskpro_lightning.initializers import magnitude
-from maskpro_lightning.reconstruction import PairedStatistics, reconstruct
+from maskpro_lightning.initial.calibration import initial_masks
+from maskpro_lightning.initial.initializers import magnitude
+from maskpro_lightning.initial.reconstruction import PairedStatistics, reconstruct
 
 EPS = torch.finfo(torch.float32).eps
 every_pattern = pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from optimizer_cases import Regression, logits_of, one_weight, step
 from oracle import random
 from torch import Tensor, nn
 
-from maskpro_lightning import MaskPro, philox
+from maskpro_lightning import MaskPro
+from maskpro_lightning.masks import philox
 
 LOW: dict[str, Any] = {"logits_dtype": "bfloat16"}
 

@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import CSVLogger
 from modules import FAST, Net, fit
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.metrics import BINS, histograms
-from maskpro_lightning.runs import Run, read_run
+from maskpro_lightning.tracking.metrics import BINS, histograms
+from maskpro_lightning.tracking.runs import Run, read_run
 
 RUN = Run(
     history=[{"step": 1, "loss": 0.1, "delta": -1e-30}, {"step": 2, "loss": float("inf")}],

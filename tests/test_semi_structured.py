@@ -11,8 +11,9 @@ import torch
 from oracle import random
 from torch import nn
 
-from maskpro_lightning import NMPattern, find_targets, semi_structured
-from maskpro_lightning.semi_structured import (
+from maskpro_lightning import NMPattern, find_targets
+from maskpro_lightning.files import semi_structured
+from maskpro_lightning.files.semi_structured import (
     check_semi_structured,
     no_kernel_for,
     no_kernel_on,

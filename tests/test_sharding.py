@@ -14,7 +14,7 @@ from modules import ROUNDING, equal, identical
 from process_shards import LR, STEPS, STRATEGIES, WITH_GRADIENTS, Model, applies
 
 from maskpro_lightning import find_targets
-from maskpro_lightning.plan import plan
+from maskpro_lightning.commands.plan import plan
 
 RANKS = (1, 2, 4)
 Told = dict[int, list[dict[str, Any]]]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, OneCycleLR
 
 from maskpro_lightning import MaskPro
-from maskpro_lightning.philox import exponential, key_of
+from maskpro_lightning.masks.philox import exponential, key_of
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torchmetrics import Metric, MetricCollection
 
 from maskpro_lightning import MaskPro, NMPattern, find_targets, parameter_groups
-from maskpro_lightning.targets import clean_name, describe
+from maskpro_lightning.weights.targets import clean_name, describe
 
 ATTENTION = [f"self_attn.{projection}_proj.weight" for projection in "qkvo"]
 LLAMA = [*ATTENTION, *(f"mlp.{projection}_proj.weight" for projection in ("gate", "up", "down"))]

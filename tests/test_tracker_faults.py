@@ -35,9 +35,9 @@ from torch import nn
 
 from maskpro_lightning import MaskPro, MaskProCallback, NMPattern, save_masks
 from maskpro_lightning.cli import SaveConfig, _tell_mlflow, main
-from maskpro_lightning.delivery import send
-from maskpro_lightning.export import save_distributions
-from maskpro_lightning.tracking import UNSENT, without_credentials
+from maskpro_lightning.files.export import save_distributions
+from maskpro_lightning.tracking.delivery import send
+from maskpro_lightning.tracking.loggers import UNSENT, without_credentials
 
 # MLflow on SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -51,7 +51,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing them takes longer than all else in these tests."""
-    monkeypatch.setattr("maskpro_lightning.plots.figures", lambda rows, layers: {})
+    monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda rows, layers: {})
 
 
 def logged_fit(folder: Path, logger: Any, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
@@ -177,9 +177,9 @@ def test_a_full_disk_costs_no_fit_and_is_told_once(
         folder.parent.mkdir()
         folder.touch()  # a file where the folder should be
     elif full == "figures":
-        monkeypatch.setattr("maskpro_lightning.plots.figures", fail)
+        monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", fail)
     elif full.startswith("save"):
-        monkeypatch.setattr(f"maskpro_lightning.journal.{full}", fail)
+        monkeypatch.setattr(f"maskpro_lightning.tracking.journal.{full}", fail)
     else:
         folder.mkdir(parents=True)
         (folder / full.replace("history.csv", ".history.csv.partial")).symlink_to("/dev/full")

@@ -1,4 +1,4 @@
-"""Pretrains the quickstart's small Llama on the texts of `maskpro_lightning.python_docs`."""
+"""Pretrains the quickstart's small Llama on the texts that every CPython installation carries."""
 
 import argparse
 import math
@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from maskpro_lightning.python_docs import python_docs
+from maskpro_lightning.modules.python_docs import python_docs
 
 FOLDER = Path(__file__).parent
 END_OF_TEXT = "<|eos|>"

@@ -1,0 +1,156 @@
+"""A model dense, under one-shot masks and under the learned one, in one table."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from rich.table import Table
+from tqdm import tqdm
+
+from maskpro_lightning.fit.baseline import traceless
+from maskpro_lightning.fit.callback import MaskProCallback
+from maskpro_lightning.initial import calibration
+from maskpro_lightning.optim.optimizer import MaskPro
+from maskpro_lightning.weights.targets import Target, find_targets, parameter_groups
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to mask a model.
+
+    Attributes:
+        mask: The method's name.
+        metrics: What validation logged.
+        sparsity: Share of zeros among the masked weights, in [0, 1].
+        seconds: Time to find the mask.
+    """
+
+    mask: str
+    metrics: dict[str, float]
+    sparsity: float
+    seconds: float
+
+
+def compare(
+    trainer: Any,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    methods: Sequence[calibration.Method] = ("magnitude", "wanda", "sparsegpt"),
+) -> list[Row]:
+    """Validate the dense model, one-shot masks, then fit and validate the learned mask.
+
+    Args:
+        trainer: A trainer on one device with one :class:`MaskProCallback`, whose pattern, choice
+            of layers and calibration batches hold for all rows. Its fit is run once.
+        module: The model; holds the learned mask afterwards.
+        data: The data; the calibration uses its training batches.
+        methods: One-shot masks to compare with, see :func:`calibration.initial_masks`.
+
+    Raises:
+        ValueError: the trainer has no callback, or more than one device.
+    """
+    callback = callback_of(trainer)
+    if trainer.world_size > 1:
+        raise ValueError(f"A comparison runs on one device, not {trainer.world_size}.")
+    targets = find_targets(module, callback.pattern, callback.include, callback.exclude)
+    rows = [_row("dense", trainer, module, data, targets, seconds=0)]
+    for method in methods:
+        start = time.perf_counter()
+        optimizer = MaskPro(parameter_groups(targets), callback.pattern)
+        module.to(trainer.strategy.root_device)
+        optimizer.begin(
+            calibration.initial_masks(
+                method,
+                targets,
+                callback.pattern,
+                seed=callback.rule["seed"],
+                batches=partial(_calibrate, trainer, module, data, callback.calibration_batches),
+            )
+        )
+        with optimizer.applied("initial"):
+            seconds = time.perf_counter() - start
+            rows.append(_row(method, trainer, module, data, targets, seconds))
+        optimizer.write("dense")
+    start = time.perf_counter()
+    trainer.fit(module, datamodule=data)
+    seconds = time.perf_counter() - start
+    rows.append(_row("maskpro", trainer, module, data, targets, seconds))
+    return rows
+
+
+def callback_of(trainer: Any) -> MaskProCallback:
+    """The one :class:`MaskProCallback` of a trainer.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    callbacks = [c for c in trainer.callbacks if isinstance(c, MaskProCallback)]
+    if len(callbacks) != 1:
+        raise ValueError(f"The Trainer needs one MaskProCallback, but has {len(callbacks)}.")
+    return callbacks[0]
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """The rows for a terminal."""
+    found = Table(title=title)
+    found.add_column("mask")
+    names = list(rows[0].metrics)
+    for name in (*names, "zeros", "seconds"):
+        found.add_column(name, justify="right")
+    for row in rows:
+        best = row.mask == "maskpro"
+        found.add_row(
+            row.mask,
+            *(f"{row.metrics[name]:.4g}" for name in names),
+            f"{row.sparsity:.2%}",
+            f"{row.seconds:.1f}",
+            style="bold" if best else None,
+        )
+    return found
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """The rows as a CSV file."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["mask", *rows[0].metrics, "sparsity", "seconds"])
+        for row in rows:
+            writer.writerow([row.mask, *row.metrics.values(), row.sparsity, row.seconds])
+
+
+def _row(
+    mask: str,
+    trainer: Any,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    targets: Sequence[Target],
+    seconds: float,
+) -> Row:
+    loggers, trainer.loggers = trainer.loggers, []  # these numbers are no part of the fit's curve
+    try:
+        (metrics,) = trainer.validate(module, datamodule=data, verbose=False)
+    finally:
+        trainer.loggers = loggers
+    zeros = sum(int((target.parameter == 0).sum()) for target in targets)
+    weights = sum(target.parameter.numel() for target in targets)
+    return Row(mask, dict(metrics), zeros / weights, seconds)
+
+
+def _calibrate(
+    trainer: Any, module: pl.LightningModule, data: pl.LightningDataModule, count: int
+) -> Iterator[Callable[[], None]]:
+    def run(batch: Any, number: int) -> None:
+        with traceless(trainer, module):
+            module.training_step(batch, number)
+
+    batches = islice(data.train_dataloader(), count)
+    for number, batch in enumerate(tqdm(batches, desc="Calibrating", total=count, leave=False)):
+        yield partial(run, trainer.strategy.batch_to_device(batch), number)

@@ -1,0 +1,143 @@
+"""What a fit needs before it is started: bytes on each rank and forward passes per step.
+
+Works on a model without memory (``torch.device("meta")``), so a laptop plans for a cluster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.optim.lean_weight import LeanWeight
+from maskpro_lightning.optim.masked_weight import MaskedWeight
+from maskpro_lightning.optim.optimizer import Estimator, LogitsDtype, Memory
+from maskpro_lightning.weights.targets import Target
+
+Strategy = Literal["ddp", "fsdp1", "fsdp2"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the rank that needs most needs.
+
+    Attributes:
+        state: Bytes by what they hold: "weights" of the whole model, "gradients" if the estimator
+            needs them, then the masks' state.
+        gathered: Bytes of the largest unit, which a sharded forward pass makes whole for a while.
+        activations: Estimate of the bytes of a step's activations; None if the rows of
+            a batch are not known.
+        forwards: Forward passes of a step, a backward pass counting as two.
+    """
+
+    state: dict[str, int]
+    gathered: int
+    activations: int | None
+    forwards: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all."""
+        return sum(self.state.values()) + self.gathered + (self.activations or 0)
+
+
+def plan(
+    model: nn.Module,
+    targets: Sequence[Target],
+    *,
+    devices: int,
+    strategy: Strategy = "fsdp2",
+    estimator: Estimator = "policy",
+    rows: int | None = None,
+    pattern: str | NMPattern = "2:4",
+    memory: Memory = "plain",
+    logits_dtype: LogitsDtype = "float32",
+) -> Plan:
+    """Add up what a fit keeps on the rank that keeps most.
+
+    Args:
+        model: The model, on any device, unsharded.
+        targets: Its weights that are masked.
+        devices: Number of ranks.
+        strategy: "ddp" keeps everything on each rank; "fsdp1" cuts the weights of a unit, laid
+            end to end, into equal runs; "fsdp2" cuts each weight along its first dimension.
+        estimator: As for the fit.
+        rows: Vectors that a layer sees in a step of one rank: tokens, or samples times positions.
+        pattern: As for the fit, like what follows.
+        memory: "plain" or "lean".
+        logits_dtype: "float32" or "bfloat16".
+
+    Raises:
+        ValueError: an unknown strategy, less than one device, or shards with "lean".
+    """
+    if strategy not in get_args(Strategy) or devices < 1:
+        raise ValueError(
+            f"There is no plan for {strategy!r} on {devices} devices: strategy is one of "
+            f"{', '.join(get_args(Strategy))}, and devices at least 1."
+        )
+    if memory == "lean" and strategy != "ddp" and devices > 1:
+        raise ValueError(
+            f"memory='lean' exchanges whole weights, but {strategy} shards them over {devices} "
+            f"ranks: plan with memory='plain', or with strategy='ddp'."
+        )
+    share = {"ddp": _all, "fsdp1": _run, "fsdp2": _rows}[strategy]
+    weights = [*model.parameters(), *model.buffers()]
+    state = {"weights": sum(share(w, devices) * w.element_size() for w in weights)}
+    if estimator == "straight_through":
+        gradients = (p for p in model.parameters() if p.requires_grad)
+        state["gradients"] = sum(share(p, devices) * p.element_size() for p in gradients)
+    for target in targets:
+        weight, logits = target.parameter, getattr(torch, logits_dtype)
+        # Lean weights are whole, so their groups are, too.
+        size = weight.shape if memory == "lean" else (share(weight, devices),)
+        part = torch.empty(size, dtype=weight.dtype, device="meta")
+        about = part, torch.empty(size, dtype=torch.bool, device="meta"), 1.0, logits
+        if memory == "lean":
+            kept = LeanWeight.state(*about, NMPattern.parse(pattern), target.input_dim)
+        else:
+            kept = MaskedWeight.state(*about)
+        for name, value in kept.items():
+            state[name] = state.get(name, 0) + value.numel() * value.element_size()
+    whole = max((_bytes(unit.parameters()) for unit in _units(model)), default=0)
+    forwards = {"policy": 2, "straight_through": 3}[estimator]
+    seen = None if rows is None else _activations(model, rows, estimator)
+    return Plan(state, 0 if strategy == "ddp" or devices == 1 else whole, seen, forwards)
+
+
+def _all(weight: Tensor, devices: int) -> int:
+    return weight.numel()
+
+
+def _run(weight: Tensor, devices: int) -> int:
+    return math.ceil(weight.numel() / devices)
+
+
+def _rows(weight: Tensor, devices: int) -> int:
+    if not weight.dim():
+        return 1
+    return math.ceil(weight.shape[0] / devices) * weight.shape[1:].numel()
+
+
+def _units(model: nn.Module) -> list[nn.Module]:
+    """The blocks that one shards on their own: members of lists, or else the whole model."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return [block for blocks in lists for block in blocks] or [model]
+
+
+def _bytes(tensors: Iterator[nn.Parameter]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _activations(model: nn.Module, rows: int, estimator: Estimator) -> int:
+    """Inputs and outputs of all weights if gradients need them, or else of the largest."""
+    sizes = [
+        rows * sum(weight.shape[:2]) * weight.element_size()
+        for weight in model.parameters()
+        if weight.dim() > 1
+    ]
+    return sum(sizes) if estimator == "straight_through" else max(sizes, default=0)

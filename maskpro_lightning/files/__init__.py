@@ -1,0 +1,1 @@
+"""Masks and sparse models in files, ours and other people's."""

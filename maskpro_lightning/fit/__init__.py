@@ -1,0 +1,1 @@
+"""MaskPro in a Lightning training."""

@@ -1,0 +1,205 @@
+"""What Lightning's strategies need to be told, so that sharded masks live through a fit.
+
+Lightning hands optimizers to PyTorch's own gathering of states, which for flat parameters wants
+the shapes of all of a unit's parameters. Here the state of masks is saved and restored on its own,
+in either of two forms that any number of ranks reads: whole tensors in one file, or DTensors in a
+distributed checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import get_rank, get_world_size
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from maskpro_lightning.optim.optimizer import MaskPro
+from maskpro_lightning.weights.layout import Layout, like, local
+
+_TESTED = {
+    "SingleDeviceStrategy": "devices=1",
+    "DDPStrategy": 'strategy="ddp"',
+    "FSDPStrategy": 'strategy="fsdp"',
+    "ModelParallelStrategy": "ModelParallelStrategy (fully_shard, tensor parallelism)",
+}
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy")
+# Where a distributed checkpoint keeps what of an optimizer's state is not a tensor of a weight.
+_GROUPS = "maskpro_param_groups"
+
+
+def refuse_untested(strategy: Any) -> None:
+    """Refuse strategies that masks were not tested with.
+
+    Raises:
+        ValueError: names the strategy and those that were tested.
+    """
+    if _kind(strategy) not in _TESTED:
+        raise ValueError(
+            f"MaskProCallback is tested with {', '.join(_TESTED)}, not with "
+            f"{type(strategy).__name__}: choose {', '.join(_TESTED.values())}."
+        )
+    if _kind(strategy) == "FSDPStrategy" and not strategy.kwargs.get("use_orig_params", True):
+        raise ValueError(
+            "FSDPStrategy(use_orig_params=False) hides the weights in flat parameters, and masks "
+            "need them: leave use_orig_params=True."
+        )
+
+
+def shards(strategy: Any) -> bool:
+    """Whether a strategy splits weights over ranks."""
+    return _kind(strategy) in _SHARDED
+
+
+def sharded_model(strategy: Any) -> nn.Module | None:
+    """The model as FSDP has wrapped it, or None where no weight is sharded."""
+    model: nn.Module | None = strategy.model if shards(strategy) else None
+    return model
+
+
+def part_from(state: dict[str, Any], weights: Iterable[Tensor]) -> None:
+    """Copy what a state dict shares with weights, which change before it is written."""
+    memory = {local(weight).untyped_storage().data_ptr() for weight in weights}
+    for name, value in state.items():
+        # What FSDP1 makes are copies.
+        plain = isinstance(value, Tensor) and not isinstance(value, ShardedTensor)
+        if plain and local(value).untyped_storage().data_ptr() in memory:
+            state[name] = value.clone()
+
+
+class MaskCheckpoints:
+    """Saves and restores the state of masks in place of a strategy that shards weights.
+
+    Args:
+        trainer: The trainer, whose strategy shards.
+        optimizer: Gives the optimizer of the fit.
+        is_ours: Whether a checkpoint was written by a fit with masks.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        optimizer: Callable[[], MaskPro],
+        is_ours: Callable[[dict[str, Any]], bool],
+    ) -> None:
+        self._trainer, self._optimizer, self._is_ours = trainer, optimizer, is_ours
+        self._strategy = trainer.strategy
+        self._load_inside = self._strategy.load_checkpoint
+        self._save_inside = self._strategy.save_checkpoint
+
+    @classmethod
+    def patches(cls, trainer: Any, *args: Any) -> dict[str, Any]:
+        """Methods to put on the strategy; none where no weight is sharded."""
+        if not shards(trainer.strategy):
+            return {}
+        checkpoints = cls(trainer, *args)
+        return {
+            "optimizer_state": checkpoints.optimizer_state,
+            "load_checkpoint": checkpoints.load_checkpoint,
+            "save_checkpoint": checkpoints.save_checkpoint,
+        }
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The state of the masks: distributed, or whole and on rank 0 alone."""
+        masks = self._optimizer()
+        keep = _distributed if self._distributed else _on_rank_zero
+        packed = masks.state_dict()
+        for number, layout in enumerate(masks.layouts.values()):
+            tensors = packed["state"].get(number, {})
+            packed["state"][number] = {name: keep(layout, v) for name, v in tensors.items()}
+        return packed
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, **kwargs: Any) -> None:
+        """Save as the strategy does; what is not shaped like a weight goes where that is read."""
+        if self._distributed:
+            for packed in checkpoint.get("optimizer_states", ()):
+                checkpoint[_GROUPS] = packed.pop("param_groups")
+        self._save_inside(checkpoint, path, **kwargs)
+
+    def load_checkpoint(self, path: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load weights with the strategy's own method, then the masks."""
+        with self._without_optimizers():
+            checkpoint: dict[str, Any] = self._load_inside(path, **kwargs)
+        if self._trainer.state.fn == "fit" and self._is_ours(checkpoint):
+            if _GROUPS in checkpoint:
+                state = _read(Path(path), self._optimizer())
+                packed = {"state": state, "param_groups": checkpoint.pop(_GROUPS)}
+            else:
+                (packed,) = checkpoint["optimizer_states"]
+            self._optimizer().load_state_dict(packed)
+        return checkpoint
+
+    @property
+    def _distributed(self) -> bool:
+        if _kind(self._strategy) == "FSDPStrategy":
+            return bool(self._strategy._state_dict_type == "sharded")
+        return bool(self._strategy._save_distributed_checkpoint)
+
+    @contextmanager
+    def _without_optimizers(self) -> Iterator[None]:
+        """Let the strategy load no state into an optimizer, nor miss one."""
+        state, optimizers = self._trainer.state, self._strategy.optimizers
+        doing, state.fn, self._strategy.optimizers = state.fn, type(state.fn)("validate"), []
+        try:
+            yield
+        finally:
+            state.fn, self._strategy.optimizers = doing, optimizers
+
+
+def _kind(strategy: Any) -> str:
+    """The class of Lightning's own that a strategy is, or is derived from."""
+    kinds = (kind.__name__ for kind in type(strategy).__mro__ if "lightning." in kind.__module__)
+    return next(kinds, type(strategy).__name__)
+
+
+def _on_rank_zero(layout: Layout, value: Tensor) -> Tensor:
+    whole = layout.whole(local(value))
+    return whole.cpu() if get_rank() == 0 else whole.new_empty(0)
+
+
+def _distributed(layout: Layout, value: Tensor) -> Tensor:
+    """A DTensor as it is; of a run of elements one that is cut along the first dimension."""
+    if not layout.flat:
+        return value
+    rows = layout.whole(value).chunk(get_world_size())
+    rank = get_rank()
+    own = rows[rank] if rank < len(rows) else rows[0][:0]
+    return _by_rows(own.clone(), layout)
+
+
+def _by_rows(own: Tensor, layout: Layout) -> Tensor:
+    mesh = init_device_mesh(own.device.type, (get_world_size(),))
+    stride = torch.empty(layout.shape, device="meta").stride()
+    rows: Tensor = DTensor.from_local(
+        own, mesh, [Shard(0)], run_check=False, shape=torch.Size(layout.shape), stride=stride
+    )
+    return rows
+
+
+def _read(path: Path, optimizer: MaskPro) -> dict[int, dict[str, Tensor]]:
+    """The masks' state in a distributed checkpoint, each rank its part."""
+    reader = FileSystemReader(path)
+    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    state: dict[int, dict[str, Tensor]] = {}
+    for number, (parameter, layout) in enumerate(optimizer.layouts.items()):
+        prefix = f"optimizer_0.state.{number}."
+        for key in (key for key in saved if key.startswith(prefix)):
+            dtype, device = saved[key].properties.dtype, parameter.device
+            size = layout.size
+            if layout.flat:
+                rows = torch.empty(layout.shape[0], device="meta").chunk(get_world_size())
+                own_rows = len(rows[get_rank()]) if get_rank() < len(rows) else 0
+                size = (own_rows, *layout.shape[1:])
+            own = torch.empty(size, dtype=dtype, device=device)
+            value = _by_rows(own, layout) if layout.flat else like(own, parameter)
+            state.setdefault(number, {})[key.removeprefix(prefix)] = value
+    load({"optimizer_0": {"state": state}}, storage_reader=reader)
+    return state

@@ -1,0 +1,1 @@
+"""Masks to start from, found without learning."""

@@ -1,0 +1,180 @@
+"""Initial masks by name, calibrated on a model's own batches where the method asks for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from maskpro_lightning.initial import initializers, reconstruction
+from maskpro_lightning.masks import philox
+from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.weights.targets import Target
+
+Method = Literal["magnitude", "wanda", "sparsegpt", "reconstruction", "random", "nonzeros"]
+Batches = Callable[[], Iterable[Callable[[], object]]]
+Sum = Callable[[Tensor], Tensor]
+
+_log = logging.getLogger(__name__)
+# Statistics held at once; what needs more is collected in several passes over the batches.
+_STATISTICS_BYTES = 2**33
+# Each looks at the network that the masks of the round before leave.
+_RECONSTRUCTION_ROUNDS = 3
+
+
+def check_method(method: str) -> None:
+    """Refuse a method that :func:`initial_masks` does not know.
+
+    Raises:
+        ValueError: names the methods that there are.
+    """
+    if method not in get_args(Method):
+        raise ValueError(
+            f"init is one of {', '.join(get_args(Method))}, a .safetensors file of masks, or masks "
+            f"by parameter name; got {method!r}."
+        )
+
+
+def initial_masks(
+    method: str,
+    targets: Sequence[Target],
+    pattern: NMPattern,
+    *,
+    seed: int = 0,
+    batches: Batches | None = None,
+    reduce: Sum | None = None,
+    whole: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> Iterator[tuple[str, Tensor]]:
+    """Masks of the targets, bool, shaped like the whole weights, each made when it is asked for.
+
+    Args:
+        method: "magnitude" (largest |w|), "wanda" (largest |w| times the norm of its input,
+            arXiv 2306.11695), "sparsegpt" (the mask of arXiv 2301.00774; its changed weights are
+            not used), "reconstruction" (that mask, improved by swaps until the pruned network's
+            layers put out most nearly what they should, see ``reconstruction``; seven passes over
+            the batches), "random", or "nonzeros" (what an already sparse model kept).
+        targets: The weights, which must hold their dense values, and hold them again afterwards.
+        pattern: The pattern.
+        seed: Seed of "random".
+        batches: Goes through the calibration batches, for "wanda", "sparsegpt" and
+            "reconstruction"; each item runs the model on one, as often as it is called.
+        reduce: Sums a tensor over the data-parallel ranks, so that all find the same masks.
+        whole: Gathers a weight of which each rank has a part.
+
+    Yields:
+        The target's name and its mask.
+
+    Raises:
+        ValueError: an unknown method, or one that needs ``batches`` without them.
+    """
+    check_method(method)
+    if method in ("wanda", "sparsegpt", "reconstruction"):
+        if batches is None:
+            raise ValueError(f"init={method!r} needs batches to calibrate on.")
+        if method == "reconstruction":
+            masks = dict(_calibrated("sparsegpt", targets, pattern, batches, reduce, whole))
+            return iter(_reconstructed(masks, targets, pattern, batches, reduce).items())
+        return _calibrated(method, targets, pattern, batches, reduce, whole)
+    return (
+        (target.name, _from_weight(method, target, whole(target.parameter), pattern, seed))
+        for target in targets
+    )
+
+
+def _from_weight(
+    method: str, target: Target, weight: Tensor, pattern: NMPattern, seed: int
+) -> Tensor:
+    input_dim = target.input_dim
+    if method == "random":
+        key = philox.key_of(seed, target.name, "initial mask")
+        return initializers.random(weight, pattern, input_dim, key=key)
+    if method == "nonzeros":
+        return initializers.nonzeros(weight, pattern, input_dim, name=target.name)
+    return initializers.magnitude(weight, pattern, input_dim)
+
+
+def _calibrated(
+    method: str,
+    targets: Sequence[Target],
+    pattern: NMPattern,
+    batches: Batches,
+    reduce: Sum | None,
+    whole: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    second_moments = method == "sparsegpt"
+    for some in _passes(targets, second_moments):
+        modules = {target.name: target.module for target in some.values()}
+        with initializers.InputStatistics(modules, second_moments=second_moments) as statistics:
+            for run in batches():
+                run()
+        if reduce is not None:
+            statistics.reduce(reduce)
+        for name, target in some.items():
+            weight, input_dim = whole(target.parameter), target.input_dim
+            if name in statistics.unseen:
+                _log.warning("%s: no input seen (called by name?); masked by magnitude.", name)
+                mask = initializers.magnitude(weight, pattern, input_dim)
+            elif second_moments:
+                hessian = statistics.hessian[name]
+                mask, _ = initializers.sparsegpt(weight, hessian, pattern, input_dim)
+            else:
+                mask = initializers.wanda(weight, statistics.norm[name], pattern, input_dim)
+            yield name, mask
+
+
+@torch.no_grad()
+def _reconstructed(
+    masks: dict[str, Tensor],
+    targets: Sequence[Target],
+    pattern: NMPattern,
+    batches: Batches,
+    reduce: Sum | None,
+) -> dict[str, Tensor]:
+    dense = {target.name: target.parameter.detach().clone() for target in targets}
+
+    def write(kept: Mapping[str, Tensor] | None = None) -> None:
+        for target in targets:
+            weight = dense[target.name]
+            target.parameter.copy_(weight if kept is None else weight.where(kept[target.name], 0))
+
+    for _ in range(_RECONSTRUCTION_ROUNDS):
+        # H and C for each layer, twice what SparseGPT collects.
+        for some in _passes(targets, second_moments=True, copies=2):
+            statistics = reconstruction.PairedStatistics({n: t.module for n, t in some.items()})
+            try:
+                for run in batches():
+                    write()
+                    with statistics.dense():
+                        run()
+                    write(masks)
+                    with statistics.pruned():
+                        run()
+            finally:
+                write()
+            if reduce is not None:
+                statistics.reduce(reduce)
+            for name, (hessian, cross) in statistics.moments.items():
+                masks[name] = reconstruction.reconstruct(
+                    dense[name], hessian, cross, masks[name], pattern, some[name].input_dim
+                )
+    return masks
+
+
+def _passes(
+    targets: Sequence[Target], second_moments: bool, copies: int = 1
+) -> Iterator[Mapping[str, Target]]:
+    """Cut the targets into runs whose statistics fit into memory together."""
+    some: dict[str, Target] = {}
+    held = 0
+    for target in targets:
+        needed = copies * initializers.bytes_needed(target.module, second_moments)
+        if some and held + needed > _STATISTICS_BYTES:
+            yield some
+            some, held = {}, 0
+        some[target.name] = target
+        held += needed
+    if some:
+        yield some

@@ -1,0 +1,265 @@
+"""Causal language models of Hugging Face and packed text, as Lightning modules, for recipes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from datasets import Dataset, load_dataset
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torchmetrics.text import Perplexity
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from maskpro_lightning.catalog import resolve
+from maskpro_lightning.modules.python_docs import python_docs
+
+
+class CausalLM(pl.LightningModule):
+    """A causal language model with its next-token loss in nats.
+
+    Logs ``train_loss``, ``val_loss`` and ``val_perplexity``. It stays in evaluation mode, so that
+    dropout does not blur the comparison of two masks. ``ModelParallelStrategy`` shards it block by
+    block (FSDP2).
+
+    Args:
+        model: Path or Hub name of a Hugging Face model, or a path inside ``recipes/``.
+        dtype: The weights' dtype, such as "bfloat16"; "auto" takes that of the file.
+    """
+
+    def __init__(self, model: str, dtype: str = "auto") -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = pretrained(AutoModelForCausalLM, model, dtype)
+        self.perplexity = Perplexity(ignore_index=-100)
+
+    def configure_model(self) -> None:
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        kinds = self.model._no_split_modules or ()
+        for block in [part for part in self.model.modules() if type(part).__name__ in kinds]:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (batch, length, vocabulary) of token ids (batch, length)."""
+        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        loss = self._loss(self(batch[0]), batch[0])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        (tokens,) = batch
+        logits = self(tokens)
+        loss = self._loss(logits, tokens)
+        self.log("val_loss", loss, prog_bar=True, batch_size=len(tokens), sync_dist=True)
+        self.perplexity(logits[:, :-1].float(), tokens[:, 1:])
+        self.log("val_perplexity", self.perplexity)
+
+    def configure_optimizers(self) -> None:
+        """None: the masks are learned by :class:`MaskProCallback`."""
+
+    @staticmethod
+    def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten()
+        )
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader that a fit resumes in the middle of an epoch; Lightning saves its state."""
+
+    _taken = 0
+    _skip = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator, so that the sampler is asked for its order only once the epoch is set.
+        self._taken, self._skip = self._skip, 0
+        for batch in islice(super().__iter__(), self._taken, None):
+            self._taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches taken in this epoch."""
+        return {"taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after as many batches; an epoch that was complete starts over."""
+        self._skip = state["taken"] % len(self)
+
+
+class TextData(pl.LightningDataModule):
+    """Text, tokenised and packed into sequences of one length, an end-of-text between documents.
+
+    Reads no more of a source than it needs for the number of sequences asked for.
+
+    Args:
+        tokenizer: Path or Hub name of a tokenizer, or a path inside ``recipes/``.
+        source: "python-docs" (the documentation that every CPython carries; no network), or what
+            ``datasets.load_dataset`` takes: a Hub name, a folder, "text", "json" or "parquet".
+        name: The data set's configuration, for ``load_dataset``.
+        data_files: Files by split, for ``load_dataset``.
+        train_split: Split to train on.
+        val_split: Split to validate on.
+        text_column: Column that holds the text.
+        length: Tokens of a sequence.
+        train_sequences: Number of training sequences; None packs all of the split.
+        val_sequences: Number of validation sequences; None packs all of the split.
+        batch_size: Sequences of a batch.
+        num_workers: Processes that load data.
+        seed: Seed of the order, which is another in every epoch.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        source: str = "python-docs",
+        name: str | None = None,
+        data_files: dict[str, str] | None = None,
+        train_split: str = "train",
+        val_split: str = "validation",
+        text_column: str = "text",
+        length: int = 128,
+        train_sequences: int | None = 512,
+        val_sequences: int | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.tokenizer = AutoTokenizer.from_pretrained(resolve(tokenizer))
+        self._sets: dict[str, Tensor] = {}
+
+    def setup(self, stage: str) -> None:
+        """Pack both splits, once."""
+        if self._sets:
+            return
+        for part in ("train", "val"):
+            texts = self._texts(self.hparams[f"{part}_split"])
+            count = self.hparams[f"{part}_sequences"]
+            self._sets[part] = self.tokenise(texts, count)
+
+    def tokenise(self, texts: Iterable[str], count: int | None) -> Tensor:
+        """Tokens of a split, int64 with a sequence in each row; see :func:`pack`."""
+        return pack(texts, self.tokenizer, self.hparams["length"], count)
+
+    def provenance(self) -> dict[str, str]:
+        """The training data's name, digest and source, as MLflow wants to know them."""
+        local = self.hparams["source"] == "python-docs"
+        source = {"uri": "python-docs"} if local else {"path": self.hparams["source"]}
+        for key, value in {"config_name": "name", "data_files": "data_files"}.items():
+            source |= {} if self.hparams[value] is None else {key: self.hparams[value]}
+        return {
+            "name": self.hparams["source"],
+            "digest": hashlib.sha256(self._sets["train"].numpy().tobytes()).hexdigest()[:16],
+            "source_type": "local" if local else "hugging_face",
+            "source": json.dumps(source | {"split": self.hparams["train_split"]}),
+        }
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches in an order that depends on seed and epoch, so a fit resumes in it.
+
+        A batch holds the same sequences in every epoch, which lets MaskPro remember its baseline;
+        sequences that do not fill one are left out.
+        """
+        size = self.hparams["batch_size"]
+        batches = self._sets["train"][: len(self._sets["train"]) // size * size].unflatten(
+            0, (-1, size)
+        )
+        dataset = TensorDataset(batches)
+        sampler: DistributedSampler[Any] | None = None
+        if self.trainer is None or self.trainer.world_size == 1:
+            sampler = DistributedSampler(dataset, 1, 0, seed=self.hparams["seed"])
+        return ResumableLoader(
+            dataset,
+            batch_size=None,
+            shuffle=sampler is None,
+            sampler=sampler,
+            num_workers=self.hparams["num_workers"],
+        )
+
+    def val_dataloader(self) -> ResumableLoader:
+        """Batches in order."""
+        return ResumableLoader(
+            TensorDataset(self._sets["val"]),
+            batch_size=self.hparams["batch_size"],
+            num_workers=self.hparams["num_workers"],
+        )
+
+    def _texts(self, split: str) -> Iterable[str]:
+        if self.hparams["source"] == "python-docs":
+            rows = Dataset.from_dict({"text": python_docs(split)})  # type: ignore[arg-type]
+        else:
+            rows = load_dataset(
+                self.hparams["source"],
+                self.hparams["name"],
+                data_files=self.hparams["data_files"],
+                split=split,
+                streaming=True,
+            )
+        return (row[self.hparams["text_column"]] for row in rows)
+
+
+def pretrained(kind: Any, model: str, dtype: str) -> Any:
+    """A Hugging Face model; on the meta device only its shapes, without its weights.
+
+    Args:
+        kind: One of transformers' classes ``AutoModel…``.
+        model: Path or Hub name of the model, or a path inside ``recipes/``.
+        dtype: The weights' dtype, or "auto".
+    """
+    if torch.get_default_device().type != "meta":
+        return kind.from_pretrained(resolve(model), dtype=dtype)
+    config = AutoConfig.from_pretrained(resolve(model))
+    return kind.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
+
+
+def pack(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int | None
+) -> Tensor:
+    """Cut the concatenation of texts, an end-of-text after each, into sequences of one length.
+
+    Args:
+        texts: The documents.
+        tokenizer: Any tokenizer with an end-of-text token.
+        length: Tokens of a sequence.
+        count: Number of sequences; None takes all that the texts give.
+
+    Returns:
+        int64 (sequences, length).
+
+    Raises:
+        ValueError: the texts give fewer than ``count`` sequences, or none.
+    """
+    bar = tqdm(total=count, desc="Packing text", unit="sequence", leave=False)
+
+    def sequences() -> Iterator[list[int]]:
+        tokens: list[int] = []
+        for text in texts:
+            tokens += tokenizer(text, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+            whole = len(tokens) // length
+            for i in range(whole):
+                bar.update()
+                yield tokens[i * length : (i + 1) * length]
+            tokens = tokens[whole * length :]
+
+    packed = list(islice(sequences(), count))
+    bar.close()
+    if not packed or (count is not None and len(packed) < count):
+        raise ValueError(
+            f"The texts give {len(packed)} sequences of {length} tokens, but {count} were asked "
+            f"for: lower train_sequences or val_sequences, or add text."
+        )
+    return torch.tensor(list(chain.from_iterable(packed))).view(-1, length)

@@ -1,0 +1,1 @@
+"""MaskPro as an optimizer, and the step of the masks."""

@@ -1,0 +1,157 @@
+"""What a saved state has to be for MaskPro to go on from it; anything else is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.optim.masked_weight import MaskedWeight
+from maskpro_lightning.weights.admission import LARGEST, check_rule
+from maskpro_lightning.weights.layout import Layout, local
+
+Group = dict[str, Any]
+# What decides which masks these are; the rest of a rule is taken over from the saved state.
+_IDENTITY = ("param_names", "pattern", "input_dim", "estimator")
+_TENSORS = {"dense", "logits", "masks"}
+_LOGITS = (torch.float32, torch.bfloat16)
+# No fit gets there, as a step is at most LARGEST, and beyond a draw's numbers may leave float32.
+_LARGEST_LOGIT = 1e20
+_Stored = Literal["initial", "drawn"]
+
+
+def check(
+    saved: Mapping[str, Any], groups: Sequence[Group], weights: Sequence[tuple[str, Layout]]
+) -> None:
+    """Refuse a state from which these weights cannot go on. Nothing is touched.
+
+    Args:
+        saved: What ``MaskPro.state_dict`` is said to have returned.
+        groups: The optimizer's own parameter groups.
+        weights: The names of its weights and which part of each is this rank's, in order. A
+            saved part is looked at less closely than a whole weight.
+
+    Raises:
+        ValueError: says what is saved and what it should be.
+    """
+    saved_groups, states = _parts(saved)
+    _check_groups(saved_groups, groups)
+    keys = list(chain.from_iterable(group["params"] for group in saved_groups))
+    if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
+        raise ValueError(
+            f"The saved masks belong to another model: there are {len(keys)} weights there and "
+            f"{len(weights)} here."
+        )
+    begun = [states[key] for key in keys if key in states]
+    if len(begun) not in (0, len(keys)) or len(states) != len(begun):
+        raise _damaged(f"it holds masks of {len(states)} weights, not of its {len(keys)}")
+    of_weights = chain.from_iterable([group] * len(group["params"]) for group in groups)
+    for group, (name, layout), state in zip(of_weights, weights, begun, strict=False):
+        _check_weight(name, layout, group, state)
+
+
+def _parts(saved: Any) -> tuple[list[Group], Mapping[Any, Any]]:
+    if not isinstance(saved, Mapping):
+        raise _damaged(f"it is a {type(saved).__name__}")
+    groups, states = saved.get("param_groups"), saved.get("state")
+    if not isinstance(groups, list) or not isinstance(states, Mapping):
+        raise _damaged("it has no param_groups and state")
+    if not all(isinstance(group, dict) and _is_keys(group.get("params")) for group in groups):
+        raise _damaged("its param_groups have no params")
+    return groups, states
+
+
+def _is_keys(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(key, int) for key in value)
+
+
+def _check_groups(saved_groups: Sequence[Group], groups: Sequence[Group]) -> None:
+    for key in _IDENTITY:
+        difference = _difference([g.get(key) for g in saved_groups], [g.get(key) for g in groups])
+        if difference is not None:
+            there, here = difference
+            raise ValueError(
+                f"The saved masks belong to another model, pattern or estimator: {key} is {there} "
+                f"there and {here} here. Go on with what they were made with, or start anew."
+            )
+    for group, own_group in zip(saved_groups, groups, strict=True):
+        for key, value in own_group.items():
+            found = group.get(key)
+            if _kind(found) != _kind(value):
+                raise _damaged(f"{key} is {found!r}")
+            if isinstance(value, Tensor) and not torch.as_tensor(found).isfinite():
+                raise _damaged(f"{key} is {found!r}")
+        if not 0 <= group["lr"] <= LARGEST:  # a scheduler may have taken it to 0
+            raise _damaged(f"lr is {group['lr']}")
+        if not isinstance(group["step"], int) or not 0 <= group["step"] < 2**63:
+            raise _damaged(f"step is {group['step']}")
+        try:
+            check_rule(group | {"lr": group["initial_lr"]})
+        except (TypeError, ValueError) as error:
+            raise _damaged(str(error).rstrip(".")) from error
+
+
+def _difference(saved: Any, own: Any) -> tuple[str, str] | None:
+    """The first place where two nested lists differ; a model can have thousands of names."""
+    if isinstance(saved, list) and isinstance(own, list):
+        if len(saved) != len(own):
+            return f"a list of {len(saved)}", f"one of {len(own)}"
+        differences = (_difference(a, b) for a, b in zip(saved, own, strict=True))
+        return next((found for found in differences if found is not None), None)
+    same = type(saved) is type(own) and saved == own
+    return None if same else (repr(saved), repr(own))
+
+
+def _kind(value: Any) -> object:
+    if isinstance(value, Tensor):
+        return "tensor", value.shape
+    return "number" if isinstance(value, int | float) else type(value)
+
+
+def _check_weight(name: str, layout: Layout, group: Group, state: Any) -> None:
+    if not isinstance(state, Mapping) or set(state) - {"redrawn"} != _TENSORS:
+        raise _damaged(f"the state of {name!r} is not {', '.join(sorted(_TENSORS))}")
+    _check_redrawn(name, layout, state.get("redrawn", torch.tensor(0)))
+    for key in sorted(_TENSORS):
+        value = state[key]
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            raise _damaged(f"{key} of {name!r} is no tensor of numbers")
+        if tuple(value.shape) not in (layout.shape, layout.size):
+            raise ValueError(
+                f"The saved masks belong to another model: {name!r} has shape "
+                f"{tuple(value.shape)} there and {layout.shape} here."
+            )
+    dense, logits, masks = (local(state[key]) for key in sorted(_TENSORS))
+    dtypes = (dense.is_floating_point(), logits.dtype in _LOGITS, masks.dtype)
+    if dtypes != (True, True, torch.uint8):
+        raise _damaged(f"{name!r} has {dense.dtype}, {logits.dtype} and {masks.dtype}")
+    if not (logits.abs() < _LARGEST_LOGIT).all():
+        raise _damaged(f"the logits of {name!r} are not all below {_LARGEST_LOGIT:.0e}")
+    if tuple(masks.shape) != layout.shape:
+        return  # a part, which may cut groups
+    pattern, input_dim = NMPattern.parse(group["pattern"]), group["input_dim"]
+    whole = Layout.of(dense, pattern, input_dim)
+    masked = MaskedWeight(name, whole, dense, dense, logits, masks)
+    for version in get_args(_Stored):
+        pattern.check(masked.mask(version), input_dim, f"the saved {version} mask of {name!r}")
+
+
+def _check_redrawn(name: str, layout: Layout, redrawn: Any) -> None:
+    """Refuse what is no number of groups, which a state of lean memory holds."""
+    groups = math.prod(layout.shape) // layout.pattern.m
+    if not isinstance(redrawn, Tensor) or redrawn.is_meta or redrawn.layout != torch.strided:
+        raise _damaged(f"redrawn of {name!r} is no tensor of numbers")
+    if redrawn.dtype != torch.int64 or redrawn.dim() or not 0 <= int(redrawn) <= groups:
+        raise _damaged(f"redrawn of {name!r} is no number of its {groups} groups")
+
+
+def _damaged(reason: str) -> ValueError:
+    return ValueError(
+        f"This is no whole state of MaskPro, or a damaged one: {reason}. Resume from another "
+        f"checkpoint."
+    )

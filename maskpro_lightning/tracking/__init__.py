@@ -1,0 +1,1 @@
+"""What a run logs, writes and draws."""

@@ -1,0 +1,1 @@
+"""Which weights of a model get a mask, and which part of each a rank holds."""

@@ -1,0 +1,104 @@
+"""What MaskPro takes: rules, weights, masks and losses. Anything else is refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskpro_lightning.masks.pattern import NMPattern
+
+#: Bounds a rule's numbers; with residuals up to 1e18 no product of theirs leaves float32.
+LARGEST = 1e6
+
+
+def check_rule(rule: Mapping[str, Any]) -> None:
+    """Refuse a parameter group's numbers that are out of range."""
+    for name in ("lr", "logit_scale", "sharpness", "momentum"):
+        if not isinstance(rule[name], int | float):
+            raise TypeError(f"{name} is {rule[name]!r}, but it must be a number.")
+    for name in ("lr", "logit_scale", "sharpness"):
+        if not 0 < rule[name] <= LARGEST:
+            raise ValueError(f"{name} is {rule[name]}, but 0 < {name} <= {LARGEST:.0e} must hold.")
+    if not 0 <= rule["momentum"] < 1:
+        raise ValueError(f"momentum is {rule['momentum']}, but 0 <= momentum < 1 must hold.")
+    if not isinstance(rule["seed"], int):
+        raise TypeError(f"seed is {rule['seed']!r}, but it must be an int.")
+
+
+def check_weights(
+    weights: Iterable[tuple[Mapping[str, Any], str, Tensor, Sequence[int]]],
+) -> None:
+    """Refuse weights that cannot be masked.
+
+    Args:
+        weights: Each with its parameter group, its name and the shape of the whole weight, of
+            which a rank may have a part.
+    """
+    seen: dict[str, int] = {}
+    for group, name, weight, shape in weights:
+        if name in seen or id(weight) in seen.values():
+            twin = name if name in seen else next(n for n, i in seen.items() if i == id(weight))
+            raise ValueError(
+                f"{name!r} is given twice, first as {twin!r}: give each weight once, under a name "
+                f"of its own."
+            )
+        seen[name] = id(weight)
+        pattern, input_dim = NMPattern.parse(group["pattern"]), group["input_dim"]
+        _check_weight(name, weight, shape, pattern, input_dim)
+
+
+def _check_weight(
+    name: str, weight: Tensor, shape: Sequence[int], pattern: NMPattern, input_dim: int
+) -> None:
+    if not -len(shape) <= input_dim < len(shape) or not math.prod(shape):
+        raise ValueError(
+            f"{name!r} has shape {tuple(shape)}, without groups of weights along "
+            f"input_dim={input_dim}: leave it out or give its own input_dim."
+        )
+    if not is_maskable(weight):
+        raise ValueError(
+            f"{name!r} holds {kind_of(weight)} numbers; masks need dense floating-point weights of "
+            f"at least 16 bits: leave it out or load the model unquantised."
+        )
+    if weight.is_meta:
+        raise ValueError(
+            f"{name!r} is on the meta device, without values: load the weights before masking."
+        )
+    inputs = shape[input_dim]
+    if inputs % pattern.m:
+        raise ValueError(
+            f"{name!r} has {inputs} input features, not a multiple of {pattern.m} "
+            f"(pattern {pattern}): leave it out or choose another pattern."
+        )
+
+
+def is_maskable(weight: Tensor) -> bool:
+    """Whether a weight holds plain numbers: dense, floating-point, of at least 16 bits."""
+    floating = weight.is_floating_point() and weight.dtype.itemsize > 1
+    return floating and weight.layout == torch.strided
+
+
+def kind_of(weight: Tensor) -> object:
+    """What makes a weight special: its layout, or else its dtype."""
+    return weight.dtype if weight.layout == torch.strided else weight.layout
+
+
+def check_mask(name: str, mask: Any, shape: Sequence[int]) -> None:
+    """Refuse what is no mask of a weight of some shape; whether it is N:M is not looked at."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"The mask of {name!r} is a {type(mask).__name__}, not a bool tensor.")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(
+            f"The mask of {name!r} has shape {tuple(mask.shape)}, the weight {tuple(shape)}."
+        )
+
+
+def check_loss(loss: Any, source: str = "The closure") -> None:
+    """Refuse what is no loss: a tensor that holds one number."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"{source} must return the loss, a tensor of one number; got {what}.")

@@ -1,0 +1,257 @@
+"""Where one rank's part of a weight lies in the whole, and which groups it touches.
+
+A draw depends on a group's number in the whole weight, so ranks that know their place draw alike
+without talking. A part is either a box of the weight (DTensor: FSDP2, tensor parallelism) or a
+run of its elements in memory order (the flat parameters of FSDP1). Both can cut a group; the part
+is then *padded* to whole groups, and all its owners keep, draw and update the group alike.
+
+Shape suffixes: ``G`` groups of a block, ``M`` group size; of a run, ``S`` slabs, which are the
+shortest pieces of memory that consist of whole groups, and ``B`` groups of a slab.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, all_reduce, get_process_group_ranks
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from maskpro_lightning.masks.pattern import NMPattern
+
+# Groups handled at once: as many as a processor's cache holds, or more where each block costs a
+# launch.
+_BLOCK, _DEVICE_BLOCK = 2**16, 2**22
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One rank's part of one weight.
+
+    Attributes:
+        pattern: What groups are.
+        shape: Shape of the whole weight.
+        input_dim: The dimension that groups lie along, not negative.
+        size: Shape of the part; of a run, its length.
+        offset: Where the part begins in the whole, for each dimension of ``size``.
+        across: The process groups that the weight is split over; no two split it alike.
+        input_ranks: Number of ranks that the input dimension of a box is split over.
+        flat: Whether the part is a run.
+    """
+
+    pattern: NMPattern
+    shape: tuple[int, ...]
+    input_dim: int
+    size: tuple[int, ...]
+    offset: tuple[int, ...]
+    across: tuple[ProcessGroup, ...] = ()
+    input_ranks: int = 1
+    flat: bool = False
+
+    @classmethod
+    def of(cls, weight: Tensor, pattern: NMPattern, input_dim: int) -> Layout:
+        """The layout of a whole weight, or of a DTensor."""
+        shape, input_dim = tuple(weight.shape), input_dim % weight.dim()
+        if not isinstance(weight, DTensor):
+            return cls(pattern, shape, input_dim, shape, (0,) * len(shape))
+        mesh, placements = weight.device_mesh, weight.placements
+        _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
+        size = tuple(weight.to_local().shape)
+        across, input_ranks = [], 1
+        for dim, placement in enumerate(placements):
+            if not placement.is_replicate() and mesh.size(dim) > 1:
+                across.append(mesh.get_group(dim))
+                input_ranks *= mesh.size(dim) if placement.is_shard(input_dim) else 1
+        return cls(pattern, shape, input_dim, size, tuple(offset), tuple(across), input_ranks)
+
+    @classmethod
+    def run(
+        cls, whole: Layout, start: int, length: int, across: tuple[ProcessGroup, ...]
+    ) -> Layout:
+        """The layout of ``length`` elements from number ``start`` on of a contiguous weight."""
+        return replace(whole, size=(length,), offset=(start,), across=across, flat=True)
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that the weight is split over; others hold copies of their parts."""
+        return math.prod(group.size() for group in self.across)
+
+    @property
+    def padded_size(self) -> tuple[int, ...]:
+        """Shape of the part padded to whole groups."""
+        size = list(self.size)
+        size[self._axis] += self._before + self._after
+        return tuple(size)
+
+    @property
+    def cut(self) -> bool:
+        """Whether this part cuts a group; other ranks' parts may."""
+        return self._before + self._after > 0
+
+    @property
+    def may_be_cut(self) -> bool:
+        """Whether any rank's part cuts a group; the same on all ranks."""
+        return self.flat or self.shape[self.input_dim] % (self.input_ranks * self.pattern.m) > 0
+
+    def own(self, padded: Tensor) -> Tensor:
+        """The view of what is this rank's in a padded part."""
+        return padded.narrow(self._axis, self._before, self.size[self._axis])
+
+    def padded(self, own: Tensor) -> Tensor:
+        """A part padded with zeros, a copy; the part itself where nothing is cut."""
+        if not self.cut:
+            return own
+        padded = own.new_zeros(self.padded_size)
+        self.own(padded).copy_(own)
+        return padded
+
+    def take(self, whole: Tensor) -> Tensor:
+        """This rank's padded part of a whole weight, or of anything of its shape; a view."""
+        if self.flat:
+            return whole.reshape(-1).narrow(0, self.offset[0] - self._before, *self.padded_size)
+        for dim, (offset, size) in enumerate(zip(self.offset, self.padded_size, strict=True)):
+            start = offset - self._before if dim == self._axis else offset
+            whole = whole.narrow(dim, start if size else 0, size)
+        return whole
+
+    def whole(self, own: Tensor) -> Tensor:
+        """The whole of what this rank has a part of; every rank of ``across`` has to call it."""
+        if not self.across:
+            return own
+        whole = own.new_zeros(self.shape)
+        part = whole.view(-1) if self.flat else whole
+        for dim, (offset, size) in enumerate(zip(self.offset, self.size, strict=True)):
+            part = part.narrow(dim, offset if size else 0, size)
+        part.copy_(own)
+        # As bytes, since a sum with zero would take the sign of negative zeros.
+        for group in self.across:
+            all_reduce(whole.view(torch.uint8), group=group)
+        return whole
+
+    def blocks(
+        self, *tensors: Tensor, once: bool = False, share: int = 1
+    ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Go through parts, padded or not, in blocks of whole groups.
+
+        Where a group is cut, a part that is not padded is worked on in a padded copy, which comes
+        back when the last block is done.
+
+        Args:
+            tensors: Parts.
+            once: Leave out the groups that an earlier part begins.
+            share: Take so many times fewer groups at once.
+
+        Yields:
+            int64 (G,), the groups' numbers in the weight, and a view (..., M) of each tensor.
+        """
+        tensors = tuple(tensor.detach() for tensor in tensors)
+        padded = [t if t.shape == self.padded_size else self.padded(t) for t in tensors]
+        skip = int(once and self._before > 0)
+        along = 0 if self.flat else -2
+        views = [self._grouped(t) for t in padded]
+        views = [view.narrow(along, skip, view.shape[along] - skip) for view in views]
+        in_row = views[0].shape[1:-1].numel()
+        rows = max(1, block_size(views[0].device) // share // max(1, in_row))
+        for first in range(0, len(views[0]) if in_row else 0, rows):
+            block = tuple(view[first : first + rows] for view in views)
+            yield self._numbers(first, block[0].shape[:-1], skip, views[0].device), block
+        for tensor, copy in zip(tensors, padded, strict=True):
+            if copy is not tensor:
+                tensor.copy_(self.own(copy))
+
+    @property
+    def _axis(self) -> int:
+        return 0 if self.flat else self.input_dim
+
+    @property
+    def _unit(self) -> int:
+        """Length along ``_axis`` of what is not cut without cutting a group."""
+        return self.pattern.m * (math.prod(self.shape[self.input_dim + 1 :]) if self.flat else 1)
+
+    @property
+    def _before(self) -> int:
+        return self.offset[self._axis] % self._unit if math.prod(self.size) else 0
+
+    @property
+    def _after(self) -> int:
+        end = self.offset[self._axis] + self.size[self._axis]
+        return -end % self._unit if math.prod(self.size) else 0
+
+    def _grouped(self, padded: Tensor) -> Tensor:
+        """A padded part as groups: (..., G of a row, M), or (S, B, M) of a run; a view."""
+        if not self.flat:
+            return self.pattern.group(padded, self.input_dim)
+        slabs: Tensor = padded.view(-1, self.pattern.m, self._unit // self.pattern.m)
+        return slabs.movedim(1, -1)
+
+    def _numbers(self, first: int, block: torch.Size, skip: int, device: torch.device) -> Tensor:
+        """Numbers of a block's groups in the whole, int64 (G,)."""
+        groups_in_row = self.shape[self.input_dim] // self.pattern.m
+        if self.flat:
+            slab = self.offset[0] // self._unit + skip + first
+            slabs_S1 = torch.arange(slab, slab + block[0], device=device)[:, None]
+            row_SB = slabs_S1 // groups_in_row * block[1] + torch.arange(block[1], device=device)
+            return (row_SB * groups_in_row + slabs_S1 % groups_in_row).flatten()
+        others = [dim for dim in range(len(self.shape)) if dim != self.input_dim]
+        sizes = [self.shape[dim] for dim in others] + [groups_in_row]
+        starts = [self.offset[dim] for dim in others]
+        starts.append(self.offset[self.input_dim] // self.pattern.m + skip)
+        starts[0] += first
+        numbers = torch.zeros((), dtype=torch.int64, device=device)
+        for size, start, count in zip(sizes, starts, block, strict=True):
+            place = torch.arange(start, start + count, device=device)
+            numbers = numbers[..., None] * size + place
+        return numbers.flatten()
+
+
+def block_size(device: torch.device) -> int:
+    """How many groups to handle at once on a device."""
+    return _BLOCK if device.type == "cpu" else _DEVICE_BLOCK
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, sharing its memory; any other tensor itself."""
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(own: Tensor, weight: Tensor) -> Tensor:
+    """A part of what is laid out like a weight: a DTensor if that is one, sharing memory."""
+    if not isinstance(weight, DTensor):
+        return own
+    distributed: Tensor = DTensor.from_local(
+        own,
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )
+    return distributed
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """All of a DTensor, a collective; any other tensor itself."""
+    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole
+
+
+def sums(parts: Sequence[Layout], values: Sequence[Tensor]) -> list[Tensor]:
+    """Scalars of parts, each summed over all parts of its weight, with few collectives."""
+    found = list(values)
+    # By ranks, as there can be several process groups of the same.
+    together: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for place, layout in enumerate(parts):
+        ranks = tuple(tuple(get_process_group_ranks(group)) for group in layout.across)
+        together.setdefault(ranks, []).append(place)
+    for places in together.values():
+        total = torch.stack([values[place] for place in places])
+        for group in parts[places[0]].across:
+            all_reduce(total, group=group)
+        for place, value in zip(places, total, strict=True):
+            found[place] = value
+    return found

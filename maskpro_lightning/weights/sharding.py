@@ -1,0 +1,165 @@
+"""How PyTorch's wrappers cut a model over ranks, and how to reach the weights underneath.
+
+The one room that knows FSDP from the inside: where its flat parameters keep a weight, and that it
+may hold a second, whole copy of weights in which a mask written into the shards does not show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import (
+    ProcessGroup,
+    ReduceOp,
+    all_gather,
+    all_reduce,
+    get_process_group_ranks,
+    get_rank,
+    get_world_size,
+    is_initialized,
+)
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
+
+from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.weights.layout import Layout
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Which ranks hold the parts of one copy of the model; each copy can have masks of its own.
+
+    Attributes:
+        index: The number of the replica that this rank belongs to.
+        members: The ranks of each replica, in the order of their parts.
+    """
+
+    index: int
+    members: tuple[tuple[int, ...], ...]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Numbers of this rank, (V,), averaged over each of K replicas, (K, V); a collective."""
+        if not is_initialized():
+            return values[None]
+        gathered = [torch.empty_like(values) for _ in range(get_world_size())]
+        all_gather(gathered, values)
+        return torch.stack(
+            [torch.stack([gathered[rank] for rank in ranks]).mean(0) for ranks in self.members]
+        )
+
+    def agree(self, value: Tensor) -> bool:
+        """Whether an integer is the same on the ranks that hold the same part; a collective."""
+        if not is_initialized():
+            return True
+        gathered = [torch.empty_like(value) for _ in range(get_world_size())]
+        all_gather(gathered, value)
+        first, *others = ([int(gathered[rank]) for rank in ranks] for ranks in self.members)
+        return all(other == first for other in others)
+
+
+def find_replicas(parts: Sequence[Layout], device: torch.device) -> Replicas:
+    """Find the replicas of a model whose weights lie like this; a collective."""
+    if not is_initialized():
+        return Replicas(0, ((0,),))
+    groups = {tuple(get_process_group_ranks(g)): g for part in parts for g in part.across}
+    # The lowest rank of a replica reaches all its others through the groups that split weights.
+    lowest = torch.tensor(get_rank(), device=device)
+    for _ in groups:
+        for group in groups.values():
+            all_reduce(lowest, ReduceOp.MIN, group)
+    leaders = [torch.empty_like(lowest) for _ in range(get_world_size())]
+    all_gather(leaders, lowest)
+    members: dict[int, list[int]] = {}
+    for rank, leader in enumerate(leaders):
+        members.setdefault(int(leader), []).append(rank)
+    return Replicas(list(members).index(int(lowest)), tuple(map(tuple, members.values())))
+
+
+def settle(model: nn.Module) -> None:
+    """Drop the whole weights that FSDP keeps after a forward pass without a backward pass.
+
+    Afterwards the parameters are the shards, and the next forward pass gathers what they hold
+    then. Also clears the lists that FSDP fills in a forward and empties in a backward pass.
+    """
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            handle = module._handle
+            if handle is not None and module._is_root is not None:
+                if handle.uses_sharded_strategy and not handle.needs_unshard():
+                    _reshard(module, handle, True)
+                if module._is_root:
+                    module._exec_order_data.next_iter()
+        elif isinstance(module, FSDPModule):
+            module.reshard()
+            state: Any = module._get_fsdp_state()
+            getattr(state._comm_ctx, "post_forward_order", []).clear()
+            for group in _fsdp_groups(state):
+                group._post_forward_indices.clear()
+
+
+def flat_shapes(model: nn.Module) -> dict[int, torch.Size]:
+    """Shapes of the whole weights of which FSDP1 shows 1-D pieces, by the parameter's id."""
+    return {key: shape for key, (shape, _, _, _) in _flat_parameters(model).items()}
+
+
+def layouts(
+    model: nn.Module | None, weights: Sequence[tuple[Tensor, NMPattern, int]]
+) -> list[Layout]:
+    """Where the parts of weights, given with pattern and input dimension, lie.
+
+    Args:
+        model: What FSDP1 has wrapped, if it has.
+        weights: Parameters of the model.
+    """
+    flat = {} if model is None else _flat_parameters(model)
+    found = []
+    for weight, pattern, input_dim in weights:
+        if id(weight) in flat:
+            shape, start, length, group = flat[id(weight)]
+            whole = Layout.of(torch.empty(shape, device="meta"), pattern, input_dim)
+            found.append(Layout.run(whole, start, length, (group,)))
+        else:
+            found.append(Layout.of(weight, pattern, input_dim))
+    return found
+
+
+def _flat_parameters(model: nn.Module) -> dict[int, tuple[torch.Size, int, int, ProcessGroup]]:
+    """By id: shape of the whole weight, start and length of this rank's run, and its group."""
+    found = {}
+    for module in FullyShardedDataParallel.fsdp_modules(model):
+        handle = module._handle
+        if handle is None or not handle.uses_sharded_strategy:
+            continue
+        flat: Any = handle.flat_param
+        if flat._params is None:
+            raise ValueError(
+                "FSDP hides the weights in flat parameters (use_orig_params=False), and masks "
+                "need them: wrap with use_orig_params=True."
+            )
+        for weight, shape, info, name, contiguous in zip(
+            flat._params,
+            flat._shapes,
+            flat._shard_param_infos,
+            flat._fqns,
+            flat._contiguities,
+            strict=True,
+        ):
+            if not contiguous:
+                raise ValueError(
+                    f"{name!r} is not contiguous, and FSDP cuts it in its order in memory: make "
+                    f"it contiguous before wrapping, or use fully_shard (FSDP2)."
+                )
+            start, length = (info.intra_param_start_idx, info.numel_in_shard)
+            found[id(weight)] = (shape, start or 0, length or 0, handle.process_group)
+    return found
+
+
+def _fsdp_groups(state: Any) -> Sequence[Any]:
+    if hasattr(state, "_fsdp_param_groups"):
+        groups: Sequence[Any] = state._fsdp_param_groups
+        return groups
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
