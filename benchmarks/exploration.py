@@ -21,7 +21,7 @@ from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 
 from maskpro_lightning import MaskPro, NMPattern
-from maskpro_lightning.optim.optimizer import DEFAULTS, Exploration, policy_lr
+from maskpro_lightning.optim.rule import DEFAULTS, Exploration, policy_lr
 
 WIDTH, ROWS, SEEDS = 32, 32, 5
 

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from maskpro_lightning import MaskPro, NMPattern, find_targets, parameter_groups
 from maskpro_lightning.initial.calibration import initial_masks
 from maskpro_lightning.initial.initializers import InputStatistics, sparsegpt
-from maskpro_lightning.optim.optimizer import DEFAULTS, policy_lr
+from maskpro_lightning.optim.rule import DEFAULTS, policy_lr
 
 #: Calibration batches of every method, and how often each goes through them.
 CALIBRATION_BATCHES = 16

@@ -16,7 +16,8 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from maskpro_lightning import MaskProCallback, find_targets
-from maskpro_lightning.optim.optimizer import Estimator, Version
+from maskpro_lightning.optim.masked_weight import Version
+from maskpro_lightning.optim.rule import Estimator
 
 ROWS, BATCH, WIDTH = 32, 8, 16
 # So large that a mask whose residuals are not all zero has moved after a few steps.
@@ -54,7 +55,7 @@ class Net(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.log("val_loss", self.loss(batch), add_dataloader_idx=dataloader_idx > 0)
+        self.log("held_out_loss", self.loss(batch), add_dataloader_idx=dataloader_idx > 0)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.log("test_loss", self.loss(batch))

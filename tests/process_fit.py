@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DistributedSampler
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optim.optimizer import Estimator
+from maskpro_lightning.optim.rule import Estimator
 
 LR: dict[Estimator, float] = {"policy": FAST, "straight_through": 0.1}
 

@@ -49,7 +49,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
 from maskpro_lightning import MaskPro, MaskProCallback
-from maskpro_lightning.optim.optimizer import Estimator
+from maskpro_lightning.optim.rule import Estimator
 from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.weights import layout
 
@@ -302,7 +302,7 @@ class Fitted(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.validated.append(self.loss(batch).detach())
-        self.log("val_loss", self.validated[-1], sync_dist=True)
+        self.log("held_out_loss", self.validated[-1], sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)

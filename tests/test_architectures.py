@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optim.optimizer import Estimator
+from maskpro_lightning.optim.rule import Estimator
 
 
 class Classifier(pl.LightningModule):

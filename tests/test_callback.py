@@ -30,7 +30,7 @@ from modules import (
 from torch import Tensor
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optim.optimizer import Estimator
+from maskpro_lightning.optim.rule import Estimator
 
 
 def fast(**kwargs: Any) -> MaskProCallback:
@@ -92,7 +92,9 @@ def test_with_gradients_training_sees_drawn_masks_alone(tmp_path: Path) -> None:
     assert len(module.trained) == 8
     assert all("drawn" in seen for seen in module.trained)
     assert {"drawn"} in module.trained  # late draws are sharp, and may be the mode
-    assert module.validated == [{"mode"}] * 4
+    assert len(module.validated) == 6
+    assert module.validated[:2] == [{"initial", "mode"}] * 2  # before the first step
+    assert all(seen == {"mode"} for seen in module.validated[2:])
 
 
 def test_validation_in_the_midst_of_an_epoch_leaves_training_alone(tmp_path: Path) -> None:
@@ -112,8 +114,8 @@ def test_nothing_is_left_on_module_strategy_and_loops(
 ) -> None:
     plain, module = Net(), Net()
     callback = fast(init=init, estimator=estimator)
-    expected = traces(fit(plain, folder=tmp_path, max_steps=2), plain)
-    trainer = fit(module, callback, folder=tmp_path, max_steps=2)
+    expected = traces(fit(plain, folder=tmp_path, max_steps=4), plain)
+    trainer = fit(module, callback, folder=tmp_path, max_steps=4)
     assert traces(trainer, module) == expected
     assert trainer.callbacks == [callback]
     assert all(weight.grad is None for weight in module.parameters())
@@ -129,8 +131,8 @@ def test_the_module_copies_and_pickles_after_a_fit(tmp_path: Path) -> None:
 def test_validate_test_and_predict_after_the_fit_use_the_fits_last_mask(tmp_path: Path) -> None:
     module, val = Net(), loader(16)
     trainer = fit(module, fast(), folder=tmp_path, max_epochs=2)
-    in_the_fit = float(trainer.callback_metrics["val_loss"])
-    assert trainer.validate(module, val, verbose=False) == [{"val_loss": in_the_fit}]
+    in_the_fit = float(trainer.callback_metrics["held_out_loss"])
+    assert trainer.validate(module, val, verbose=False) == [{"held_out_loss": in_the_fit}]
     assert trainer.test(module, val, verbose=False) == [{"test_loss": in_the_fit}]
     (predicted, _) = trainer.predict(module, val)
     with torch.no_grad():

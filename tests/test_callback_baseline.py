@@ -195,7 +195,7 @@ def test_a_fit_whose_masks_stay_logs_what_lightning_logs_of_the_masked_module(
     make: Callable[[], Chatty], cache: int, tmp_path: Path
 ) -> None:
     # The reference has the masks in its weights and an optimizer whose learning rate is zero.
-    callback = MaskProCallback(logit_scale=CERTAIN, baseline_cache=cache)
+    callback = MaskProCallback(logit_scale=CERTAIN, baseline_cache=cache, eval_on_start=False)
     masked, plain = make(), make()
     pl.seed_everything(0, verbose=False)
     data = loader(shuffle=True)
@@ -226,8 +226,8 @@ def test_every_number_is_logged_under_its_name(tmp_path: Path) -> None:
     assert names == PER_STEP | PER_ROW | LAYERS
     for name in PER_STEP | PER_ROW:
         assert len(column(tmp_path, f"maskpro/{name}")) == 12
-    for name in LAYERS:  # at each of the three validations
-        assert len(column(tmp_path, f"maskpro/{name}")) == 3
+    for name in LAYERS:  # at each of the three validations, and at that of the initial mask
+        assert len(column(tmp_path, f"maskpro/{name}")) == 4
 
 
 def test_with_gradients_there_is_no_baseline_to_log(tmp_path: Path) -> None:

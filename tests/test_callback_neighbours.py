@@ -104,17 +104,17 @@ def test_a_fit_that_is_not_to_be_logged_leaves_no_files(
 
 
 def test_early_stopping_watches_the_deployed_mask(tmp_path: Path) -> None:
-    stopping = EarlyStopping("val_loss", patience=0, min_delta=1e9)
+    stopping = EarlyStopping("held_out_loss", patience=0, min_delta=1e9)
     trainer = fit(Net(), MaskProCallback(lr=FAST), stopping, folder=tmp_path, max_epochs=9)
     assert trainer.global_step == 8
 
 
 def test_the_best_checkpoint_is_the_one_of_the_best_validation(tmp_path: Path) -> None:
-    best = ModelCheckpoint(tmp_path, "{step}", monitor="val_loss", save_top_k=1)
+    best = ModelCheckpoint(tmp_path, "{step}", monitor="held_out_loss", save_top_k=1)
     every = ModelCheckpoint(tmp_path / "all", "{step}", every_n_train_steps=3, save_top_k=-1)
     trainer = fit(Net(), MaskProCallback(lr=FAST), best, every, folder=tmp_path, max_epochs=4)
     (score,) = trainer.validate(Net.load_from_checkpoint(best.best_model_path), loader(16))
-    assert score["val_loss"] == float(best.best_model_score)
+    assert score["held_out_loss"] == float(best.best_model_score)
     names = sorted(path.name for path in (tmp_path / "all").iterdir())
     assert names == ["step=12.ckpt", "step=15.ckpt", "step=3.ckpt", "step=6.ckpt", "step=9.ckpt"]
 
@@ -124,5 +124,5 @@ def test_several_validation_loaders_see_the_same_mask(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, callback, max_steps=4)
     trainer.fit(module, loader(), [loader(16), loader(16)])
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    assert metrics["val_loss"] == metrics["val_loss/dataloader_idx_1"]
+    assert metrics["held_out_loss"] == metrics["held_out_loss/dataloader_idx_1"]
     assert_masked(module, Net())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from maskpro_lightning import Distillation, MaskProCallback
 from maskpro_lightning.fit.distillation import Teacher
-from maskpro_lightning.optim.optimizer import Estimator
+from maskpro_lightning.optim.rule import Estimator
 
 
 class Misled(Net):

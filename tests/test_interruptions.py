@@ -35,7 +35,7 @@ from modules import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optim.optimizer import Estimator
+from maskpro_lightning.optim.rule import Estimator
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),

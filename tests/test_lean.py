@@ -179,7 +179,7 @@ def test_shards_and_lean_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
         whole = layout.Layout.of(torch.empty(4, 8), NMPattern.parse("2:4"), -1)
         return [layout.Layout.run(whole, 0, 16, ())]
 
-    monkeypatch.setattr("maskpro_lightning.optim.optimizer.layouts", flat)
+    monkeypatch.setattr("maskpro_lightning.optim.states.layouts", flat)
     message = (
         "'w' is sharded, but memory='lean' exchanges whole weights: choose memory='plain', whose "
         "state is sharded like the weights."

@@ -26,10 +26,11 @@ from modules import (
 )
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader
 from torchmetrics import MeanSquaredError
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optim.optimizer import Estimator
+from maskpro_lightning.optim.rule import Estimator
 
 
 def run(
@@ -137,13 +138,17 @@ def adam(net: Net) -> torch.optim.Optimizer:
 
 def on_plateau(net: Net) -> Any:
     optimizer = adam(net)
-    plateau = {"scheduler": ReduceLROnPlateau(optimizer), "monitor": "val_loss"}
+    plateau = {"scheduler": ReduceLROnPlateau(optimizer), "monitor": "held_out_loss"}
     return {"optimizer": optimizer, "lr_scheduler": plateau}
 
 
 def by_step(net: Net) -> Any:
     optimizer = adam(net)
-    return {"optimizer": optimizer, "lr_scheduler": StepLR(optimizer, 1), "monitor": "val_loss"}
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": StepLR(optimizer, 1),
+        "monitor": "held_out_loss",
+    }
 
 
 def two_lists(net: Net) -> Any:
@@ -300,12 +305,9 @@ def test_weights_of_other_precisions_are_kept_to_the_bit(
     assert_masked(module, Net().to(dtype))
 
 
-@every_estimator
-def test_accumulated_batches_teach_what_one_large_batch_does(
-    estimator: Estimator, tmp_path: Path
-) -> None:
+def test_accumulated_batches_teach_what_one_large_batch_does(tmp_path: Path) -> None:
     # The published rule, whose step is proportional to the residual: rounding stays rounding.
-    rule = {"estimator": estimator, "lr": FAST, "normalize": False}
+    rule = {"lr": FAST, "normalize": False}
     small, large = MaskProCallback(**rule), MaskProCallback(**rule)
     sizes = {"max_epochs": 2, "limit_val_batches": 0}
     data = loader(48, batch_size=8)
@@ -314,5 +316,20 @@ def test_accumulated_batches_teach_what_one_large_batch_does(
     assert updates(small) == updates(large) == 4
     assert_learned(large)
     for name, values in logits(large).items():
-        tolerance = 4 * FAST * ROUNDING[estimator]
-        torch.testing.assert_close(logits(small)[name], values, rtol=0, atol=tolerance)
+        torch.testing.assert_close(
+            logits(small)[name], values, rtol=0, atol=4 * FAST * ROUNDING["policy"]
+        )
+
+
+def test_accumulated_gradients_move_by_their_share_of_the_rate(tmp_path: Path) -> None:
+    """Each is divided by its own size, so that three alike together do what one does."""
+    rate = 1e-3  # so that logits hardly move between gradients, which depend on them
+    once, thrice = (MaskProCallback(estimator="straight_through", lr=rate) for _ in range(2))
+    same = DataLoader([batch for batch in loader() for _ in range(3)], batch_size=None)
+    sizes = {"max_epochs": 2, "limit_val_batches": 0}
+    fit(Net(), once, folder=tmp_path, data=loader(), **sizes)
+    fit(Net(), thrice, folder=tmp_path, data=same, accumulate_grad_batches=3, **sizes)
+    assert updates(once) == updates(thrice) == 8
+    assert_learned(once)
+    for name, values in logits(once).items():
+        torch.testing.assert_close(logits(thrice)[name], values, rtol=0, atol=0.1 * rate)

@@ -28,7 +28,7 @@ from optimizer_cases import one_weight
 from torch import Tensor, nn
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optim.optimizer import Estimator
+from maskpro_lightning.optim.rule import Estimator
 
 NAN, INFINITE = math.nan, math.inf
 

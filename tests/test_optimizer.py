@@ -22,7 +22,7 @@ from oracle import random
 from torch import Tensor, nn
 
 from maskpro_lightning import MaskPro
-from maskpro_lightning.optim.optimizer import Version
+from maskpro_lightning.optim.masked_weight import Version
 from maskpro_lightning.weights import layout
 
 VERSIONS: list[Version] = ["dense", "initial", "drawn", "mode"]

@@ -26,7 +26,8 @@ from torch.optim.lr_scheduler import LinearLR
 
 from maskpro_lightning import MaskPro, NMPattern
 from maskpro_lightning.masks import distribution
-from maskpro_lightning.optim.optimizer import Version, policy_lr
+from maskpro_lightning.optim.masked_weight import Version
+from maskpro_lightning.optim.rule import policy_lr
 
 EPS = torch.finfo(torch.float32).eps
 

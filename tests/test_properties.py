@@ -14,7 +14,7 @@ from optimizer_cases import assert_holds, bits
 from torch import Tensor, nn
 
 from maskpro_lightning import MaskPro
-from maskpro_lightning.optim.optimizer import Estimator
+from maskpro_lightning.optim.rule import Estimator
 
 
 @dataclass(frozen=True)

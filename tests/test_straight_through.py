@@ -162,6 +162,68 @@ def test_a_weight_without_a_part_in_one_loss_waits_for_the_next() -> None:
     assert not torch.equal(optimizer.logits()["o"], before["o"])
 
 
+def test_each_of_several_backward_passes_moves_by_its_share() -> None:
+    """As steps of a third of the rate would, along the same gradients."""
+    weights = [nn.Parameter(random(8, 8)) for _ in range(2)]
+    one_step = straight_through(weights[0], lr=0.3)
+    steps = straight_through(weights[1], lr=0.3 / 3)
+    gradients = [random(8, 8, seed=seed) for seed in (1, 2, 3)]
+
+    def closure() -> Tensor:
+        return torch.stack([backward((weights[0] * each).sum()) for each in gradients]).mean()
+
+    one_step.step(closure, backward_passes=3)
+    for gradient in gradients:
+        learn_from(steps, weights[1], gradient)
+    torch.testing.assert_close(logits_of(one_step), logits_of(steps), rtol=4 * EPS, atol=4 * EPS)
+
+
+def test_no_two_gradients_are_in_memory_at_once() -> None:
+    layers = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(6)])
+    optimizer = MaskPro(layers.named_parameters(), estimator="straight_through")
+    optimizer.begin()
+    alive: list[int] = []
+    for layer in layers:
+        layer.register_full_backward_hook(
+            lambda *_: alive.append(sum(p.grad is not None for p in layers.parameters()))
+        )
+    inputs = random(4, 8).requires_grad_()
+    optimizer.step(lambda: backward(layers(inputs).square().sum()))
+    assert len(alive) == 6
+    assert max(alive) <= 1
+
+
+def test_gradients_that_are_there_before_the_step_teach_the_same() -> None:
+    weights = [nn.Parameter(random(8, 8)) for _ in range(2)]
+    at_once, later = map(straight_through, weights)
+    gradient = random(8, 8, seed=1)
+    at_once.begin()
+    learn_from(at_once, weights[0], gradient)
+    later.begin()
+    loss = backward((weights[1] * gradient).sum()).detach()
+    later.step(lambda: loss)
+    assert weights[1].grad is None
+    assert torch.equal(logits_of(at_once), logits_of(later))
+    assert torch.equal(drawn_of(at_once), drawn_of(later))
+
+
+def test_a_backward_pass_that_fails_leaves_no_hook_and_no_gradient_counted() -> None:
+    weight = nn.Parameter(random(8, 8))
+    optimizer = straight_through(weight)
+
+    def fails() -> Tensor:
+        backward(weight.square().sum())
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match=r"^no memory$"):
+        optimizer.step(fails)
+    weight.sum().backward()
+    assert weight.grad is not None  # nothing has taken it
+    weight.grad = None
+    with pytest.raises(RuntimeError, match="No gradient has reached"):
+        optimizer.step(lambda: torch.tensor(1.0))
+
+
 # --- sharpening ---------------------------------------------------------------------------------
 
 

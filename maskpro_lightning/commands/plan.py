@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.lean_weight import LeanWeight
 from maskpro_lightning.optim.masked_weight import MaskedWeight
-from maskpro_lightning.optim.optimizer import Estimator, LogitsDtype, Memory
+from maskpro_lightning.optim.rule import Estimator, LogitsDtype, Memory
 from maskpro_lightning.weights.targets import Target
 
 Strategy = Literal["ddp", "fsdp1", "fsdp2"]

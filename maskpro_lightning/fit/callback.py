@@ -4,47 +4,32 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
-from itertools import islice
-from os import PathLike
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from tqdm import tqdm
 
-from maskpro_lightning.files.maskfiles import load_maskllm, load_masks
-from maskpro_lightning.fit import strategies
-from maskpro_lightning.fit.baseline import (
-    BaselineCache,
-    fingerprint,
-    fresh_batches,
-    notices_random_numbers,
-    traceless,
-)
-from maskpro_lightning.fit.distillation import Distillation, Teacher
-from maskpro_lightning.initial import calibration
+from maskpro_lightning.fit import start, strategies
+from maskpro_lightning.fit.baseline import BaselineCache, traceless
+from maskpro_lightning.fit.best import BestMask, MonitorMode
+from maskpro_lightning.fit.distillation import Distillation
+from maskpro_lightning.fit.passes import Passes
+from maskpro_lightning.fit.patches import Patches
+from maskpro_lightning.fit.start import Init
 from maskpro_lightning.masks.pattern import NMPattern
-from maskpro_lightning.optim.masked_weight import Version
-from maskpro_lightning.optim.optimizer import (
-    Estimator,
-    Exploration,
-    LogitsDtype,
-    MaskPro,
-    Memory,
-    policy_lr,
-)
+from maskpro_lightning.optim.optimizer import MaskPro
+from maskpro_lightning.optim.rule import Estimator, Exploration, LogitsDtype, Memory, policy_lr
 from maskpro_lightning.tracking.journal import Journal
 from maskpro_lightning.tracking.loggers import OnError, Tracking
 from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.tracking.mlflow_run import MLflowRun
-from maskpro_lightning.weights.admission import check_loss
 from maskpro_lightning.weights.targets import (
     Target,
     count,
@@ -57,7 +42,6 @@ _log = logging.getLogger(__name__)
 
 # A trainer or a logger is of either of two Lightnings, whose classes of a name are not the same.
 Trainer = Any
-Init = str | PathLike[str] | Mapping[str, Tensor]
 # A fit ends after so many updates in a row that were skipped since no loss was finite. Looked at as
 # often, since reading a number waits for the device; so it can be nearly twice as many.
 _PATIENCE = 100
@@ -70,9 +54,10 @@ class MaskProCallback(pl.Callback):
 
     For the length of the fit the callback takes the place of the module's optimizer: each training
     step evaluates a drawn mask instead of computing gradients, and :class:`MaskPro` moves the
-    logits. Validation and checkpoints see the most likely mask. Afterwards the module holds that
-    mask, exactly N of every M, its kept weights bit for bit the original ones; if the fit fails it
-    holds the dense weights again.
+    logits. Validation sees the most likely mask. Afterwards the module holds that mask, or an
+    earlier one that did better in validation: exactly N of every M, the kept weights bit for bit
+    the original ones. What a checkpoint would deploy is what it holds as weights. If the fit fails,
+    the module holds the dense weights again.
 
     Args:
         pattern: Weights kept of every M along the input dimension, such as "2:4".
@@ -104,6 +89,11 @@ class MaskProCallback(pl.Callback):
         baseline_cache: Batches whose baseline is remembered; 0 measures it at every step.
         distillation: Learn from the distance to the dense model's own outputs instead of the loss
             of the training step; costs one more forward pass per batch.
+        monitor: The metric of validations by which an earlier mask is deployed instead of the last
+            one; where the module does not log it, or this is None, the last one always is. With
+            memory="lean" no earlier mask is kept, and a worse last one only told.
+        monitor_mode: Whether a lower ("min") or a higher ("max") value is better.
+        eval_on_start: Validate the initial mask before the first step, if there is a ``monitor``.
         log_distributions: Hand the logits to the loggers that keep files at every checkpoint
             (4 bytes per weight).
         on_logger_error: "warn" goes on without a logger that fails, "raise" ends the fit.
@@ -135,6 +125,9 @@ class MaskProCallback(pl.Callback):
         logits_dtype: LogitsDtype = "float32",
         baseline_cache: int = 2**16,
         distillation: Distillation | None = None,
+        monitor: str | None = "val_loss",
+        monitor_mode: MonitorMode = "min",
+        eval_on_start: bool = True,
         log_distributions: bool = True,
         on_logger_error: OnError = "warn",
     ) -> None:
@@ -142,9 +135,7 @@ class MaskProCallback(pl.Callback):
         self.pattern = NMPattern.parse(pattern)
         self.include = include
         self.exclude = exclude
-        self.init = init if isinstance(init, Mapping) else str(init)
-        if isinstance(self.init, str) and not _is_file(self.init):
-            calibration.check_method(self.init)
+        self.init = start.check_init(init)
         self.baseline_cache = baseline_cache
         self.distillation = distillation
         self.calibration_batches = calibration_batches
@@ -173,25 +164,29 @@ class MaskProCallback(pl.Callback):
         ):
             if value < least:
                 raise ValueError(f"{name} is {value}, but {name} >= {least} must hold.")
-        if on_logger_error not in get_args(OnError):
-            raise ValueError(
-                f"on_logger_error is one of {', '.join(get_args(OnError))}; got "
-                f"{on_logger_error!r}."
-            )
+        for name, given, choices in (
+            ("on_logger_error", on_logger_error, get_args(OnError)),
+            ("monitor_mode", monitor_mode, get_args(MonitorMode)),
+        ):
+            if given not in choices:
+                raise ValueError(f"{name} is one of {', '.join(choices)}; got {given!r}.")
+        self.monitor, self.monitor_mode = monitor, monitor_mode
+        self.eval_on_start = eval_on_start
         self._baselines = BaselineCache(baseline_cache)
+        self._best = BestMask(monitor, monitor_mode)
         self._journal = Journal()
-        self._deployed: Version = "mode"
+        self._failed = False
         self._fitting = False
         self._stepped = False
         self._window: list[Tensor] = []
         self._targets: list[Target] = []
-        self._patches: list[tuple[Any, str, Any]] = []
+        self._patches = Patches()
+        self._backward = ExitStack()
         self._tracking: Tracking | None = None
-        self._teacher: Teacher | None = None
         # Made for its checks, and for the defaults that it fills in.
         weight = nn.Parameter(torch.zeros(self.pattern.m, device="cpu"))  # never on "meta"
-        given = {**self.rule, **self.how, "fused": False}  # where it runs may have a compiler
-        trial = MaskPro([weight], self.pattern, **given)
+        how = {**self.how, "fused": False}  # where it runs may have a compiler
+        trial = MaskPro([weight], self.pattern, **self.rule, **how)
         self._lr_given = lr is not None
         self.rule = {name: trial.defaults[name] for name in self.rule}
 
@@ -204,32 +199,42 @@ class MaskProCallback(pl.Callback):
         self._tracking = Tracking(trainer, self.on_logger_error)
         self._mlflow_run = MLflowRun(trainer, self._tracking)
         self._baselines = BaselineCache(self.baseline_cache)
+        self._best = BestMask(self.monitor, self.monitor_mode)
         self._journal = Journal()
         self.optimizer = None
-        self._teacher = None
         self._trainer, self._module = trainer, pl_module
-        self._patch(pl_module, "configure_optimizers", self._configure_optimizers)
-        self._patch(pl_module, "optimizer_step", self._optimizer_step)
-        self._patch(pl_module, "lr_scheduler_step", lambda scheduler, metric: scheduler.step())
-        self._training_step_inside = trainer.strategy.training_step
-        self._patch(trainer.strategy, "training_step", self._training_step)
-        self._state_dict_inside = trainer.strategy.lightning_module_state_dict
-        self._patch(trainer.strategy, "lightning_module_state_dict", self._state_dict)
+        self._stand_in(trainer, pl_module)
+        self._failed = False
+        self._fitting = True
+
+    def _stand_in(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
+        """Put methods of ours in the place of the module's and the strategy's."""
+        put, strategy = self._patches.put, trainer.strategy
+        put(pl_module, "configure_optimizers", self._configure_optimizers)
+        put(pl_module, "optimizer_step", self._optimizer_step)
+        put(pl_module, "lr_scheduler_step", lambda scheduler, metric: scheduler.step())
+        self._passes = Passes(
+            trainer,
+            pl_module,
+            put(strategy, "training_step", self._training_step),
+            self._baselines,
+            self.distillation,
+        )
+        self._state_dict_inside = put(strategy, "lightning_module_state_dict", self._state_dict)
         patches = strategies.MaskCheckpoints.patches(
             trainer,
             lambda: self._optimizer,
             lambda checkpoint: self.state_key in checkpoint.get("callbacks", {}),
         )
         for name, method in patches.items():
-            self._patch(trainer.strategy, name, method)
+            put(strategy, name, method)
+        self._gradients = strategies.Gradients(
+            strategy, self._patches, lambda: [target.parameter for target in self._find_targets()]
+        )
         # Lightning's last call on the way out, after a fit that failed as well.
-        self._teardown_inside = trainer.strategy.teardown
-        self._patch(trainer.strategy, "teardown", self._leave)
+        self._teardown_inside = put(strategy, "teardown", self._leave)
         if self._forward_only:
-            loop = trainer.fit_loop.epoch_loop.automatic_optimization
-            self._patch(loop, "_skip_backward", True)
-        self._deployed = "mode"
-        self._fitting = True
+            put(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward", True)
 
     def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         keeps = bool(trainer.loggers) and not trainer.fast_dev_run
@@ -242,39 +247,35 @@ class MaskProCallback(pl.Callback):
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
-        self._optimizer.write("mode")
-        self._journal.close(self._optimizer, self._tracking_)
+        self._best.tell()
+        self._optimizer.write(self._best.version)
+        self._journal.close(self._optimizer, self._best.version, self._tracking_)
 
     def on_exception(
         self, trainer: Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        # A checkpoint on exception is written after this, and holds the mode's mask as always.
-        self._deployed = "dense"
+        # A checkpoint on exception is written after this, and holds a mask as always.
+        self._failed = True
         if self._fitting and self.optimizer is not None:
-            self.optimizer.write(self._deployed)
+            self.optimizer.write("dense")
 
     def _leave(self) -> None:
         """Stands in for the strategy's teardown: everything of the user's is theirs again."""
         self._mlflow_run.end()
-        del self._mlflow_run
         if self.optimizer is not None:
-            self.optimizer.write(self._deployed)
+            self.optimizer.write("dense" if self._failed else self._best.version)
         teardown = self._teardown_inside
-        for owner, name, before in reversed(self._patches):
-            if before is None:
-                vars(owner).pop(name, None)
-            else:
-                vars(owner)[name] = before
-        self._patches.clear()
+        self._patches.undo()
         self._window.clear()
+        self._backward.close()
         self._fitting = False
-        for name in [name for name in vars(self) if name.endswith("_inside")]:
-            del vars(self)[name]
-        del self._trainer, self._module
-        # What else leads to the trainer, so that the callback can be copied and pickled.
+        # All that leads to the trainer, so that the callback can be copied and pickled.
         self._tracking = None
         self._targets = []
-        vars(self).pop("log", None)
+        for name in ("_trainer", "_module", "_passes", "_gradients", "_mlflow_run", "log"):
+            vars(self).pop(name, None)
+        for name in [name for name in vars(self) if name.endswith("_inside")]:
+            del vars(self)[name]
         teardown()
 
     # Training under drawn masks
@@ -287,7 +288,29 @@ class MaskProCallback(pl.Callback):
         # Only now have all hooks run in which a module may load its weights. Reading calibration
         # batches takes random numbers, too.
         with traceless(trainer, pl_module):
-            self._optimizer.begin(self._initial_masks(trainer, pl_module))
+            masks = start.initial_masks(
+                self.init,
+                self._targets,
+                self.pattern,
+                seed=self.rule["seed"],
+                trainer=trainer,
+                batches=self.calibration_batches,
+                run=self._passes.plain,
+                whole=self._optimizer.whole,
+            )
+            self._optimizer.begin(masks)
+        if self.eval_on_start and self._best.expected and trainer.enable_validation:
+            self._validate(trainer)
+
+    def _validate(self, trainer: Trainer) -> None:
+        """Run a validation in the middle of an epoch, as Lightning does it."""
+        connector, val_loop = trainer._logger_connector, trainer.fit_loop.epoch_loop.val_loop
+        first_loop_iter = connector._first_loop_iter
+        trainer.validating = True
+        with isolate_rng():
+            val_loop.run()
+        trainer.training = True
+        connector._first_loop_iter = first_loop_iter
 
     @property
     def _forward_only(self) -> bool:
@@ -295,66 +318,38 @@ class MaskProCallback(pl.Callback):
 
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the strategy's training step: baseline, then the drawn mask."""
+        passes, baseline = self._passes, None
         with torch.set_grad_enabled(not self._forward_only):
-            self._ask_teacher(*args, **kwargs)
-            baseline = self._baseline(*args, **kwargs) if self._forward_only else None
-            output, loss = self._evaluate(*args, **kwargs)
-        if loss is not None and not (self._forward_only or loss.requires_grad):
+            passes.ask_teacher(self._optimizer, *args, **kwargs)
+            if self._forward_only:
+                baseline = passes.baseline(self._optimizer, *args, **kwargs)
+            output, loss = passes.evaluate(*args, **kwargs)
+        if loss is None:
+            return output
+        if not self._forward_only:
+            self._expect_gradients(loss)
+        losses = [loss] if baseline is None else [loss, baseline]
+        self._window.append(torch.stack([value.detach().float() for value in losses]))
+        return output
+
+    def _expect_gradients(self, loss: Tensor) -> None:
+        if not loss.requires_grad:
             raise RuntimeError(
                 f"The loss of {type(self._module).__name__} has no gradient: let the masked "
                 f"weights require one (requires_grad=True), or choose estimator='policy'."
             )
-        if loss is not None:
-            losses = [loss] if baseline is None else [loss, baseline]
-            self._window.append(torch.stack([value.detach().float() for value in losses]))
-        return output
+        finite = loss.detach().isfinite()
+        # What is not finite shall teach nothing, and gradients are used before this can be asked.
+        loss.register_hook(lambda gradient: gradient.where(finite, torch.nan))
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
-        """A training step with the weights as they are: its output, and the loss to learn from."""
-        if self._teacher is None:
-            output = self._training_step_inside(*args, **kwargs)
-            return output, _loss_of(output)
-        with self._teacher.asking() as losses:
-            output = self._training_step_inside(*args, **kwargs)
-        if _loss_of(output) is None:
-            return output, None
-        output = {**output, "loss": losses[0]} if isinstance(output, Mapping) else losses[0]
-        return output, losses[0]
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        passes = trainer.accumulate_grad_batches
+        self._backward.enter_context(self._gradients.learning(self._optimizer, passes))
 
-    def _ask_teacher(self, *args: Any, **kwargs: Any) -> None:
-        if self.distillation is None:
-            return
-        if self._teacher is None:
-            self._teacher = Teacher(self.distillation, self._module)
-        with (
-            torch.no_grad(),
-            self._optimizer.applied("dense"),
-            traceless(self._trainer, self._module),
-            self._teacher.teaching(),
-        ):
-            self._training_step_inside(*args, **kwargs)
-
-    def _baseline(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-        """The initial mask's loss on a batch, remembered or measured."""
-        strategy = self._trainer.strategy
-        key = fingerprint(batch) if self._baselines.size else None
-        known = self._baselines.get(key)
-        # Ranks measure together, since a forward pass may communicate.
-        if strategy.reduce_boolean_decision(known is not None, all=True):
-            assert known is not None
-            return known.to(strategy.root_device)
-        with (
-            self._optimizer.applied("initial"),
-            traceless(self._trainer, self._module),
-            notices_random_numbers() as random,
-        ):
-            _, loss = self._evaluate(batch, *args, **kwargs)
-        if loss is None:
-            return None
-        loss = loss.detach().float()
-        if not random[0]:  # with dropout, both losses need the same random numbers
-            self._baselines.put(key, loss)
-        return loss
+    def on_after_backward(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
+        self._backward.close()
 
     def _optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any]
@@ -368,7 +363,7 @@ class MaskProCallback(pl.Callback):
         if not (self._forward_only and self.rule["exploration"] == "per_replica"):
             losses = self._trainer.strategy.reduce(losses, reduce_op="mean")
         loss, *baseline = losses
-        self._optimizer.step(lambda: loss, *baseline)
+        self._optimizer.step(lambda: loss, *baseline)  # the gradients have been learned from
         self._module.zero_grad()
         self._stepped = True
         if self._optimizer.param_groups[0]["step"] % _PATIENCE == 0:
@@ -426,12 +421,15 @@ class MaskProCallback(pl.Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         if not self._fitting:
             return
+        if trainer.sanity_checking:
+            self._best.expect(trainer)
         if self._optimizer.begun:
             layers = mask_metrics(self._optimizer)
             layers.pop("")
             self._journal.layers(layers)
             logged = trainer._results.metrics(on_step=False)["callback"]
             self._journal.validation(trainer.global_step, logged)
+            self._best.judge(trainer, self._optimizer)
             self._tracking_.metrics(
                 {
                     # A tracker may take a slash for a folder, and leave it by "..".
@@ -443,9 +441,10 @@ class MaskProCallback(pl.Callback):
         self._optimizer.write("drawn")
 
     def _state_dict(self) -> dict[str, Any]:
-        """Stands in for the strategy's state dict: the most likely mask's weights."""
+        """Stands in for the strategy's state dict: the weights under the mask to deploy."""
         state: dict[str, Any]
-        with self.optimizer.applied("mode") if self.optimizer is not None else nullcontext():
+        optimizer, version = self.optimizer, self._best.version
+        with nullcontext() if optimizer is None else optimizer.applied(version):
             state = self._state_dict_inside()
             strategies.part_from(state, [target.parameter for target in self._targets])
         return state
@@ -455,6 +454,7 @@ class MaskProCallback(pl.Callback):
             "format": _FORMAT,
             "baselines": self._baselines.state_dict(),
             "journal": self._journal.state_dict(),
+            "best": self._best.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -463,6 +463,8 @@ class MaskProCallback(pl.Callback):
             if number <= _FORMAT:
                 self._baselines.load_state_dict(state_dict["baselines"])
                 self._journal.load_state_dict(state_dict["journal"])
+                if "best" in state_dict:  # not in the first checkpoints of this format
+                    self._best.load_state_dict(state_dict["best"])
         except Exception as error:
             raise ValueError(
                 f"What this checkpoint holds of MaskProCallback is damaged ({error!r}): resume "
@@ -501,10 +503,13 @@ class MaskProCallback(pl.Callback):
         assert self._tracking is not None
         return self._tracking
 
+    def _find_targets(self, module: nn.Module | None = None) -> list[Target]:
+        return find_targets(module or self._module, self.pattern, self.include, self.exclude)
+
     def _configure_optimizers(self) -> Any:
         sharded = strategies.sharded_model(self._trainer.strategy)
         module = self._module if sharded is None else sharded
-        self._targets = find_targets(module, self.pattern, self.include, self.exclude)
+        self._targets = self._find_targets(module)
         steps = self._trainer.estimated_stepping_batches
         falls = self.lr_scheduler is None and self.rule["normalize"] and 0 < steps < math.inf
         if falls and self._forward_only and not self._lr_given:
@@ -523,50 +528,6 @@ class MaskProCallback(pl.Callback):
             "optimizer": self.optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
-
-    def _initial_masks(
-        self, trainer: Trainer, pl_module: pl.LightningModule
-    ) -> Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]:
-        if isinstance(self.init, Mapping):
-            return self.init
-        if self.init.endswith(".npz"):
-            shapes = {target.name: target.shape for target in self._targets}
-            return load_maskllm(self.init, shapes, self.pattern)
-        if _is_file(self.init):
-            return load_masks(self.init, self.pattern)
-
-        def batches() -> Iterator[Callable[[], None]]:
-            for number, batch in enumerate(self._calibration_data(trainer, pl_module)):
-                yield partial(run, batch, number)
-
-        def run(batch: Any, number: int) -> None:
-            with traceless(trainer, pl_module):
-                self._training_step_inside(batch, number)
-
-        return calibration.initial_masks(
-            self.init,
-            self._targets,
-            self.pattern,
-            seed=self.rule["seed"],
-            batches=batches,
-            reduce=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"),
-            whole=self._optimizer.whole,
-        )
-
-    def _calibration_data(self, trainer: Trainer, pl_module: pl.LightningModule) -> Iterable[Any]:
-        """The first training batches, as the training loop would hand them to the step."""
-        with fresh_batches(trainer.fit_loop._combined_loader) as loader:
-            batches = tqdm(
-                islice(loader, self.calibration_batches),
-                desc=f"Calibrating {self.init}",
-                total=self.calibration_batches,
-                leave=False,
-                disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
-            )
-            for batch in batches:
-                converted = trainer.precision_plugin.convert_input(batch)
-                converted = pl_module._on_before_batch_transfer(converted, dataloader_idx=0)
-                yield trainer.strategy.batch_to_device(converted, dataloader_idx=0)
 
     def _parameters(self, pl_module: nn.Module) -> dict[str, Any]:
         masked, total = count(
@@ -601,21 +562,3 @@ class MaskProCallback(pl.Callback):
                 f"{module}.training_step takes a dataloader_iter, which cannot be read twice, but "
                 f"MaskProCallback evaluates each batch under two masks: take a batch instead."
             )
-
-    def _patch(self, owner: Any, name: str, value: Any) -> None:
-        self._patches.append((owner, name, vars(owner).get(name)))
-        vars(owner)[name] = value
-
-
-def _is_file(init: str) -> bool:
-    return init.endswith((".safetensors", ".npz"))
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    """The loss in what a training step returned, the same way as Lightning finds it."""
-    if isinstance(output, Mapping):
-        output = output.get("loss")
-    if output is not None:
-        check_loss(output, "training_step")
-    loss: Tensor | None = output
-    return loss

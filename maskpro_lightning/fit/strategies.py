@@ -8,20 +8,21 @@ distributed checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import get_rank, get_world_size
+from torch.distributed import all_reduce, broadcast, get_rank, get_world_size
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from maskpro_lightning.fit.patches import Patches
 from maskpro_lightning.optim.optimizer import MaskPro
 from maskpro_lightning.weights.layout import Layout, like, local
 
@@ -73,6 +74,54 @@ def part_from(state: dict[str, Any], weights: Iterable[Tensor]) -> None:
         plain = isinstance(value, Tensor) and not isinstance(value, ShardedTensor)
         if plain and local(value).untyped_storage().data_ptr() in memory:
             state[name] = value.clone()
+
+
+class Gradients:
+    """Sees to it that gradients of masked weights are whole when they are learned from.
+
+    DDP averages gradients in buckets, which hold those of all weights until the backward pass is
+    over. Masked weights are taken out of them and averaged one at a time; unless there is nothing
+    else that DDP could look after, or weights may be without a gradient on one rank.
+
+    Args:
+        strategy: The strategy.
+        patches: Puts things on the strategy and the module for the length of the fit.
+        weights: Finds the weights that will be masked, once the module is built.
+    """
+
+    def __init__(
+        self, strategy: Any, patches: Patches, weights: Callable[[], Sequence[Tensor]]
+    ) -> None:
+        self._strategy, self._patches, self._weights = strategy, patches, weights
+        self._in_buckets = _kind(strategy) == "DDPStrategy"
+        if self._in_buckets:
+            self._wrap_inside = patches.put(strategy, "_setup_model", self._wrap)
+
+    def learning(self, optimizer: MaskPro, backward_passes: int) -> AbstractContextManager[None]:
+        """Within a ``with`` block, let an optimizer learn from gradients as they come."""
+        if self._in_buckets:
+            return nullcontext()
+        own = _kind(self._strategy) == "DDPStrategy"
+        return optimizer.learning(backward_passes, _average if own else None)
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        masked = {id(weight) for weight in self._weights()}
+        others = (p for p in module.parameters() if id(p) not in masked)
+        idle = self._strategy._ddp_kwargs.get("find_unused_parameters", False)
+        self._in_buckets = idle or not any(p.requires_grad for p in others)
+        if not self._in_buckets:
+            left_out = {name: p for name, p in module.named_parameters() if id(p) in masked}
+            for weight in left_out.values():
+                broadcast(weight.detach(), src=0)  # as DDP does with what it looks after
+                self._patches.put(weight, "_ddp_ignored", True)
+            self._patches.put(module, "_ddp_params_and_buffers_to_ignore", list(left_out))
+        wrapped: nn.Module = self._wrap_inside(module)
+        return wrapped
+
+
+def _average(gradient: Tensor) -> None:
+    all_reduce(gradient)
+    gradient /= get_world_size()
 
 
 class MaskCheckpoints:

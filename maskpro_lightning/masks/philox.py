@@ -58,7 +58,7 @@ def exponential(key: Key, step: Tensor, groups_G: Tensor, m: int) -> Tensor:
 
     Args:
         key: Two 32-bit words, see :func:`key_of`.
-        step: int64 scalar in [0, 2^64); the draw's number.
+        step: int64 scalar in [0, 2^48); the draw's number.
         groups_G: int64 (G,), the groups' numbers.
         m: Numbers per group.
 
@@ -75,20 +75,23 @@ def exponential_columns(key: Key, step: Tensor, groups_G: Tensor, m: int) -> lis
     return [-torch.log1p(-uniform.clamp(max=1 - 2**-24)) for uniform in uniforms]
 
 
-def words(key: Key, step: Tensor, groups_G: Tensor, m: int, *, stream: int = 0) -> list[Tensor]:
+def words(
+    key: Key, step: Tensor, groups_G: Tensor, m: int, *, stream: int | Tensor = 0
+) -> list[Tensor]:
     """Random 32-bit words for whole groups, ``m`` int64 columns of the shape of ``groups_G``.
 
     Args:
         key: Two 32-bit words.
-        step: int64 scalar in [0, 2^63).
+        step: int64 scalar in [0, 2^48).
         groups_G: int64 (G,), the groups' numbers.
         m: Words per group.
-        stream: 0 for draws; 1 for other numbers of the same step, which are independent of them.
+        stream: 0 for draws; up to 2^16 - 1 for other numbers of the same step, which are
+            independent of them.
     """
     blocks = -(-m // 4)
     found: list[Tensor] = []
     for block in range(blocks):
         place = groups_G * blocks + block
-        high = step >> 32 ^ stream << 31  # no step has this bit
+        high = step >> 32 ^ stream << 16  # no step has these bits
         found += philox(key, (place & _LOW, place >> 32, step & _LOW, high))
     return found[:m]

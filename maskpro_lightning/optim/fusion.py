@@ -57,11 +57,14 @@ class Fusion:
             )
         self._active = fused and not missing
 
+    @classmethod
+    def off(cls) -> Fusion:
+        """Compiles nothing, for what happens once."""
+        return cls(False, [])
+
     def __call__(self, step: Step, pattern: NMPattern, *arguments: Any) -> tuple[Tensor, ...]:
         """The result of a step, one of the module ``transition``, whose arguments these are."""
-        *_, change, direction = arguments
-        # The first draw learns nothing, and happens once.
-        if not self._active or not _has_loop(pattern) or (change is None and direction is None):
+        if not self._active or not _has_loop(pattern):
             return step(pattern, *arguments)
         from torch._dynamo.exc import TorchDynamoException
 

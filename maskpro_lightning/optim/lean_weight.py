@@ -37,9 +37,12 @@ from maskpro_lightning.optim.transition import (
     logits_of,
     logits_to,
     masks_of,
+    moved,
     words_of,
 )
 from maskpro_lightning.weights.layout import block_size
+
+_NO_BEST = "memory='lean' does not keep the best mask: choose memory='plain'."
 
 
 @dataclass
@@ -113,22 +116,36 @@ class LeanWeight:
             masks.copy_(masks_of(initial_M, initial_M))
         return state
 
-    def advance(
-        self, draw: Draw, change: Tensor | None, direction: Tensor | None, fusion: Fusion
-    ) -> None:
+    def move(self, draw: Draw, direction: Tensor, scale: Tensor, part: int, fusion: Fusion) -> None:
+        """See :meth:`MaskedWeight.move`."""
+        key, step = self._key(draw), torch.full((), draw.step, device=self.weight.device)
+        for groups_G, moves, logits in self._blocks(direction, self.logits):
+            (found,) = fusion(
+                moved,
+                self.pattern,
+                groups_G.view(logits.shape[:-1]),
+                logits_of(logits),
+                moves,
+                key,
+                step,
+                scale,
+                part,
+            )
+            logits_to(logits).copy_(found)
+
+    def advance(self, draw: Draw, change: Tensor | None, fusion: Fusion) -> None:
         """Move the logits, then draw the next mask and write it into the weight.
 
         Args:
             draw: The next draw.
             change: (1,); the logits move against it along grad log P(drawn mask).
-            direction: Shaped like the weight; the logits move against it.
             fusion: Runs the step of a block.
         """
         self.held.settle()
         if self.held.version != "drawn":
             self.write("drawn")
         along_score = None if change is None else change[0]
-        self.held.become("drawn", partial(self._advance, draw, along_score, direction, fusion))
+        self.held.become("drawn", partial(self._advance, draw, along_score, fusion))
 
     def direction(self, gradient: Tensor, sharpness: float) -> Tensor:
         """See :meth:`MaskedWeight.direction`."""
@@ -147,6 +164,14 @@ class LeanWeight:
         self.held.settle()
         if version != self.held.version:
             self.held.become(version, partial(self._exchange, self.held.version, version))
+
+    def remember(self) -> None:
+        """Refuse to keep a third mask.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(_NO_BEST)
 
     def mask(self, version: Version) -> Tensor:
         """The mask of a version, bool in the weight's shape."""
@@ -191,19 +216,13 @@ class LeanWeight:
         redrawn = self.redrawn.sum()
         return {"dense": dense, "logits": self.logits, "masks": masks, "redrawn": redrawn}
 
-    def _advance(
-        self,
-        draw: Draw,
-        change: Tensor | None,
-        direction: Tensor | None,
-        fusion: Fusion,
-        done: Tensor,
-    ) -> None:
-        key = philox.key_of(draw.seed, self.name)
-        step = torch.full((), draw.step, device=self.weight.device)
-        moves = [] if direction is None else [direction]
-        parts = self._blocks(self.weight, self.pruned, self.logits, self.masks, *moves)
-        for number, (groups_G, weight, pruned, logits, masks, *moving) in enumerate(parts):
+    def _key(self, draw: Draw) -> tuple[int, int]:
+        return philox.key_of(draw.seed, self.name)
+
+    def _advance(self, draw: Draw, change: Tensor | None, fusion: Fusion, done: Tensor) -> None:
+        key, step = self._key(draw), torch.full((), draw.step, device=self.weight.device)
+        parts = self._blocks(self.weight, self.pruned, self.logits, self.masks)
+        for number, (groups_G, weight, pruned, logits, masks) in enumerate(parts):
             if number < done:
                 continue
             *found, redrawn = fusion(
@@ -218,7 +237,6 @@ class LeanWeight:
                 step,
                 draw.sharpness,
                 change,
-                moving[0] if moving else None,
             )
             places = [integers_of(weight), integers_of(pruned), logits_to(logits), masks]
             counts = [self.redrawn[number], done]
@@ -251,6 +269,8 @@ class LeanWeight:
         """The columns of a block's mask of a version, int32; None for all weights."""
         if version == "dense":
             return None
+        if version == "best":
+            raise ValueError(_NO_BEST)
         if version == "mode":
             return [flag.int() for flag in columns.top(logits.unbind(-1), self.pattern.n)]
         initial_M, drawn_M = flags_of(masks, self.pattern.m)

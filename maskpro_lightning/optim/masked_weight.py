@@ -19,22 +19,26 @@ from maskpro_lightning.masks import distribution, inclusion, philox
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.fusion import Fusion
 from maskpro_lightning.optim.transition import (
+    BEST,
     DRAWN,
     INITIAL,
     PREVIOUS,
     integers_of,
     logits_of,
     logits_to,
+    moved,
     transition,
     words_of,
 )
 from maskpro_lightning.weights.layout import Layout
 
-Version = Literal["dense", "initial", "drawn", "mode"]
+Version = Literal["dense", "initial", "drawn", "mode", "best"]
 
 # A gradient takes some ten numbers per weight on the way, or hundreds for a large pattern: so many
 # times fewer groups at once, which costs no time.
 GRADIENT_SHARE = 4
+
+_BITS: dict[Version, int] = {"initial": INITIAL, "drawn": DRAWN, "best": BEST}
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Draw:
 
     Attributes:
         seed: Seed of all draws.
-        step: Number of the draw, in [0, 2^64).
+        step: Number of the draw, in [0, 2^48).
         sharpness: Masks are drawn from softmax(sharpness * logits).
         replica: Number of the replica that draws a mask of its own; 0 where all share theirs.
     """
@@ -81,7 +85,8 @@ class MaskedWeight:
         weight: Holds ``dense * mask`` for one mask or another; written in place.
         dense: The weight as it was; never changes.
         logits: float32 or bfloat16, padded to whole groups.
-        masks: uint8, the initial, the drawn and the previous mask, a bit each; padded likewise.
+        masks: uint8, the initial, the drawn, the previous and the best mask, a bit each; padded
+            likewise.
     """
 
     name: str
@@ -100,35 +105,55 @@ class MaskedWeight:
         return {
             "dense": weight.detach().clone(),
             "logits": mask.to(logits_dtype).mul_(logit_scale),
-            "masks": mask.to(torch.uint8).mul_(INITIAL | DRAWN),
+            "masks": mask.to(torch.uint8).mul_(INITIAL | DRAWN | BEST),
         }
 
+    def move(self, draw: Draw, direction: Tensor, scale: Tensor, part: int, fusion: Fusion) -> None:
+        """Move the logits against ``scale * direction``.
+
+        Args:
+            draw: The next draw.
+            direction: Shaped like the weight.
+            scale: Scalar; at 0 the direction may be anything.
+            part: Number of the move before that draw, from 0.
+            fusion: Runs the step of a block.
+        """
+        key, step = self._key(draw), torch.full((), draw.step, device=self.weight.device)
+        for groups_G, (logits, moves) in self.layout.blocks(self.logits, direction):
+            (found,) = fusion(
+                moved,
+                self.layout.pattern,
+                groups_G.view(logits.shape[:-1]),
+                logits_of(logits),
+                moves,
+                key,
+                step,
+                scale,
+                part,
+            )
+            logits_to(logits).copy_(found)
+
     def advance(
-        self,
-        draw: Draw,
-        change: Tensor | None,
-        direction: Tensor | None,
-        fusion: Fusion,
-        judged: Sequence[Draw] = (),
+        self, draw: Draw, change: Tensor | None, fusion: Fusion, judged: Sequence[Draw] = ()
     ) -> None:
         """Move the logits, then draw the next mask and write it into the weight.
 
         Args:
             draw: The next draw.
             change: (K,); the logits move against the mean over K masks of each change along
-                grad log P(mask).
-            direction: Shaped like the weight; the logits move against it.
+                grad log P(mask). None leaves them where they are.
             fusion: Runs the step of a block.
             judged: The K draws that ``change`` is about; without them, K is 1 and it is about the
                 mask drawn last.
         """
         key, step = self._key(draw), torch.full((), draw.step, device=self.weight.device)
-        moves = [] if direction is None else [direction]
-        blocks = self.layout.blocks(self.weight, self.dense, self.logits, self.masks, *moves)
-        for groups_G, (weight, dense, logits, masks, *moving) in blocks:
-            along_score = None if change is None or judged else change[0]
+        blocks = self.layout.blocks(self.weight, self.dense, self.logits, self.masks)
+        for groups_G, (weight, dense, logits, masks) in blocks:
+            along_score = moves = None
             if change is not None and judged:
-                moving = [self._taught(groups_G, logits, draw.sharpness, change, judged)]
+                moves = self._taught(groups_G, logits, draw.sharpness, change, judged)
+            elif change is not None:
+                along_score = change[0]
             found = fusion(
                 transition,
                 self.layout.pattern,
@@ -140,7 +165,7 @@ class MaskedWeight:
                 step,
                 draw.sharpness,
                 along_score,
-                moving[0] if moving else None,
+                moves,
             )
             # One call, so that an exception leaves a block as it was or as it should be.
             torch._foreach_copy_([integers_of(weight, dense), logits_to(logits), masks], found)
@@ -167,9 +192,15 @@ class MaskedWeight:
         """Replace the mask drawn last by that of a draw from the same logits."""
         for groups_G, (logits, masks) in self.layout.blocks(self.logits, self.masks):
             drawn_GM = self._sample(groups_G, columns_of(logits).float(), draw)
-            masks_GM = columns_of(masks) & (INITIAL | PREVIOUS)
+            masks_GM = columns_of(masks) & (INITIAL | PREVIOUS | BEST)
             masks_GM |= drawn_GM.to(torch.uint8) * DRAWN
             masks.copy_(masks_GM.view_as(masks))
+
+    def remember(self) -> None:
+        """Make the most likely mask the best one."""
+        for _, (logits, masks) in self.layout.blocks(self.logits, self.masks):
+            kept = self._kept("mode", logits, masks)
+            masks.bitwise_and_(INITIAL | DRAWN | PREVIOUS).add_(kept, alpha=BEST)
 
     def _key(self, draw: Draw) -> tuple[int, int]:
         replica = (draw.replica,) if draw.replica else ()
@@ -234,7 +265,7 @@ class MaskedWeight:
             return torch.ones_like(masks, dtype=torch.bool)
         if version == "mode":
             return distribution.mode(columns_of(logits), self.layout.pattern).view_as(masks)
-        return (masks & {"initial": INITIAL, "drawn": DRAWN}[version]).bool()
+        return (masks & _BITS[version]).bool()
 
 
 def along_logits(

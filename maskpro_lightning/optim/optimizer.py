@@ -20,65 +20,38 @@ from what keeping a weight does to the loss: with c the gradient with respect to
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain, count
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_reduce, get_world_size, is_initialized
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from maskpro_lightning.initial import initializers
-from maskpro_lightning.masks import distribution
 from maskpro_lightning.masks.pattern import NMPattern
-from maskpro_lightning.optim import saved_state, tracker
+from maskpro_lightning.optim import gradients, saved_state, tracker
 from maskpro_lightning.optim.fusion import Fusion
-from maskpro_lightning.optim.lean_weight import Held, LeanWeight, loaded
+from maskpro_lightning.optim.lean_weight import LeanWeight
 from maskpro_lightning.optim.masked_weight import Draw, Groups, MaskedWeight, Version
+from maskpro_lightning.optim.replicas import MaskSharing
+from maskpro_lightning.optim.rule import (
+    DEFAULTS,
+    Estimator,
+    Exploration,
+    LogitsDtype,
+    Memory,
+    check_lr,
+    sharpness_of,
+)
+from maskpro_lightning.optim.states import States
 from maskpro_lightning.weights import admission
-from maskpro_lightning.weights.admission import LARGEST
-from maskpro_lightning.weights.layout import Layout, like, local, sums, whole_of
-from maskpro_lightning.weights.sharding import Replicas, find_replicas, flat_shapes, layouts, settle
-
-Estimator = Literal["policy", "straight_through"]
-Exploration = Literal["shared", "per_replica"]
-Memory = Literal["plain", "lean"]
-LogitsDtype = Literal["float32", "bfloat16"]
+from maskpro_lightning.weights.layout import Layout, like, local, whole_of
+from maskpro_lightning.weights.sharding import flat_shapes
 
 _log = logging.getLogger(__name__)
-
-#: Step size, initial logit and final sharpness by estimator, where they are not given.
-DEFAULTS: dict[Estimator, dict[str, float]] = {
-    "policy": {"lr": 0.1, "logit_scale": 4.0, "sharpness": 1.0},
-    "straight_through": {"lr": 0.1, "logit_scale": 3.0, "sharpness": 4.0},
-}
-
-# Standard deviations of a random walk between an initial mask and a change of mind. The walk widens
-# as a gap closes, so that of seven nearly two are left: chance flips about 0.1 % of the groups.
-_WALK_MARGIN = 7.0
-
-
-def policy_lr(pattern: NMPattern, logit_scale: float, steps: int) -> float:
-    """The step size of the policy at which a whole fit's noise hardly changes a mask.
-
-    A step moves the gap between a kept and a pruned logit by ``lr * advantage * (s_i - s_j)``, s
-    the score. An advantage that knows nothing about the group has variance 1, so T steps at a rate
-    that falls linearly to 0 are a random walk of variance ``lr^2 * T / 3 * E (s_i - s_j)^2``. What
-    flips a group beyond that is evidence, and more steps can find more of it.
-
-    Args:
-        pattern: The pattern.
-        logit_scale: The gap at the start, in units of logits.
-        steps: T.
-    """
-    information = distribution.gap_information(pattern, logit_scale)
-    rate = logit_scale / (_WALK_MARGIN * math.sqrt(information * steps / 3))
-    return min(rate, LARGEST)  # what is hardly ever drawn differently tells nothing
 
 
 class MaskPro(Optimizer):
@@ -190,19 +163,28 @@ class MaskPro(Optimizer):
             # The tracker of residuals; every group holds the same, since there is one loss.
             group.update(tracker.new())
             group["initial_lr"] = group["lr"]
-        self._model = model
-        self._memory = memory
-        self._logits_dtype: torch.dtype = getattr(torch, logits_dtype)
-        #: Which part of each weight is this rank's.
-        self.layouts = self._find_layouts()
-        self._fusion = Fusion(fused, [(local(p), at.pattern) for p, at in self.layouts.items()])
-        # What state holds of weights whose groups are cut is a view of these.
-        self._padded: dict[Tensor, dict[str, Tensor]] = {}
-        # What lean weights hold, and how far they are on their way to something else.
-        self._held: dict[Tensor, Held] = {}
+        self._states = self._make_states(model, memory, getattr(torch, logits_dtype))
+        weights = [(local(p), layout.pattern) for p, layout in self.layouts.items()]
+        self._fusion = Fusion(fused, weights)
+        self._sharing = MaskSharing(
+            exploration == "per_replica", list(self.layouts.values()), weights[0][0].device
+        )
         self._holds: Version | None = "dense"
+        # Whether each gradient of this step was finite, and how many backward passes there were.
+        self._learned: list[Tensor] = []
+        self._passes = 0
         #: Loss, baseline, residual and advantage of the last step, scalars.
         self.last: dict[str, Tensor] = {}
+
+    @property
+    def layouts(self) -> Mapping[Tensor, Layout]:
+        """Which part of each weight is this rank's."""
+        return self._states.layouts
+
+    @property
+    def lean(self) -> bool:
+        """Whether no dense copy of the weights is kept."""
+        return self._states.lean
 
     @property
     def begun(self) -> bool:
@@ -226,28 +208,28 @@ class MaskPro(Optimizer):
         """
         if self.begun:
             raise RuntimeError("The masks have begun already: make a new MaskPro to start over.")
-        state, known = {}, {name: (g, parameter) for g, name, parameter in self._parameters()}
-        for name, mask in self._initial(list(known), masks):
+        known = {name: (group, parameter) for group, name, parameter in self._parameters()}
+        given = self._largest() if masks is None else admission.each_once(list(known), masks)
+        state = {}
+        for name, mask in given:
             group, parameter = known[name]
             layout = self.layouts[parameter]
             admission.check_mask(name, mask, layout.shape)
             mask = whole_of(mask)
             layout.pattern.check(mask, layout.input_dim, f"the mask of {name!r}")
-            about = local(parameter), layout.take(mask), group["logit_scale"], self._logits_dtype
-            if self._memory == "lean":
-                state[parameter] = LeanWeight.state(*about, layout.pattern, layout.input_dim)
-            else:
-                state[parameter] = MaskedWeight.state(*about)
+            state[parameter] = self._states.new(parameter, mask, group["logit_scale"])
         # At once, so that an error on the way, such as no memory, leaves nothing begun.
         for parameter, tensors in state.items():
-            self._keep(parameter, tensors)
-        self._draw()
+            self.state[parameter] = self._states.keep(parameter, tensors)
+        self._draw(Fusion.off())
 
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
         closure: Callable[[], Tensor] | None = None,
         baseline: Tensor | None = None,
+        *,
+        backward_passes: int = 1,
     ) -> Tensor | None:
         """Evaluate the drawn mask, move the logits, draw the next mask.
 
@@ -258,6 +240,7 @@ class MaskPro(Optimizer):
             baseline: The initial mask's loss on the same batch, for "policy". Left out, it is
                 measured by calling the closure under the initial mask, with the same random
                 numbers.
+            backward_passes: How often the closure calls ``backward()``, see :meth:`learning`.
 
         Returns:
             The loss under the mask that was drawn.
@@ -267,21 +250,86 @@ class MaskPro(Optimizer):
         if closure is None:
             return None
         if self.defaults["estimator"] == "straight_through":
-            self.write("drawn")
-            with torch.enable_grad():
-                loss = closure()
-            admission.check_loss(loss)
-            if all(parameter.grad is None for _, _, parameter in self._parameters()):
-                raise RuntimeError(
-                    "No gradient has reached any masked weight: the closure has to call "
-                    "loss.backward(), and weights need requires_grad=True and a part in the loss."
-                )
-            self.last = {"loss": loss.detach()}
-            finite = loss.detach().isfinite()
-            for group in self.param_groups:
-                group.update(tracker.skips(self.tracker, finite))
-            self._draw(finite=finite)
-            return loss
+            return self._step_from_gradients(closure, backward_passes)
+        return self._step_from_losses(closure, baseline)
+
+    @contextmanager
+    def learning(
+        self, backward_passes: int = 1, reduce: Callable[[Tensor], object] | None = None
+    ) -> Iterator[None]:
+        """Within a ``with`` block, learn from each gradient as soon as it is there, and free it.
+
+        For "straight_through", whose :meth:`step` does this around its closure: so there are never
+        the gradients of more than a few weights at once. A step learns as well from what it finds
+        in ``grad``, which other backward passes left there.
+
+        Args:
+            backward_passes: How many of them one step learns from. Each moves the logits by its
+                share of ``lr``, along its own gradient divided by its own size.
+            reduce: Averages a gradient over ranks in place, where nothing else does.
+        """
+        if not self.begun:
+            self.begin()
+        for group in self.param_groups:
+            check_lr(group)
+        share, part = 1 / backward_passes, self._passes
+        self._passes += backward_passes
+
+        def see(group: dict[str, Any], name: str, parameter: Tensor) -> None:
+            if reduce is not None and parameter.grad is not None:
+                reduce(local(parameter.grad))
+            self._learn(group, name, parameter, share, part)
+
+        handles = [
+            parameter.register_post_accumulate_grad_hook(partial(see, group, name))
+            for group, name, parameter in self._parameters()
+            if parameter.requires_grad
+        ]
+        try:
+            yield
+        except BaseException:
+            self._learned.clear()
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _step_from_gradients(self, closure: Callable[[], Tensor], backward_passes: int) -> Tensor:
+        self.write("drawn")
+        with torch.enable_grad(), self.learning(backward_passes):
+            loss = closure()
+        admission.check_loss(loss)
+        for group, name, parameter in self._parameters():
+            self._learn(group, name, parameter, share=1, part=self._passes)
+        if not self._learned:
+            raise RuntimeError(
+                "No gradient has reached any masked weight: the closure has to call "
+                "loss.backward(), and weights need requires_grad=True and a part in the loss."
+            )
+        self.last = {"loss": loss.detach()}
+        finite = torch.stack([each.to(loss.device) for each in self._learned]).all()
+        for group in self.param_groups:
+            group.update(tracker.skips(self.tracker, finite))
+            group["step"] += 1
+        self._draw(self._fusion)
+        return loss
+
+    @torch.no_grad()
+    def _learn(
+        self, group: dict[str, Any], name: str, parameter: Tensor, share: float, part: int
+    ) -> None:
+        """Learn from what is in a weight's ``grad``, and free it."""
+        if parameter.grad is None:
+            return
+        masked = self._states.masked(name, parameter, self.state[parameter])
+        layout, gradient = self.layouts[parameter], local(parameter.grad)
+        finite = gradients.learn(
+            masked, layout, gradient, group, self._fusion, share=share, part=part
+        )
+        self._learned.append(finite)
+        parameter.grad = None
+
+    def _step_from_losses(self, closure: Callable[[], Tensor], baseline: Tensor | None) -> Tensor:
         if baseline is None:
             with self.applied("initial"), torch.random.fork_rng(self._cuda_devices()):
                 baseline = closure()
@@ -289,9 +337,8 @@ class MaskPro(Optimizer):
         self.write("drawn")
         loss = closure()
         admission.check_loss(loss)
-        losses_K2 = torch.stack([loss.detach().float(), baseline.detach().float()])[None]
-        if self._explores_apart:
-            losses_K2 = self._replicas.gather(losses_K2[0])
+        losses_2 = torch.stack([loss.detach().float(), baseline.detach().float()])
+        losses_K2 = self._sharing.gather(losses_2)
         advantage_K = self._judge(losses_K2[:, 0] - losses_K2[:, 1])
         self.last = {
             "loss": losses_K2[:, 0].mean(),
@@ -299,7 +346,10 @@ class MaskPro(Optimizer):
             "residual": (losses_K2[:, 0] - losses_K2[:, 1]).mean(),
             "advantage": advantage_K.mean(),
         }
-        self._draw(advantage_K)
+        for group in self.param_groups:
+            check_lr(group)
+            group["step"] += 1
+        self._draw(self._fusion, advantage_K)
         return loss
 
     def _judge(self, residual_K: Tensor) -> Tensor:
@@ -323,7 +373,8 @@ class MaskPro(Optimizer):
         Args:
             version: "dense", all weights; "initial", those of the initial mask; "drawn", those of
                 the mask that the next step evaluates; "mode", those of the most likely mask,
-                which is the one to deploy.
+                which is the one to deploy; "best", those of the mask that :meth:`remember` kept,
+                the initial one before (not with memory="lean").
         """
         if version not in get_args(Version):
             raise ValueError(f"version is one of {get_args(Version)}, got {version!r}.")
@@ -333,6 +384,18 @@ class MaskPro(Optimizer):
         for _, _, masked in self._masked_weights():
             masked.write(version)
         self._holds = version
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Keep the most likely mask of each group as the version "best".
+
+        Raises:
+            ValueError: with memory="lean", which has no place for it.
+        """
+        for _, _, masked in self._masked_weights():
+            masked.remember()
+        if self._holds == "best":
+            self._holds = None
 
     @contextmanager
     def applied(self, version: Version) -> Iterator[None]:
@@ -375,23 +438,13 @@ class MaskPro(Optimizer):
         return [name for _, name, _ in self._parameters()]
 
     def over_ranks(self, numbers: Tensor) -> Tensor:
-        """Add up what ranks have counted in their parts of each weight, a row for a weight.
-
-        Copies of a part count once, or by their mean, where they have masks of their own.
-        """
-        if not self.sharded and not (self._explores_apart and is_initialized()):
-            return numbers
-        parameter = next(iter(self.layouts))
-        shares = torch.tensor([layout.ranks / get_world_size() for layout in self.layouts.values()])
-        numbers = (numbers * shares[:, None]).to(parameter.device)
-        all_reduce(numbers)
-        return numbers.cpu()
+        """Add up what ranks have counted in their parts of each weight, a row for a weight."""
+        return self._sharing.over_ranks(numbers)
 
     @torch.no_grad()
     def whole(self, parameter: Tensor) -> Tensor:
         """The whole of a weight as it is now; all ranks have to ask for it."""
-        if self._model is not None:
-            settle(self._model)
+        self._states.settle()
         return self.layouts[parameter].whole(local(parameter))
 
     def logits(self) -> dict[str, Tensor]:
@@ -402,13 +455,13 @@ class MaskPro(Optimizer):
     def groups(self) -> Iterator[Groups]:
         """Go through all groups in blocks, for statistics."""
         for group, _, masked in self._masked_weights():
-            yield from masked.groups(_sharpness(group))
+            yield from masked.groups(sharpness_of(group))
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """The state, alike for each ``memory``: for "lean" it holds a dense copy of the weights."""
         saved = super().state_dict()
-        if self._memory == "lean" and self.begun:
+        if self._states.lean and self.begun:
             order = chain.from_iterable(group["params"] for group in saved["param_groups"])
             for key, (_, _, masked) in zip(order, self._masked_weights(), strict=True):
                 assert isinstance(masked, LeanWeight)
@@ -429,29 +482,29 @@ class MaskPro(Optimizer):
         self._holds = None
         order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         state = {
-            parameter: {
-                name: self._part(parameter, name, value)
-                for name, value in state_dict["state"].get(key, {}).items()
-            }
+            parameter: self._states.restored(parameter, state_dict["state"][key])
             for key, (_, _, parameter) in zip(order, self._parameters(), strict=True)
+            if state_dict["state"].get(key)
         }
         # The base class would cast to the parameter's dtype; logits and masks have their own.
         super().load_state_dict({**state_dict, "state": {}})
-        self._padded.clear()
+        self._states.forget()
+        self._learned.clear()
+        self._passes = 0
         for parameter, tensors in state.items():
-            if tensors:
-                self._keep(parameter, self._in_own_form(parameter, tensors))
+            self.state[parameter] = self._states.keep(parameter, tensors)
         explored = {group.get("exploration") for group in state_dict["param_groups"]}
-        if self._explores_apart or "per_replica" in explored:
+        if self._sharing.apart or "per_replica" in explored:
             for group, _, masked in self._masked_weights() if self.begun else ():
                 if isinstance(masked, MaskedWeight):  # lean ones load replica 0's, which all share
-                    masked.redraw(self._draws(group, group["step"], group["drawn_sharpness"])[0])
+                    draw, *_ = self._sharing.draws(group, group["step"], group["drawn_sharpness"])
+                    masked.redraw(draw)
         self._holds = "dense"
         self.write("drawn")
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_held", "_holds", "_padded", "_model", "_fusion", "_memory", "_logits_dtype")
-        own = {name: vars(self)[name] for name in (*kept, "last", "layouts")}
+        kept = ("_states", "_fusion", "_sharing", "_holds", "_learned", "_passes", "last")
+        own = {name: vars(self)[name] for name in kept}
         return super().__getstate__() | own
 
     @property
@@ -469,21 +522,14 @@ class MaskPro(Optimizer):
     def _masked_weights(
         self,
     ) -> Iterator[tuple[dict[str, Any], Tensor, MaskedWeight | LeanWeight]]:
-        if self._model is not None:
-            settle(self._model)
+        self._states.settle()
         for group, name, parameter in self._parameters():
-            state = {key: local(value) for key, value in self.state[parameter].items()}
-            state |= self._padded.get(parameter, {})
-            layout = self.layouts[parameter]
-            if self._memory == "lean":
-                held = self._held[parameter]
-                lean = partial(LeanWeight, name, layout.pattern, layout.input_dim, parameter)
-                yield group, parameter, lean(**state, held=held)
-            else:
-                yield group, parameter, MaskedWeight(name, layout, local(parameter), **state)
+            yield group, parameter, self._states.masked(name, parameter, self.state[parameter])
 
-    def _find_layouts(self) -> dict[Tensor, Layout]:
-        shapes = {} if self._model is None else flat_shapes(self._model)
+    def _make_states(
+        self, model: nn.Module | None, memory: Memory, logits_dtype: torch.dtype
+    ) -> States:
+        shapes = {} if model is None else flat_shapes(model)
         admission.check_weights(
             (group, name, p, shapes.get(id(p), p.shape)) for group, name, p in self._parameters()
         )
@@ -491,178 +537,38 @@ class MaskPro(Optimizer):
             (parameter, NMPattern.parse(group["pattern"]), group["input_dim"])
             for group, _, parameter in self._parameters()
         ]
-        found = layouts(self._model, weights)
-        for layout, (group, name, _) in zip(found, self._parameters(), strict=True):
-            if group["estimator"] == "straight_through" and layout.may_be_cut:
-                raise ValueError(
-                    f"{name!r} is cut within groups of {layout.pattern.m} inputs (FSDP1, or tensor "
-                    f"parallelism along the inputs), but the estimator 'straight_through' needs "
-                    f"the gradients of whole groups: use fully_shard (FSDP2), or choose "
-                    f"estimator='policy'."
-                )
-            if self._memory == "lean" and (layout.across or layout.flat):
-                raise ValueError(
-                    f"{name!r} is sharded, but memory='lean' exchanges whole weights: choose "
-                    f"memory='plain', whose state is sharded like the weights."
-                )
-        return {parameter: layout for (parameter, _, _), layout in zip(weights, found, strict=True)}
+        states = States(model, weights, memory, logits_dtype)
+        for group, name, parameter in self._parameters():
+            needs_gradients = group["estimator"] == "straight_through"
+            states.check(name, parameter, needs_gradients=needs_gradients)
+        return states
 
-    def _initial(
-        self,
-        known: Sequence[str],
-        masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None,
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The initial masks of all weights, one after the other."""
-        if masks is None:
-            for name, parameter in zip(known, self.layouts, strict=True):
-                layout, weight = self.layouts[parameter], self.whole(parameter)
-                yield name, initializers.magnitude(weight, layout.pattern, layout.input_dim)
-            return
-        unknown = sorted(set(masks) - set(known)) if isinstance(masks, Mapping) else []
-        missing = set(known)
-        for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
-            if unknown or name not in known:
-                raise ValueError(
-                    f"There are masks of unknown weights, {unknown[:3] or [name]}: those of this "
-                    f"model are named like {known[0]!r}."
-                )
-            missing.discard(name)
-            yield name, mask
-        for name in known:
-            if name in missing:
-                raise ValueError(
-                    f"There is no initial mask for {name!r} among {len(known) - len(missing)} "
-                    f"masks: give one for every weight, or leave the weight out."
-                )
-
-    def _keep(self, parameter: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        """Make tensors, padded where their layout says so, the state of a parameter."""
-        layout = self.layouts[parameter]
-        if layout.cut:
-            self._padded[parameter] = {k: v for k, v in tensors.items() if k != "dense"}
-        if self._memory == "lean":
-            self._held[parameter] = Held()
-            self.state[parameter] = dict(tensors)
-            return
-        self.state[parameter] = {
-            name: like(layout.own(value) if name != "dense" else value, parameter)
-            for name, value in tensors.items()
-        }
-
-    def _in_own_form(self, parameter: Tensor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state of a weight, which may be made to hold the dense version, from a saved one."""
-        saved["logits"] = saved["logits"].to(self._logits_dtype)
-        if self._memory == "plain":
-            return {name: value for name, value in saved.items() if name != "redrawn"}
-        parameter.copy_(saved["dense"])
-        layout = self.layouts[parameter]
-        return loaded(saved, layout.pattern, layout.input_dim)
-
-    def _part(self, parameter: Tensor, name: str, value: Tensor) -> Tensor:
-        """This rank's part of a saved state, which may be of the whole weight; a copy."""
-        layout = self.layouts[parameter]
-        if name == "redrawn":
-            return value.to(parameter.device)
-        if isinstance(value, DTensor) and not isinstance(parameter, DTensor):
-            value = value.full_tensor()
-        value = local(value.detach())
-        if tuple(value.shape) != layout.size:
-            value = layout.take(value)
-            value = layout.own(value) if name == "dense" else value
-        elif layout.may_be_cut and name != "dense":
-            value = layout.take(layout.whole(value.to(parameter.device)))
-        return value.to(parameter.device).clone()
+    def _largest(self) -> Iterator[tuple[str, Tensor]]:
+        """Masks that keep the largest weights."""
+        for name, (parameter, layout) in zip(self.names, self.layouts.items(), strict=True):
+            weight = self.whole(parameter)
+            yield name, initializers.magnitude(weight, layout.pattern, layout.input_dim)
 
     def _cuda_devices(self) -> list[torch.device]:
         return list({p.device for _, _, p in self._parameters() if p.device.type == "cuda"})
 
-    def _draw(self, advantage_K: Tensor | None = None, *, finite: Tensor | None = None) -> None:
-        """Move the logits, by an advantage or, if finite, gradients; draw the next masks."""
-        self._refuse_learning_rates()
+    def _draw(self, fusion: Fusion, advantage_K: Tensor | None = None) -> None:
+        """Move the logits by what an advantage says of the masks drawn last; draw the next."""
         self._holds = None
-        for group in self.param_groups:
-            group["step"] += advantage_K is not None or finite is not None
-        spreads = {} if finite is None else self._directions()
-        for group, parameter, masked in self._masked_weights():
-            draw, *_ = self._draws(group, group["step"], _sharpness(group))
+        for group, _, masked in self._masked_weights():
+            draw, *_ = self._sharing.draws(group, group["step"], sharpness_of(group))
             judged: list[Draw] = []
-            change = direction = None
-            if advantage_K is not None:
-                change = group["lr"] * advantage_K
-                if self._explores_apart:
-                    _, *judged = self._draws(group, group["step"] - 1, group["drawn_sharpness"])
-            elif finite is not None and parameter.grad is not None:
-                spread = spreads[masked.name]
-                idle = ~(spread.isfinite() & (spread > 0) & finite)
-                direction = local(parameter.grad).div_(spread).masked_fill_(idle, 0)
-                direction.mul_(group["lr"])
-                if direction.dtype == torch.float16:  # where a large step does not fit
-                    direction.nan_to_num_()
+            change = None if advantage_K is None else group["lr"] * advantage_K
+            if change is not None:
+                _, *judged = self._sharing.draws(group, group["step"] - 1, group["drawn_sharpness"])
             if isinstance(masked, LeanWeight):
-                masked.advance(draw, change, direction, self._fusion)
+                masked.advance(draw, change, fusion)
             else:
-                masked.advance(draw, change, direction, self._fusion, judged)
-            parameter.grad = None
+                masked.advance(draw, change, fusion, judged)
         for group in self.param_groups:
-            group["drawn_sharpness"] = _sharpness(group)
+            group["drawn_sharpness"] = sharpness_of(group)
         self._holds = "drawn"
+        self._learned.clear()
+        self._passes = 0
         if _log.isEnabledFor(logging.DEBUG):
-            self._refuse_drift()
-
-    @property
-    def _explores_apart(self) -> bool:
-        return bool(self.defaults["exploration"] == "per_replica")
-
-    @cached_property
-    def _replicas(self) -> Replicas:
-        return find_replicas(list(self.layouts.values()), next(iter(self.layouts)).device)
-
-    def _draws(self, group: dict[str, Any], step: int, sharpness: float) -> list[Draw]:
-        """This replica's draw, and then those of all replicas."""
-        if not self._explores_apart:
-            return [Draw(group["seed"], step, sharpness)]
-        replicas = self._replicas
-        draws = [
-            Draw(group["seed"], step, sharpness, replica)
-            for replica in range(len(replicas.members))
-        ]
-        return [draws[replicas.index], *draws]
-
-    def _refuse_drift(self) -> None:
-        """Compare the logits of replicas, which must never differ in a bit."""
-        checksum = torch.zeros((), dtype=torch.int64, device=next(iter(self.layouts)).device)
-        for value in self.logits().values():
-            checksum += local(value).float().contiguous().view(torch.int32).sum(dtype=torch.int64)
-        if not self._replicas.agree(checksum):
-            raise RuntimeError(
-                "The logits of the ranks have drifted apart: they were given different losses. "
-                "Average the closure's loss over all ranks, or set exploration='per_replica'."
-            )
-
-    def _directions(self) -> dict[str, Tensor]:
-        """Turn gradients into what logits move along; by name, its root mean square.
-
-        Divided by that, one step size fits all; where it is not finite nothing can be learned.
-        """
-        parts, squares = {}, []
-        for group, parameter, masked in self._masked_weights():
-            if parameter.grad is not None:
-                squares.append(masked.direction(local(parameter.grad), _sharpness(group)))
-                parts[masked.name] = self.layouts[parameter]
-        totals = zip(parts.items(), sums(list(parts.values()), squares), strict=True)
-        return {name: (total / math.prod(part.shape)).sqrt() for (name, part), total in totals}
-
-    def _refuse_learning_rates(self) -> None:
-        for group in self.param_groups:
-            if not 0 <= group["lr"] <= LARGEST:
-                raise ValueError(
-                    f"The learning rate is {group['lr']} at step {group['step']}: a scheduler has "
-                    f"to keep it in [0, {LARGEST:.0e}]."
-                )
-
-
-def _sharpness(group: dict[str, Any]) -> float:
-    """1 at the start, the group's sharpness once a scheduler has taken ``lr`` to 0."""
-    done = 1 - min(1, group["lr"] / group["initial_lr"])  # a warm-up may go above
-    sharpness: float = 1 + (group["sharpness"] - 1) * done
-    return sharpness
+            self._sharing.refuse_drift(self.logits().values())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.masked_weight import MaskedWeight
+from maskpro_lightning.optim.transition import BEST
 from maskpro_lightning.weights.admission import LARGEST, check_rule
 from maskpro_lightning.weights.layout import Layout, local
 
@@ -22,7 +23,7 @@ _TENSORS = {"dense", "logits", "masks"}
 _LOGITS = (torch.float32, torch.bfloat16)
 # No fit gets there, as a step is at most LARGEST, and beyond a draw's numbers may leave float32.
 _LARGEST_LOGIT = 1e20
-_Stored = Literal["initial", "drawn"]
+_Stored = Literal["initial", "drawn", "best"]
 
 
 def check(
@@ -88,7 +89,7 @@ def _check_groups(saved_groups: Sequence[Group], groups: Sequence[Group]) -> Non
                 raise _damaged(f"{key} is {found!r}")
         if not 0 <= group["lr"] <= LARGEST:  # a scheduler may have taken it to 0
             raise _damaged(f"lr is {group['lr']}")
-        if not isinstance(group["step"], int) or not 0 <= group["step"] < 2**63:
+        if not isinstance(group["step"], int) or not 0 <= group["step"] < 2**48:
             raise _damaged(f"step is {group['step']}")
         try:
             check_rule(group | {"lr": group["initial_lr"]})
@@ -138,6 +139,8 @@ def _check_weight(name: str, layout: Layout, group: Group, state: Any) -> None:
     whole = Layout.of(dense, pattern, input_dim)
     masked = MaskedWeight(name, whole, dense, dense, logits, masks)
     for version in get_args(_Stored):
+        if version == "best" and not (masks & BEST).any():
+            continue  # saved from lean memory, which does not keep it
         pattern.check(masked.mask(version), input_dim, f"the saved {version} mask of {name!r}")
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from maskpro_lightning.masks import columns, distribution, philox
 from maskpro_lightning.masks.pattern import NMPattern
 
-# One byte per weight holds three masks, a bit each.
-INITIAL, DRAWN, PREVIOUS = 1, 2, 4
+# One byte per weight holds four masks, a bit each.
+INITIAL, DRAWN, PREVIOUS, BEST = 1, 2, 4, 8
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -44,7 +44,8 @@ def transition(
         groups: int64 (...), the groups' numbers.
         words: The dense weights, see :func:`words_of`.
         logits: float32 (..., M), or the words of bfloat16, which are rounded at random.
-        masks: uint8 (..., M), a bit for each of ``INITIAL``, ``DRAWN`` and ``PREVIOUS``.
+        masks: uint8 (..., M), a bit for each of ``INITIAL``, ``DRAWN``, ``PREVIOUS`` and
+            ``BEST``.
         key: What draws depend on besides, see :func:`philox.exponential`.
         step: int64 scalar, the number of the draw.
         sharpness: Masks are drawn from softmax(sharpness * logits).
@@ -62,7 +63,7 @@ def transition(
         logits_M = _rounded(logits_M, logits, groups, key, step)
     kept_M = _drawn(pattern, logits_M, groups, key, step, sharpness)
     next_M = [
-        mask & INITIAL | (mask & DRAWN) << 1 | kept << 1
+        mask & (INITIAL | BEST) | (mask & DRAWN) << 1 | kept << 1
         for mask, kept in zip(masks_M, kept_M, strict=True)
     ]
     bits_M = [bits & -kept for bits, kept in zip(_bits(words, pattern.m), kept_M, strict=True)]
@@ -84,7 +85,6 @@ def lean_transition(
     step: Tensor,
     sharpness: float | Tensor,
     change: Tensor | None = None,
-    direction: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What :func:`transition` does where a weight holds what is kept, and ``pruned`` the rest.
 
@@ -99,7 +99,6 @@ def lean_transition(
         step: The number of the draw.
         sharpness: Its sharpness.
         change: How the logits move along the score.
-        direction: How they move besides.
 
     Returns:
         The words of the masked weights and of the pruned ones, the next logits and masks, and
@@ -107,8 +106,8 @@ def lean_transition(
     """
     initial_M, held_M = flags_of(masks, pattern.m)
     logits_M = _logits(logits, pattern.m)
-    if change is not None or direction is not None:
-        logits_M = _learned(pattern, logits_M, held_M, sharpness, change, direction)
+    if change is not None:
+        logits_M = _learned(pattern, logits_M, held_M, sharpness, change, None)
         logits_M = _rounded(logits_M, logits, groups, key, step)
     next_M = _drawn(pattern, logits_M, groups, key, step, sharpness)
     stays = reduce(mul, [1 - (old ^ new) for old, new in zip(held_M, next_M, strict=True)])
@@ -120,6 +119,37 @@ def lean_transition(
         masks_of(initial_M, next_M),
         1 - stays,
     )
+
+
+def moved(
+    pattern: NMPattern,
+    groups: Tensor,
+    logits: Tensor,
+    direction: Tensor,
+    key: philox.Key,
+    step: Tensor,
+    scale: Tensor,
+    part: int | Tensor,
+) -> tuple[Tensor]:
+    """Move a block's logits against a direction.
+
+    Args:
+        pattern: The pattern.
+        groups: int64 (...), the groups' numbers.
+        logits: As for :func:`transition`.
+        direction: (..., M) of any dtype.
+        key: What rounding depends on besides, see :func:`philox.exponential`.
+        step: int64 scalar, the number of the draw that follows.
+        scale: Scalar, how far to go along the direction; at 0 it may be anything.
+        part: Number of the move before that draw, from 0.
+
+    Returns:
+        The next logits.
+    """
+    moves_M = [torch.where(scale > 0, scale * move.float(), 0) for move in direction.unbind(-1)]
+    logits_M: Sequence[Tensor] = _minus(_logits(logits, pattern.m), moves_M)
+    logits_M = _rounded(logits_M, logits, groups, key, step, stream=1 + part)
+    return (_stored(logits_M, logits),)
 
 
 def flags_of(masks: Tensor, m: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -272,7 +302,12 @@ def _stored(logits_M: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def _rounded(
-    logits_M: Sequence[Tensor], like: Tensor, groups: Tensor, key: philox.Key, step: Tensor
+    logits_M: Sequence[Tensor],
+    like: Tensor,
+    groups: Tensor,
+    key: philox.Key,
+    step: Tensor,
+    stream: int | Tensor = 1,
 ) -> Sequence[Tensor]:
     """Columns rounded, if stored as bfloat16, up or down, to their own value on average.
 
@@ -280,7 +315,7 @@ def _rounded(
     """
     if like.dtype != torch.int32:
         return logits_M
-    noise_M = philox.words(key, step, groups, len(logits_M), stream=1)
+    noise_M = philox.words(key, step, groups, len(logits_M), stream=stream)
     return [
         ((logit.view(torch.int32) + (word >> 16).int()) & -0x10000).view(torch.float32)
         for logit, word in zip(logits_M, noise_M, strict=True)

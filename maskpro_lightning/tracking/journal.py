@@ -11,6 +11,7 @@ from typing import Any
 from maskpro_lightning.files.export import save_distributions
 from maskpro_lightning.files.maskfiles import save_masks
 from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.optim.masked_weight import Version
 from maskpro_lightning.optim.optimizer import MaskPro
 from maskpro_lightning.tracking.loggers import Tracking
 from maskpro_lightning.tracking.metrics import histograms
@@ -71,11 +72,11 @@ class Journal:
             if tracking.write(path, lambda: save_distributions(optimizer, path)):
                 tracking.file(path, f"step={step}")
 
-    def close(self, optimizer: MaskPro, tracking: Tracking) -> None:
-        """Write the final masks, the history and the figures; to be called on all ranks."""
+    def close(self, optimizer: MaskPro, deployed: Version, tracking: Tracking) -> None:
+        """Write the deployed masks, the history and the figures; to be called on all ranks."""
         if not self._keeps or not optimizer.begun:
             return
-        masks = {n: m.cpu() for n, m in optimizer.whole_masks("mode") if self._writes}
+        masks = {n: m.cpu() for n, m in optimizer.whole_masks(deployed) if self._writes}
         found = histograms(optimizer)
         if not self._writes:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,32 @@ def is_maskable(weight: Tensor) -> bool:
 def kind_of(weight: Tensor) -> object:
     """What makes a weight special: its layout, or else its dtype."""
     return weight.dtype if weight.layout == torch.strided else weight.layout
+
+
+def each_once(
+    names: Sequence[str], masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Masks with their names, one after the other, if there is one for each name.
+
+    Raises:
+        ValueError: names the mask that nothing is named like, or the weight without a mask.
+    """
+    unknown = sorted(set(masks) - set(names)) if isinstance(masks, Mapping) else []
+    missing = set(names)
+    for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
+        if unknown or name not in names:
+            raise ValueError(
+                f"There are masks of unknown weights, {unknown[:3] or [name]}: those of this "
+                f"model are named like {names[0]!r}."
+            )
+        missing.discard(name)
+        yield name, mask
+    for name in names:
+        if name in missing:
+            raise ValueError(
+                f"There is no initial mask for {name!r} among {len(names) - len(missing)} "
+                f"masks: give one for every weight, or leave the weight out."
+            )
 
 
 def check_mask(name: str, mask: Any, shape: Sequence[int]) -> None:

@@ -1,0 +1,99 @@
+"""The initial masks of a fit, from a file or found on the fit's own training batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from os import PathLike
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from maskpro_lightning.files.maskfiles import load_maskllm, load_masks
+from maskpro_lightning.fit.baseline import fresh_batches
+from maskpro_lightning.initial import calibration
+from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.weights.targets import Target
+
+Init = str | PathLike[str] | Mapping[str, Tensor]
+
+
+def check_init(init: Init) -> str | Mapping[str, Tensor]:
+    """A path or a method's name as a string; masks pass through.
+
+    Raises:
+        ValueError: neither a file of masks nor the name of a method.
+    """
+    if isinstance(init, Mapping):
+        return init
+    if not _is_file(str(init)):
+        calibration.check_method(str(init))
+    return str(init)
+
+
+def initial_masks(
+    init: str | Mapping[str, Tensor],
+    targets: Sequence[Target],
+    pattern: NMPattern,
+    *,
+    seed: int,
+    trainer: Any,
+    batches: int,
+    run: Callable[[Any, int], None],
+    whole: Callable[[Tensor], Tensor],
+) -> Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]:
+    """Find the masks that a fit starts from.
+
+    Args:
+        init: What :func:`check_init` returned.
+        targets: The weights to mask, which must be dense.
+        pattern: The pattern.
+        seed: Seed of random masks.
+        trainer: The trainer, within its fit.
+        batches: Number of training batches to calibrate on.
+        run: Runs a training step on a batch of a number, without a trace.
+        whole: Gathers a weight of which each rank has a part.
+    """
+    if isinstance(init, Mapping):
+        return init
+    if init.endswith(".npz"):
+        return load_maskllm(init, {target.name: target.shape for target in targets}, pattern)
+    if _is_file(init):
+        return load_masks(init, pattern)
+
+    def calls() -> Iterator[Callable[[], None]]:
+        for number, batch in enumerate(_batches(trainer, batches, f"Calibrating {init}")):
+            yield partial(run, batch, number)
+
+    return calibration.initial_masks(
+        init,
+        targets,
+        pattern,
+        seed=seed,
+        batches=calls,
+        reduce=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"),
+        whole=whole,
+    )
+
+
+def _batches(trainer: Any, count: int, title: str) -> Iterator[Any]:
+    """The first training batches, as the training loop would hand them to the step."""
+    with fresh_batches(trainer.fit_loop._combined_loader) as loader:
+        bar = tqdm(
+            islice(loader, count),
+            desc=title,
+            total=count,
+            leave=False,
+            disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
+        )
+        for batch in bar:
+            converted = trainer.precision_plugin.convert_input(batch)
+            module = trainer.lightning_module
+            converted = module._on_before_batch_transfer(converted, dataloader_idx=0)
+            yield trainer.strategy.batch_to_device(converted, dataloader_idx=0)
+
+
+def _is_file(init: str) -> bool:
+    return init.endswith((".safetensors", ".npz"))

@@ -1,0 +1,52 @@
+"""Straight-through learning from one gradient: a step's share of it, as soon as it is there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from maskpro_lightning.optim.fusion import Fusion
+from maskpro_lightning.optim.lean_weight import LeanWeight
+from maskpro_lightning.optim.masked_weight import Draw, MaskedWeight
+from maskpro_lightning.optim.rule import sharpness_of
+from maskpro_lightning.weights.layout import Layout, sums
+
+
+def learn(
+    masked: MaskedWeight | LeanWeight,
+    layout: Layout,
+    gradient: Tensor,
+    group: Mapping[str, Any],
+    fusion: Fusion,
+    *,
+    share: float,
+    part: int,
+) -> Tensor:
+    """Move a weight's logits by ``lr * share`` along the gradient of the expected loss in them.
+
+    The gradient's root mean square over the whole weight is divided by, so that one step size fits
+    all weights; where that is not finite or zero nothing is learned. A collective for shards.
+
+    Args:
+        masked: The weight, or this rank's part of it.
+        layout: Where the part lies.
+        gradient: That of the loss in the part, whose memory is used.
+        group: The weight's parameter group.
+        fusion: Runs the step of a block.
+        share: This gradient's share of the step, in (0, 1].
+        part: Number of the backward pass in the step, from 0.
+
+    Returns:
+        Whether the gradient is finite, a bool scalar.
+    """
+    sharpness = sharpness_of(group)
+    (square,) = sums([layout], [masked.direction(gradient, sharpness)])
+    size = (square / math.prod(layout.shape)).sqrt()
+    finite = size.isfinite()
+    scale = (group["lr"] * share / size).where(finite & (size > 0), 0)
+    draw = Draw(group["seed"], group["step"] + 1, sharpness)
+    masked.move(draw, gradient, scale, part, fusion)
+    return finite

@@ -1,0 +1,167 @@
+"""Laws of the mask that is deployed: the last one, or the one that did best in validation."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from modules import FAST, Net, equal, fit, identical, learned, loader, same_bits
+from torch import Tensor, nn
+
+from maskpro_lightning import MaskPro, MaskProCallback, load_masks
+
+
+class Told(Net):
+    """Logs losses that it is told, one for each validation."""
+
+    def __init__(self, *losses: float) -> None:
+        super().__init__()
+        self.told = list(losses)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch_idx == 0:
+            self.log("val_loss", self.told.pop(0))
+
+
+class Keeps(pl.Callback):
+    """Keeps the most likely masks of each validation within the fit."""
+
+    def __init__(self, callback: MaskProCallback) -> None:
+        self.callback = callback
+        self.masks: list[dict[str, Tensor]] = []
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.masks.append(learned(self.callback))
+
+
+def told_fit(
+    folder: Path, *losses: float, **kwargs: Any
+) -> tuple[Told, MaskProCallback, list[dict[str, Tensor]]]:
+    """Three epochs after a validation of the initial mask; masks change in each."""
+    module, callback = Told(*losses), MaskProCallback(lr=FAST, **kwargs)
+    keeps = Keeps(callback)
+    end = ModelCheckpoint(folder)
+    fit(module, callback, keeps, end, folder=folder, max_epochs=3, logger=CSVLogger(folder))
+    for one, next_ in zip(keeps.masks[:-1], keeps.masks[1:], strict=True):
+        assert not equal(one, next_)
+    return module, callback, keeps.masks
+
+
+def held(module: nn.Module) -> dict[str, Tensor]:
+    return {name: weight != 0 for name, weight in module.named_parameters() if weight.dim() > 1}
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept", "message"),
+    [
+        ((4.0, 3.0, 2.0, 1.0), 3, None),
+        ((4.0, 2.0, 1.0, 3.0), 2, "The mask of step 8 is deployed: its val_loss was 1, that"),
+        ((1.0, 4.0, 3.0, 2.0), 0, "The initial mask is deployed: its val_loss was 1, that"),
+        ((4.0, 2.0, float("nan"), float("nan")), 1, "The mask of step 4 is deployed"),
+        ((float("nan"), 3.0, 2.0, 5.0), 2, "The mask of step 8 is deployed"),
+    ],
+    ids=["falling", "rising at the end", "never below the start", "not finite", "not finite first"],
+)
+def test_the_mask_of_the_best_validation_is_deployed(
+    losses: tuple[float, ...],
+    kept: int,
+    message: str | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, "maskpro_lightning"):
+        module, callback, masks = told_fit(tmp_path, *losses)
+    assert equal(held(module), masks[kept])
+    told = [r.getMessage() for r in caplog.records if "is deployed" in r.getMessage()]
+    assert len(told) == (message is not None)
+    assert message is None or told[0].startswith(message)
+    assert callback.optimizer is not None
+    assert equal(load_masks(next(tmp_path.rglob("masks.safetensors")), "2:4"), masks[kept])
+    callback.optimizer.write("dense")
+    assert same_bits(module.net[0].weight, Net().net[0].weight)
+
+
+def test_a_higher_value_can_be_the_better_one(tmp_path: Path) -> None:
+    module, _, masks = told_fit(tmp_path, 1.0, 4.0, 3.0, 2.0, monitor_mode="max")
+    assert equal(held(module), masks[1])
+
+
+@pytest.mark.parametrize("monitor", [None, "no_such_metric"])
+def test_without_the_metric_the_last_mask_is_deployed(monitor: str | None, tmp_path: Path) -> None:
+    module, callback = Told(1.0, 2.0, 3.0, 4.0), MaskProCallback(lr=FAST, monitor=monitor)
+    fit(module, callback, folder=tmp_path, max_epochs=3)
+    assert equal(held(module), learned(callback))
+    # Nothing asks for the initial mask's value; unless it may come, when nobody has seen one.
+    assert len(module.told) == (1 if monitor is None else 0)
+
+
+def test_a_sanity_check_tells_whether_the_initial_mask_is_worth_a_validation(
+    tmp_path: Path,
+) -> None:
+    module, callback = Told(*[0.0] * 5), MaskProCallback(lr=FAST, monitor="no_such_metric")
+    fit(module, callback, folder=tmp_path, max_epochs=3, num_sanity_val_steps=1)
+    assert len(module.told) == 1
+
+
+def test_a_checkpoint_holds_what_would_be_deployed_and_the_fit_goes_on(tmp_path: Path) -> None:
+    _, callback, masks = told_fit(tmp_path, 4.0, 1.0, 2.0, 3.0)
+    (path,) = tmp_path.rglob("*.ckpt")
+    state = torch.load(path, weights_only=True)["state_dict"]
+    kept = {name: weight != 0 for name, weight in state.items() if weight.dim() > 1}
+    assert equal(kept, masks[1])
+    resumed, again = Told(5.0), MaskProCallback(lr=FAST)
+    fit(resumed, again, folder=tmp_path, max_epochs=4, ckpt_path=path)
+    assert equal(held(resumed), masks[1])
+    assert not equal(learned(again), learned(callback))  # it has learned on
+    assert identical(again._best.value, 1.0)
+
+
+def test_lean_memory_keeps_no_earlier_mask_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, callback, _ = told_fit(tmp_path, 4.0, 1.0, 2.0, 3.0, memory="lean")
+    assert equal(held(module), learned(callback))
+    assert "The mask of step 4 is gone, since memory='lean' keeps none" in caplog.text
+
+
+def test_the_initial_mask_is_validated_without_a_trace_in_training(tmp_path: Path) -> None:
+    fits = []
+    for eval_on_start in (True, False):
+        torch.manual_seed(0)
+        callback = MaskProCallback(lr=FAST, eval_on_start=eval_on_start)
+        fit(Net(), callback, folder=tmp_path, data=loader(shuffle=True), max_epochs=2)
+        fits.append(callback)
+    assert identical(*(callback.optimizer.state_dict() for callback in fits if callback.optimizer))
+
+
+def test_an_optimizer_without_a_memory_of_its_own_writes_the_initial_mask() -> None:
+    weight = nn.Parameter(Net().net[0].weight.detach().clone())
+    optimizer = MaskPro([("w", weight)], lr=FAST, logit_scale=0.5)
+    optimizer.begin()
+    assert torch.equal(optimizer.masks("best")["w"], optimizer.masks("initial")["w"])
+    for _ in range(5):
+        optimizer.step(lambda: weight.square().sum())
+    assert torch.equal(optimizer.masks("best")["w"], optimizer.masks("initial")["w"])
+    optimizer.remember()
+    remembered = optimizer.masks("mode")["w"]
+    for _ in range(5):
+        optimizer.step(lambda: weight.square().sum())
+    assert torch.equal(optimizer.masks("best")["w"], remembered)
+    assert not torch.equal(optimizer.masks("mode")["w"], remembered)
+
+
+def test_lean_memory_refuses_to_remember() -> None:
+    optimizer = MaskPro([("w", nn.Parameter(torch.randn(4, 8)))], memory="lean")
+    optimizer.begin()
+    message = r"^memory='lean' does not keep the best mask: choose memory='plain'\.$"
+    with pytest.raises(ValueError, match=message):
+        optimizer.remember()
+    with pytest.raises(ValueError, match=message):
+        optimizer.write("best")
