@@ -22,6 +22,7 @@ from modules import (
     linear,
     loader,
     logits,
+    quiet_trainer,
     same_weights,
 )
 from torch import Tensor, nn
@@ -333,3 +334,48 @@ def test_accumulated_gradients_move_by_their_share_of_the_rate(tmp_path: Path) -
     assert_learned(once)
     for name, values in logits(once).items():
         torch.testing.assert_close(logits(thrice)[name], values, rtol=0, atol=0.1 * rate)
+
+
+class Counts(Net):
+    """Counts the masked weights that have a gradient when a backward pass is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: list[int] = []
+
+    def on_after_backward(self) -> None:
+        self.left.append(sum(self.net[i].weight.grad is not None for i in (0, 2)))
+
+
+@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
+@pytest.mark.parametrize(
+    ("frozen", "strategy", "left"),
+    [
+        pytest.param(False, "auto", 0, id="one device"),
+        pytest.param(False, "ddp", 0, id="DDP"),
+        pytest.param(True, "ddp", 2, id="DDP that has nothing else to look after"),
+        pytest.param(False, "ddp_find_unused_parameters_true", 2, id="DDP with idle parameters"),
+    ],
+)
+def test_gradients_of_masked_weights_are_gone_when_a_backward_pass_is_over(
+    frozen: bool, strategy: str, left: int, tmp_path: Path
+) -> None:
+    fits = []
+    for kind in ("auto", strategy):
+        module = Counts()
+        for layer in (module.net[0], module.net[2]):
+            layer.bias.requires_grad_(not frozen)
+        callback = MaskProCallback(estimator="straight_through", lr=0.1)
+        sizes = {"max_epochs": 2, "devices": 1, "use_distributed_sampler": False}
+        trainer = quiet_trainer(tmp_path, callback, strategy=kind, **sizes)
+        trainer.fit(module, loader(), loader(16))
+        if kind != "auto":
+            torch.distributed.destroy_process_group()
+        fits.append((module, callback))
+    (one, expected), (other, found) = fits
+    assert one.left == [0] * 8
+    assert other.left == [left] * 8
+    assert_learned(found)
+    assert all(map(torch.equal, logits(found).values(), logits(expected).values()))
+    assert not hasattr(other, "_ddp_params_and_buffers_to_ignore")
+    assert not any(hasattr(weight, "_ddp_ignored") for weight in other.parameters())
