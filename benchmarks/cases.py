@@ -60,6 +60,7 @@ def wikitext(folder: Path) -> Case:
 def vision(folder: Path) -> Case:
     """The vision transformer of ``shapes``, which is kept in ``folder``."""
     model = shapes.trained(folder).requires_grad_(False)
+    model.zero_grad()  # those of its training, if that was just now
     return Case(
         model,
         lambda batch: shapes.loss(model, batch),

@@ -175,13 +175,21 @@ class MaskProLearner(Learner):
         return 1 + new
 
     def _from_gradients(self, number: int) -> int:
+        def look(_: Tensor) -> None:
+            self.bytes = max(self.bytes, self._held())
+
         def closure() -> Tensor:
             loss = self._bench.loss(number)
             loss.backward()
-            self.bytes = self._held()
             return loss
 
+        # Called before the optimizer's own, which frees the gradient.
+        handles = [
+            t.parameter.register_post_accumulate_grad_hook(look) for t in self._bench.targets
+        ]
         self._optimizer.step(closure)
+        for handle in handles:
+            handle.remove()
         return 3
 
     def _held(self) -> int:

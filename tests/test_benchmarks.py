@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import oracle
 import pytest
@@ -35,6 +37,14 @@ def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(cases, "HELD_OUT_BATCHES", 2)
     monkeypatch.setattr(methods, "CALIBRATION_BATCHES", 1)
     return quality
+
+
+def vision_model() -> torch.nn.Module:
+    """The model of the fixture, untrained."""
+    import shapes
+
+    model: torch.nn.Module = shapes.VisionTransformer()
+    return model
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
@@ -78,11 +88,42 @@ def test_memory_is_what_each_learner_holds(quality: ModuleType, tmp_path: Path) 
     held = {
         row["method"]: float(row["bytes_per_weight"]) for row in rows_of(tmp_path / "quality.csv")
     }
-    # Dense copy, logits and masks; with the weight's gradient; for 6 masks of a group of 4, logits,
-    # two moments and gradients beside the dense copy and the weight's gradient.
+    # Dense copy, logits and masks; with the gradient of the largest weight; for 6 masks of a group
+    # of 4, logits, two moments and gradients beside the dense copy and the weights' gradients.
     assert held["policy"] == 4 + 4 + 1
-    assert held["straight_through"] == 9 + 4
+    sizes = [t.parameter.numel() for t in find_targets(vision_model(), "2:4")]
+    largest = 4 * max(sizes) / sum(sizes)
+    assert held["straight_through"] == pytest.approx(9 + largest, abs=0.01)
     assert held["categorical"] == pytest.approx(4 + 4 + 16 * 6 / 4, abs=0.01)  # and step counts
+
+
+@pytest.mark.usefixtures("quality")
+def test_few_sequences_are_all_that_is_learned_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import overfitting
+
+    monkeypatch.setattr("cases.TRAINING_BATCHES", 2)
+    seen: list[tuple[int, int]] = []
+    inside = overfitting.run
+
+    def run(case: Any, count: int, *args: int) -> Any:
+        seen.append((len(case.training), len(case.training[0])))
+        return inside(replace(case, reported=case.reported[:1]), count, *args)
+
+    monkeypatch.setattr(overfitting, "run", run)
+    command = ["--sequences", "1", "16", "--steps", "2", "--looks", "2"]
+    overfitting.main([*command, "--output", str(tmp_path)])
+    assert seen == [(1, 1), (2, 8)]
+    rows = rows_of(tmp_path / "overfitting.csv")
+    assert [(row["sequences"], row["step"]) for row in rows] == [
+        (count, step) for count in ("1", "16") for step in "012"
+    ]
+    for count in ("1", "16"):
+        first, *_, last = (row for row in rows if row["sequences"] == count)
+        assert first["groups_changed"] == "0.0"
+        assert float(last["groups_changed"]) > 0
+        assert float(last["seen"]) < float(first["seen"])
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])

@@ -1,0 +1,95 @@
+"""Loss on seen and on held-out text after learning from 1, 32, 512 and 4096 sequences.
+
+    python benchmarks/overfitting.py --output benchmarks/results
+
+Straight-through learning from SparseGPT's mask with its defaults, for the same number of steps
+whatever the number of sequences. Writes ``overfitting.csv`` and prints it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import cases
+import methods
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from maskpro_lightning import NMPattern
+
+COLUMNS = ("sequences", "seed", "step", "seen", "held_out", "groups_changed")
+# Batches that the loss on seen text is measured on.
+_SEEN = 32
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run everything, then write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sequences", nargs="+", type=int, default=[1, 32, 512, 4096])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--looks", type=int, default=5, help="measurements on the way")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    whole = cases.llama()
+    rows = [
+        row
+        for count in args.sequences
+        for seed in args.seeds
+        for row in run(limited(whole, count), count, seed, args.steps, args.looks)
+    ]
+    args.output.mkdir(parents=True, exist_ok=True)
+    with (args.output / "overfitting.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([COLUMNS, *rows])
+    table = Table(*COLUMNS, title="Straight-through on the quickstart's Llama, 2:4")
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console().print(table)
+
+
+def limited(case: cases.Case, sequences: int) -> cases.Case:
+    """The case with the first training sequences alone, in batches of one size or one batch."""
+    batches = max(1, sequences // cases.SEQUENCES)
+    return replace(case, training=[batch[:sequences] for batch in case.training[:batches]])
+
+
+def run(
+    case: cases.Case, count: int, seed: int, steps: int, looks: int
+) -> Iterator[tuple[int, int, int, float, float, float]]:
+    """Learn, and yield a row for the initial mask and for each look."""
+    bench = methods.Workbench(case, NMPattern(2, 4), seed)
+    with bench.restored():
+        masks, _ = bench.one_shot("sparsegpt")
+        learner = methods.MaskProLearner(bench, masks, steps, estimator="straight_through")
+        order: list[int] = []
+        for step in tqdm(range(steps + 1), f"{count} sequences", leave=False, mininterval=1):
+            if step:
+                order = order or bench.epoch()
+                learner.step(order.pop())
+            if step % (steps // looks) == 0:
+                found = learner.masks()
+                seen, held_out = (
+                    round(bench.deployed_loss(found, batches), 4)
+                    for batches in (case.training[:_SEEN], case.reported)
+                )
+                yield count, seed, step, seen, held_out, round(_changed(found, masks), 4)
+
+
+def _changed(found: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> float:
+    """The share of groups of four along the inputs whose mask is another."""
+    groups = [(found[name] != mask).unflatten(-1, (-1, 4)).any(-1) for name, mask in masks.items()]
+    return float(torch.cat([each.flatten() for each in groups]).float().mean())
+
+
+if __name__ == "__main__":
+    main()
