@@ -22,7 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from maskpro_lightning import MaskPro, NMPattern, find_targets, parameter_groups
 from maskpro_lightning.initial.calibration import initial_masks
-from maskpro_lightning.initial.initializers import InputStatistics, sparsegpt
+from maskpro_lightning.initial.initializers import sparsegpt
+from maskpro_lightning.initial.statistics import InputStatistics
 from maskpro_lightning.optim.rule import DEFAULTS, policy_lr
 
 #: Calibration batches of every method, and how often each goes through them.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from maskpro_lightning.initial import initializers
-from maskpro_lightning.initial.initializers import InputStatistics
+from maskpro_lightning.initial.statistics import InputStatistics, bytes_needed
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.masks.philox import key_of
 
@@ -335,8 +335,8 @@ def test_hooks_are_removed_also_when_the_body_raises() -> None:
     ],
 )
 def test_bytes_needed_are_known_beforehand(layer: nn.Module, groups: int, columns: int) -> None:
-    assert initializers.bytes_needed(layer, second_moments=False) == 4 * groups * columns
-    assert initializers.bytes_needed(layer, second_moments=True) == 4 * groups * columns**2
+    assert bytes_needed(layer, second_moments=False) == 4 * groups * columns
+    assert bytes_needed(layer, second_moments=True) == 4 * groups * columns**2
 
 
 # --- errors -------------------------------------------------------------------------------------

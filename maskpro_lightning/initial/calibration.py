@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskpro_lightning.initial import initializers, reconstruction
+from maskpro_lightning.initial.statistics import InputStatistics, bytes_needed
 from maskpro_lightning.masks import philox
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.targets import Target
@@ -107,7 +108,7 @@ def _calibrated(
     second_moments = method == "sparsegpt"
     for some in _passes(targets, second_moments):
         modules = {target.name: target.module for target in some.values()}
-        with initializers.InputStatistics(modules, second_moments=second_moments) as statistics:
+        with InputStatistics(modules, second_moments=second_moments) as statistics:
             for run in batches():
                 run()
         if reduce is not None:
@@ -170,7 +171,7 @@ def _passes(
     some: dict[str, Target] = {}
     held = 0
     for target in targets:
-        needed = copies * initializers.bytes_needed(target.module, second_moments)
+        needed = copies * bytes_needed(target.module, second_moments)
         if some and held + needed > _STATISTICS_BYTES:
             yield some
             some, held = {}, 0

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskpro_lightning.initial.initializers import input_rows, laid_out, mean_shape, rows_of
+from maskpro_lightning.initial.initializers import laid_out, rows_of
+from maskpro_lightning.initial.statistics import input_rows, mean_shape
 from maskpro_lightning.masks.pattern import NMPattern
 
 # The search ends after so many visits of each group, or when fewer than this share still swap.
