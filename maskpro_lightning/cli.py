@@ -25,8 +25,9 @@ from maskpro_lightning.commands.plan import Strategy, plan
 from maskpro_lightning.files.export import Format, export_sparse
 from maskpro_lightning.fit.callback import MaskProCallback
 from maskpro_lightning.tracking import runs
+from maskpro_lightning.tracking.credentials import without_credentials
 from maskpro_lightning.tracking.delivery import send
-from maskpro_lightning.tracking.loggers import Tracking, without_credentials
+from maskpro_lightning.tracking.loggers import Tracking
 from maskpro_lightning.tracking.mlflow_run import log_model
 from maskpro_lightning.weights.targets import find_targets
 

@@ -121,7 +121,7 @@ def run(
 def test_the_same_seed_gives_the_same_bytes(
     estimator: Estimator, init: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda rows, layers: {})
+    monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda run: {})
     runs = [run(tmp_path / name, estimator, init=init) for name in "ab"]
     other, _ = run(tmp_path / "c", estimator, init=init, seed=1)
     for what in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):

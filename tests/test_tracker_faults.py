@@ -36,8 +36,9 @@ from torch import nn
 from maskpro_lightning import MaskPro, MaskProCallback, NMPattern, save_masks
 from maskpro_lightning.cli import SaveConfig, _tell_mlflow, main
 from maskpro_lightning.files.export import save_distributions
+from maskpro_lightning.tracking.credentials import without_credentials
 from maskpro_lightning.tracking.delivery import send
-from maskpro_lightning.tracking.loggers import UNSENT, without_credentials
+from maskpro_lightning.tracking.runs import UNSENT
 
 # MLflow on SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -51,7 +52,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing them takes longer than all else in these tests."""
-    monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda rows, layers: {})
+    monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda run: {})
 
 
 def logged_fit(folder: Path, logger: Any, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:

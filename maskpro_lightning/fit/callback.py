@@ -30,6 +30,8 @@ from maskpro_lightning.tracking.journal import Journal
 from maskpro_lightning.tracking.loggers import OnError, Tracking
 from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.tracking.mlflow_run import MLflowRun
+from maskpro_lightning.tracking.runs import TAGGED
+from maskpro_lightning.tracking.standin import stand_in
 from maskpro_lightning.weights.targets import (
     Target,
     count,
@@ -192,11 +194,20 @@ class MaskProCallback(pl.Callback):
 
     # Entering and leaving the fit
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # Trainers give callbacks their log before they open the loggers; all hooks come later.
+        if name == "log" and self.on_logger_error == "warn":
+            trainer = value.__self__.trainer
+            if trainer.state.fn == "fit":
+                stand_in(trainer)
+
     def setup(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self._refuse_unsupported(trainer, pl_module)
         self._tracking = Tracking(trainer, self.on_logger_error)
+        self._tracking.folder()  # what loggers miss from now on is kept there
         self._mlflow_run = MLflowRun(trainer, self._tracking)
         self._baselines = BaselineCache(self.baseline_cache)
         self._best = BestMask(self.monitor, self.monitor_mode)
@@ -239,12 +250,11 @@ class MaskProCallback(pl.Callback):
     def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         keeps = bool(trainer.loggers) and not trainer.fast_dev_run
         self._journal.open(self._tracking_.folder(), keeps, writes=trainer.is_global_zero)
-        self._journal.parameters(self._parameters(pl_module), self._tracking_)
+        parameters = self._parameters(pl_module)
+        self._journal.parameters(parameters, self._tracking_)
         if self._optimizer.begun:
             self._tracking_.resume()
-        self._mlflow_run.begin(
-            {"maskpro.pattern": str(self.pattern), "maskpro.estimator": self.rule["estimator"]}
-        )
+        self._mlflow_run.begin({f"maskpro.{name}": parameters[name] for name in TAGGED})
 
     def on_train_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         self._best.tell()

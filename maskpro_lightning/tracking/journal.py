@@ -15,9 +15,7 @@ from maskpro_lightning.optim.masked_weight import Version
 from maskpro_lightning.optim.optimizer import MaskPro
 from maskpro_lightning.tracking.loggers import Tracking
 from maskpro_lightning.tracking.metrics import histograms
-from maskpro_lightning.tracking.runs import HISTORY, Run
-
-PARAMETERS = "parameters.json"
+from maskpro_lightning.tracking.runs import HISTORY, PARAMETERS, Run
 
 _log = logging.getLogger(__name__)
 # Longer histories keep every other row, so that a run of any length fits in memory.

@@ -10,8 +10,11 @@ from typing import Any
 
 Row = Mapping[str, float]
 
-
-HISTORY = "history.csv"
+HISTORY, PARAMETERS = "history.csv", "parameters.json"
+#: What a logger that failed should have got, one JSON object a line.
+UNSENT = "unsent.jsonl"
+#: Parameters by which MLflow can filter runs, as tags.
+TAGGED = frozenset({"pattern", "estimator"})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,213 @@
+"""Laws of a tracker that cannot be reached when a fit starts: nothing is lost, and all sent later."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import process_fit
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger
+from mlflow.entities import Run
+from modules import (
+    FAST,
+    Net,
+    assert_masked,
+    equal,
+    fit,
+    loader,
+    logits,
+    quiet_trainer,
+    same_weights,
+    traces,
+)
+from test_mlflow import FIGURES, FILES, Store, told
+
+from maskpro_lightning import MaskProCallback
+from maskpro_lightning.cli import main
+from maskpro_lightning.tracking.runs import UNSENT
+from maskpro_lightning.tracking.standin import StandIn
+
+# MLflow on SQLAlchemy 2.1.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+
+
+@pytest.fixture
+def down() -> str:
+    """The address of no server."""
+    return f"http://127.0.0.1:{closed_port()}"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("mlflow"))
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them takes longer than all else in these tests."""
+    monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda run: {})
+
+
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+class Configured(Net):
+    """Has parameters of its own, too."""
+
+    def __init__(self, rate: float = 0.5) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def logged_fit(
+    folder: Path, logger: Any, *callbacks: pl.Callback, module: Net | None = None, **kwargs: Any
+) -> pl.Trainer:
+    settings = {"max_steps": 8, "log_every_n_steps": 2} | kwargs
+    module = Configured() if module is None else module
+    return fit(module, *callbacks, folder=folder, logger=logger, **settings)
+
+
+def points(store: Store, run: Run) -> set[tuple[str, int, float]]:
+    return {
+        (name, point.step, point.value)
+        for name in run.data.metrics
+        for point in store.client.get_metric_history(run.info.run_id, name)
+    }
+
+
+def run_folder(root: Path) -> Path:
+    (folder,) = root.glob("unsent/*/maskpro")
+    return folder
+
+
+# --- the fit ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_fit_whose_server_is_down_at_the_start_learns_the_same(
+    down: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone, callback, module = MaskProCallback(lr=FAST), MaskProCallback(lr=FAST), Configured()
+    logged_fit(tmp_path / "alone", False, alone)
+    logger, save = MLFlowLogger("late", run_name="a/b", tracking_uri=down), ModelCheckpoint()
+    trainer = logged_fit(tmp_path, logger, callback, save, module=module)
+    assert equal(logits(alone), logits(callback))
+    assert_masked(module, Net())
+    assert trainer.loggers == [logger]
+    folder = run_folder(tmp_path)
+    assert folder.parent.name.startswith("a_b_")
+    assert Path(save.best_model_path).parent == folder.parent / "checkpoints"
+    (message,) = told(caplog)
+    assert message.startswith("MLFlowLogger could not be opened, and the fit goes on without it: ")
+    command = f"maskpro send {folder} --tracking_uri={down} --experiment=late"
+    assert message.endswith(f". When it is back: {command}")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_fit_without_its_server_leaves_nothing_behind_on_the_trainer(
+    down: str, tmp_path: Path
+) -> None:
+    class Fails(pl.Callback):
+        def __init__(self, hook: str) -> None:
+            setattr(self, hook, self.fail)
+
+        def fail(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+            seen.append(type(trainer.logger))
+            raise RuntimeError("boom")
+
+    for hook in ("setup", "on_fit_start", "on_train_batch_end", "on_train_end", "on_fit_end"):
+        seen: list[type] = []
+        logger, module = MLFlowLogger("late", tracking_uri=down), Net()
+        callbacks = [Fails(hook), MaskProCallback(lr=FAST)]
+        trainer = quiet_trainer(tmp_path / hook, *callbacks, logger=logger, max_steps=4)
+        before = traces(trainer, module)
+        with pytest.raises(RuntimeError, match="boom"):
+            trainer.fit(module, loader(), loader(16))
+        assert seen == [StandIn]
+        assert trainer.loggers == [logger]
+        after = traces(trainer, module)
+        assert before[2] == after[2]
+        assert same_weights(module, Net()) == (hook != "on_fit_end")
+
+
+def test_a_server_that_is_down_at_the_start_ends_the_fit_if_asked_to(
+    down: str, tmp_path: Path
+) -> None:
+    logger, module = MLFlowLogger("down", tracking_uri=down), Net()
+    callback = MaskProCallback(on_logger_error="raise")
+    trainer = quiet_trainer(tmp_path, callback, logger=logger, max_steps=8)
+    before = traces(trainer, module)
+    with pytest.raises(Exception, match=r"127\.0\.0\.1"):
+        trainer.fit(module, loader(), loader(16))
+    assert traces(trainer, module) == before
+    assert same_weights(module, Net())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_logger_beside_one_that_is_away_gets_all_and_has_the_folder(
+    down: str, tmp_path: Path
+) -> None:
+    sound = CSVLogger(tmp_path, name="sound", version="")
+    loggers = [sound, MLFlowLogger("late", tracking_uri=down)]
+    trainer = logged_fit(tmp_path, loggers, MaskProCallback(lr=FAST))
+    assert trainer.loggers == loggers
+    assert (tmp_path / "sound" / "maskpro" / UNSENT).exists()
+    assert not list(tmp_path.glob("unsent"))
+    rows = (tmp_path / "sound" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 4 + 2 * 3  # see test_mlflow
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_any_logger_may_be_away_and_is_asked_for_what_it_may_have(tmp_path: Path) -> None:
+    class Away(CSVLogger):
+        @property
+        def experiment(self) -> Any:
+            raise OSError("no route to host")
+
+    class Draws(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.logger.experiment.add_image("x", batch)
+            self.logger.log_image("x", [batch])
+            self.logger.log_metrics({"told": "a word", "own": torch.tensor(2.0)}, step=batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    logged_fit(tmp_path, Away(tmp_path), MaskProCallback(lr=FAST), module=Draws())
+    rows = [json.loads(line) for line in (run_folder(tmp_path) / UNSENT).open()]
+    assert {row["logger"] for row in rows} == {"Away"}
+    own = [row for row in rows if "own" in row.get("metrics", {})]
+    assert [(row["step"], row["metrics"]) for row in own] == [(i, {"own": 2.0}) for i in (0, 1, 2, 3)] * 2
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_next_fit_finds_the_server_that_is_back(
+    down: str, store: Store, tmp_path: Path
+) -> None:
+    logger = store.logger("back")
+    uri, client = store.uri, logger._mlflow_client
+    logger._mlflow_client = MLFlowLogger(tracking_uri=down)._mlflow_client
+    trainer = logged_fit(tmp_path, logger, MaskProCallback(lr=FAST))
+    logger._mlflow_client = client
+    trainer.fit_loop.epoch_loop.max_steps = 12
+    trainer.fit(Configured(), loader(), loader(16))
+    assert store.uri == uri
+    assert store.steps(store.only_run("back"), "maskpro/loss") == [9, 11]
