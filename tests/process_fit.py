@@ -136,20 +136,32 @@ class BadOnOneRank(Net):
         return super().training_step(batch, batch_idx) * (math.nan if bad else 1)
 
 
-def mlflow(folder: Path, ranks: int) -> None:
-    logger = MLFlowLogger("ranks", tracking_uri=f"sqlite:///{folder}/mlflow.db")
+def mlflow(folder: Path, ranks: int, tracking_uri: str | None = None) -> None:
+    logger = MLFlowLogger("ranks", tracking_uri=tracking_uri or f"sqlite:///{folder}/mlflow.db")
+    callback, save = MaskProCallback(lr=FAST), ModelCheckpoint()
     trainer = quiet_trainer(
         folder,
-        MaskProCallback(lr=FAST),
+        *(callback, save),
         devices=ranks,
         strategy="ddp",
         max_steps=4,
         log_every_n_steps=2,
         logger=logger,
     )
-    trainer.fit(Net(), loader(), loader(16))
+    module = Net()
+    trainer.fit(module, loader(), loader(16))
+    if tracking_uri is not None:
+        told = everything(trainer, module, callback) | {"saved": save.best_model_path}
+        torch.save(
+            told | {"kept": trainer.loggers == [logger]}, folder / f"{trainer.global_rank}.pt"
+        )
+
+
+def away(folder: Path, ranks: int) -> None:
+    """With a server that is down."""
+    mlflow(folder, ranks, "http://127.0.0.1:9")
 
 
 if __name__ == "__main__":
-    task = {"resume": resume, "kills": kills, "mlflow": mlflow}[sys.argv[1]]
+    task = {"resume": resume, "kills": kills, "mlflow": mlflow, "away": away}[sys.argv[1]]
     task(Path(sys.argv[2]), int(sys.argv[3]))

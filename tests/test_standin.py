@@ -119,7 +119,7 @@ def test_a_fit_whose_server_is_down_at_the_start_learns_the_same(
     (message,) = told(caplog)
     assert message.startswith("MLFlowLogger could not be opened, and the fit goes on without it: ")
     command = f"maskpro send {folder} --tracking_uri={down} --experiment=late"
-    assert message.endswith(f". When it is back: {command}")
+    assert message.endswith(f". To send MLflow later what is missing: {command}")
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -134,32 +134,34 @@ def test_a_fit_without_its_server_leaves_nothing_behind_on_the_trainer(
             seen.append(type(trainer.logger))
             raise RuntimeError("boom")
 
-    for hook in ("setup", "on_fit_start", "on_train_batch_end", "on_train_end", "on_fit_end"):
-        seen: list[type] = []
-        logger, module = MLFlowLogger("late", tracking_uri=down), Net()
-        callbacks = [Fails(hook), MaskProCallback(lr=FAST)]
+    def failed(hook: str, logger: Any) -> list[object]:
+        callbacks, module = [Fails(hook), MaskProCallback(lr=FAST)], Net()
         trainer = quiet_trainer(tmp_path / hook, *callbacks, logger=logger, max_steps=4)
-        before = traces(trainer, module)
         with pytest.raises(RuntimeError, match="boom"):
             trainer.fit(module, loader(), loader(16))
-        assert seen == [StandIn]
         assert trainer.loggers == [logger]
-        after = traces(trainer, module)
-        assert before[2] == after[2]
         assert same_weights(module, Net()) == (hook != "on_fit_end")
+        return traces(trainer, module)[:-1]
+
+    seen: list[type] = []
+    for hook in ("setup", "on_fit_start", "on_train_batch_end", "on_train_end", "on_fit_end"):
+        absent = failed(hook, MLFlowLogger("late", tracking_uri=down))
+        assert absent == failed(hook, CSVLogger(tmp_path))
+    assert seen == [StandIn, CSVLogger] * 5
 
 
 def test_a_server_that_is_down_at_the_start_ends_the_fit_if_asked_to(
     down: str, tmp_path: Path
 ) -> None:
-    logger, module = MLFlowLogger("down", tracking_uri=down), Net()
-    callback = MaskProCallback(on_logger_error="raise")
-    trainer = quiet_trainer(tmp_path, callback, logger=logger, max_steps=8)
-    before = traces(trainer, module)
-    with pytest.raises(Exception, match=r"127\.0\.0\.1"):
-        trainer.fit(module, loader(), loader(16))
-    assert traces(trainer, module) == before
-    assert same_weights(module, Net())
+    def failed(*callbacks: pl.Callback) -> list[object]:
+        logger, module = MLFlowLogger("down", tracking_uri=down), Net()
+        trainer = quiet_trainer(tmp_path, *callbacks, logger=logger, max_steps=8)
+        with pytest.raises(Exception, match=r"127\.0\.0\.1"):
+            trainer.fit(module, loader(), loader(16))
+        assert same_weights(module, Net())
+        return traces(trainer, module)
+
+    assert failed(MaskProCallback(on_logger_error="raise")) == failed()
     assert not list(tmp_path.iterdir())
 
 
@@ -192,10 +194,13 @@ def test_any_logger_may_be_away_and_is_asked_for_what_it_may_have(tmp_path: Path
             return super().training_step(batch, batch_idx)
 
     logged_fit(tmp_path, Away(tmp_path), MaskProCallback(lr=FAST), module=Draws())
-    rows = [json.loads(line) for line in (run_folder(tmp_path) / UNSENT).open()]
+    text = (run_folder(tmp_path) / UNSENT).read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
     assert {row["logger"] for row in rows} == {"Away"}
     own = [row for row in rows if "own" in row.get("metrics", {})]
-    assert [(row["step"], row["metrics"]) for row in own] == [(i, {"own": 2.0}) for i in (0, 1, 2, 3)] * 2
+    # Once for each of two epochs of four batches, and not by the baseline's pass.
+    assert [row["step"] for row in own] == [0, 1, 2, 3] * 2
+    assert all(row["metrics"] == {"own": 2.0} for row in own)
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -209,5 +214,84 @@ def test_the_next_fit_finds_the_server_that_is_back(
     logger._mlflow_client = client
     trainer.fit_loop.epoch_loop.max_steps = 12
     trainer.fit(Configured(), loader(), loader(16))
-    assert store.uri == uri
     assert store.steps(store.only_run("back"), "maskpro/loss") == [9, 11]
+
+
+@pytest.mark.slow
+def test_two_ranks_agree_on_a_folder_and_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, process_fit.__file__, "away", str(tmp_path), "2"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("could not be opened") == 1
+    told = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert all(each["kept"] for each in told)
+    assert equal(told[0]["logits"], told[1]["logits"])
+    folder = run_folder(tmp_path)
+    assert {Path(each["saved"]).parent for each in told} == {folder.parent / "checkpoints"}
+    rows = [json.loads(line) for line in (folder / UNSENT).read_text().splitlines()]
+    steps = [row["step"] for row in rows if "maskpro/entropy" in row.get("metrics", {})]
+    assert steps == [1, 3]
+
+
+def test_in_the_other_lightning_too(
+    down: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other: Any = pytest.importorskip("pytorch_lightning")
+    from pytorch_lightning.loggers import MLFlowLogger as OtherLogger
+
+    class Other(other.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net().net
+
+        training_step, configure_optimizers = Net.training_step, Net.configure_optimizers
+        loss = Net.loss
+
+    logger, callback = OtherLogger("late", tracking_uri=down), MaskProCallback(lr=FAST)
+    trainer = other.Trainer(
+        accelerator="cpu",
+        devices=1,
+        callbacks=[callback],
+        default_root_dir=tmp_path,
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_steps=4,
+        log_every_n_steps=2,
+    )
+    trainer.fit(Other(), loader())
+    assert trainer.loggers == [logger]
+    assert (run_folder(tmp_path) / UNSENT).exists()
+
+
+# --- sent later ---------------------------------------------------------------------------------
+
+
+def test_what_was_kept_is_sent_and_the_run_is_as_if_nothing_had_happened(
+    down: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, uri in (("live", store.uri), ("late", down)):
+        logger = MLFlowLogger(name, tracking_uri=uri, artifact_location=str(tmp_path / "files"))
+        pl.seed_everything(0, verbose=False)
+        logged_fit(tmp_path / name, logger, MaskProCallback(lr=FAST))
+    folder = run_folder(tmp_path / "late")
+    monkeypatch.setattr(sys, "argv", ["maskpro"])
+    for _ in range(2):  # again does no harm
+        main(["send", str(folder), f"--tracking_uri={store.uri}", "--experiment=late"])
+        late = store.only_run("late")
+        monkeypatch.setattr(sys, "argv", ["maskpro"])
+        monkeypatch.setattr(
+            "maskpro_lightning.tracking.delivery._new_run", lambda *_: late.info.run_id
+        )
+    live = store.only_run("live")
+    assert live.data.params.keys() > {"rate", "maskpro/pattern"}
+    assert late.data.params == live.data.params
+    ours = {name: value for name, value in live.data.tags.items() if name.startswith("maskpro")}
+    assert ours.items() <= late.data.tags.items()
+    assert points(store, late) == points(store, live)
+    assert len(points(store, live)) > 50
+    assert store.artifacts(late) == FILES | FIGURES | {UNSENT, "parameters.json"}
+    assert (late.info.status, late.info.run_name) == ("FINISHED", folder.parent.name)

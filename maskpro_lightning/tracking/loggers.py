@@ -118,7 +118,8 @@ class Tracking:
 
     def _tell_of(self, stand_in: StandIn, folder: Path) -> None:
         _log.warning(
-            "%s could not be opened, and the fit goes on without it: %s. When it is back: %s",
+            "%s could not be opened, and the fit goes on without it: %s. To send MLflow later what "
+            "is missing: %s",
             *(stand_in.kind, stand_in.error, stand_in.command(folder)),
         )
         stand_in.keep_by(self._keep)

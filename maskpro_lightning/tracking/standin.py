@@ -46,7 +46,7 @@ class StandIn(DummyLogger):
             keep(self._early.pop(0))
 
     def command(self, folder: Path) -> str:
-        """What a user types when the server is back."""
+        """What a user types once the server is back."""
         given = {"tracking_uri": "_tracking_uri", "experiment": "_experiment_name"}
         given |= {"run_id": "_run_id"}
         options = {name: getattr(self._absent, private, None) for name, private in given.items()}
