@@ -35,6 +35,10 @@ def _own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return tiny_options(tmp_path, monkeypatch)
+
+
+def tiny_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Options that put a tiny model into the quickstart, and a working folder of one's own."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -1,10 +1,9 @@
-"""Laws of a tracker that cannot be reached when a fit starts: nothing is lost, and all sent later."""
+"""Laws of a tracker that is away when a fit starts: nothing is lost, and all is sent later."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger
 from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
 from modules import (
     FAST,
     Net,
@@ -29,10 +29,13 @@ from modules import (
     same_weights,
     traces,
 )
+from test_cli import tiny_options
 from test_mlflow import FIGURES, FILES, Store, told
+from test_mlflow_run import free_port, serving
 
 from maskpro_lightning import MaskProCallback
 from maskpro_lightning.cli import main
+from maskpro_lightning.tracking.delivery import send
 from maskpro_lightning.tracking.runs import UNSENT
 from maskpro_lightning.tracking.standin import StandIn
 
@@ -49,7 +52,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def down() -> str:
     """The address of no server."""
-    return f"http://127.0.0.1:{closed_port()}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +64,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing them takes longer than all else in these tests."""
     monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda run: {})
-
-
-def closed_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
 
 
 class Configured(Net):
@@ -140,6 +136,7 @@ def test_a_fit_without_its_server_leaves_nothing_behind_on_the_trainer(
         with pytest.raises(RuntimeError, match="boom"):
             trainer.fit(module, loader(), loader(16))
         assert trainer.loggers == [logger]
+        assert "setup_environment" not in vars(trainer.strategy)
         assert same_weights(module, Net()) == (hook != "on_fit_end")
         return traces(trainer, module)[:-1]
 
@@ -169,10 +166,16 @@ def test_a_server_that_is_down_at_the_start_ends_the_fit_if_asked_to(
 def test_a_logger_beside_one_that_is_away_gets_all_and_has_the_folder(
     down: str, tmp_path: Path
 ) -> None:
+    class Asks(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            folders.extend(logger.log_dir for logger in trainer.loggers)
+
+    folders: list[str | None] = []
     sound = CSVLogger(tmp_path, name="sound", version="")
     loggers = [sound, MLFlowLogger("late", tracking_uri=down)]
-    trainer = logged_fit(tmp_path, loggers, MaskProCallback(lr=FAST))
+    trainer = logged_fit(tmp_path, loggers, MaskProCallback(lr=FAST), Asks())
     assert trainer.loggers == loggers
+    assert folders == [sound.log_dir, None]
     assert (tmp_path / "sound" / "maskpro" / UNSENT).exists()
     assert not list(tmp_path.glob("unsent"))
     rows = (tmp_path / "sound" / "metrics.csv").read_text().splitlines()
@@ -186,6 +189,10 @@ def test_any_logger_may_be_away_and_is_asked_for_what_it_may_have(tmp_path: Path
         def experiment(self) -> Any:
             raise OSError("no route to host")
 
+    class Early(pl.Callback):
+        def setup(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+            trainer.loggers[0].log_hyperparams({"early": True})
+
     class Draws(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.logger.experiment.add_image("x", batch)
@@ -193,10 +200,11 @@ def test_any_logger_may_be_away_and_is_asked_for_what_it_may_have(tmp_path: Path
             self.logger.log_metrics({"told": "a word", "own": torch.tensor(2.0)}, step=batch_idx)
             return super().training_step(batch, batch_idx)
 
-    logged_fit(tmp_path, Away(tmp_path), MaskProCallback(lr=FAST), module=Draws())
+    logged_fit(tmp_path, Away(tmp_path), Early(), MaskProCallback(lr=FAST), module=Draws())
     text = (run_folder(tmp_path) / UNSENT).read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     assert {row["logger"] for row in rows} == {"Away"}
+    assert rows[0]["parameters"] == {"early": "True"}
     own = [row for row in rows if "own" in row.get("metrics", {})]
     # Once for each of two epochs of four batches, and not by the baseline's pass.
     assert [row["step"] for row in own] == [0, 1, 2, 3] * 2
@@ -208,7 +216,7 @@ def test_the_next_fit_finds_the_server_that_is_back(
     down: str, store: Store, tmp_path: Path
 ) -> None:
     logger = store.logger("back")
-    uri, client = store.uri, logger._mlflow_client
+    client = logger._mlflow_client
     logger._mlflow_client = MLFlowLogger(tracking_uri=down)._mlflow_client
     trainer = logged_fit(tmp_path, logger, MaskProCallback(lr=FAST))
     logger._mlflow_client = client
@@ -217,13 +225,18 @@ def test_the_next_fit_finds_the_server_that_is_back(
     assert store.steps(store.only_run("back"), "maskpro/loss") == [9, 11]
 
 
-@pytest.mark.slow
-def test_two_ranks_agree_on_a_folder_and_go_on(tmp_path: Path) -> None:
-    command = [sys.executable, process_fit.__file__, "away", str(tmp_path), "2"]
+def ranks_do(task: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, process_fit.__file__, task, str(folder), "2"]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=folder, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_two_ranks_agree_on_a_folder_and_go_on(tmp_path: Path) -> None:
+    done = ranks_do("away", tmp_path)
     assert (done.stdout + done.stderr).count("could not be opened") == 1
     told = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     assert all(each["kept"] for each in told)
@@ -235,9 +248,13 @@ def test_two_ranks_agree_on_a_folder_and_go_on(tmp_path: Path) -> None:
     assert steps == [1, 3]
 
 
-def test_in_the_other_lightning_too(
-    down: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_ranks_that_learn_late_which_one_they_are_open_one_run(tmp_path: Path) -> None:
+    ranks_do("spawned", tmp_path)
+    assert Store(tmp_path).only_run("ranks").info.status == "FINISHED"
+
+
+def test_in_the_other_lightning_too(down: str, tmp_path: Path) -> None:
     other: Any = pytest.importorskip("pytorch_lightning")
     from pytorch_lightning.loggers import MLFlowLogger as OtherLogger
 
@@ -271,21 +288,16 @@ def test_in_the_other_lightning_too(
 
 
 def test_what_was_kept_is_sent_and_the_run_is_as_if_nothing_had_happened(
-    down: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    down: str, store: Store, tmp_path: Path
 ) -> None:
     for name, uri in (("live", store.uri), ("late", down)):
         logger = MLFlowLogger(name, tracking_uri=uri, artifact_location=str(tmp_path / "files"))
         pl.seed_everything(0, verbose=False)
         logged_fit(tmp_path / name, logger, MaskProCallback(lr=FAST))
     folder = run_folder(tmp_path / "late")
-    monkeypatch.setattr(sys, "argv", ["maskpro"])
-    for _ in range(2):  # again does no harm
-        main(["send", str(folder), f"--tracking_uri={store.uri}", "--experiment=late"])
-        late = store.only_run("late")
-        monkeypatch.setattr(sys, "argv", ["maskpro"])
-        monkeypatch.setattr(
-            "maskpro_lightning.tracking.delivery._new_run", lambda *_: late.info.run_id
-        )
+    run_id = send(folder, store.uri, experiment="late")
+    assert send(folder, store.uri, run_id) == run_id  # again does no harm
+    late = store.only_run("late")
     live = store.only_run("live")
     assert live.data.params.keys() > {"rate", "maskpro/pattern"}
     assert late.data.params == live.data.params
@@ -295,3 +307,31 @@ def test_what_was_kept_is_sent_and_the_run_is_as_if_nothing_had_happened(
     assert len(points(store, live)) > 50
     assert store.artifacts(late) == FILES | FIGURES | {UNSENT, "parameters.json"}
     assert (late.info.status, late.info.run_name) == ("FINISHED", folder.parent.name)
+
+
+@pytest.mark.slow
+def test_a_run_of_the_command_line_is_sent_by_the_command_it_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["maskpro"])
+    port, options = free_port(), tiny_options(tmp_path, monkeypatch)
+    main(["fit", *options, f"--trainer.logger.tracking_uri=http://127.0.0.1:{port}"])
+    assert list(tmp_path.glob("runs/unsent/*/checkpoints/*.ckpt"))
+    (message,) = told(caplog)
+    command = shlex.split(message.rpartition(": ")[2])
+    with serving(tmp_path, port) as uri:
+        main(command[1:])
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name("maskpro")
+        assert experiment is not None
+        (run,) = client.search_runs([experiment.experiment_id])
+        names = {item.path for item in client.list_artifacts(run.info.run_id)}
+        assert names == {"config.yaml", "maskpro"}
+        config = client.download_artifacts(run.info.run_id, "config.yaml", str(tmp_path))
+        assert "estimator: straight_through" in Path(config).read_text()
+        points = client.get_metric_history(run.info.run_id, "maskpro/loss")
+        assert [point.step for point in points] == [0, 1, 2, 3]
+        assert "val_loss" in run.data.metrics
+        assert run.data.params["maskpro/pattern"] == "2:4"
+        assert run.data.params["model"] == str(tmp_path / "tiny")
+        assert run.info.run_name.startswith("quickstart_")

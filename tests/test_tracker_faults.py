@@ -105,20 +105,6 @@ def test_what_a_dead_server_missed_is_sent_later(
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_server_that_is_down_at_the_start_ends_the_fit_before_anything_is_touched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    logger, module = MLFlowLogger("down", tracking_uri="http://127.0.0.1:9"), Net()
-    trainer = quiet_trainer(tmp_path, MaskProCallback(), logger=logger, max_steps=8)
-    with pytest.raises(Exception, match=r"127\.0\.0\.1"):
-        trainer.fit(module, loader(), loader(16))
-    assert same_weights(module, Net())
-    assert "configure_optimizers" not in vars(module)
-
-
-@pytest.mark.usefixtures("no_figures")
 def test_a_run_without_a_server_is_sent_to_one_from_the_command_line(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
