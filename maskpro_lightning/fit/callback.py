@@ -31,7 +31,7 @@ from maskpro_lightning.tracking.loggers import OnError, Tracking
 from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.tracking.mlflow_run import MLflowRun
 from maskpro_lightning.tracking.runs import TAGGED
-from maskpro_lightning.tracking.standin import stand_in
+from maskpro_lightning.tracking.standin import watch_loggers
 from maskpro_lightning.weights.targets import (
     Target,
     count,
@@ -200,7 +200,7 @@ class MaskProCallback(pl.Callback):
         if name == "log" and self.on_logger_error == "warn":
             trainer = value.__self__.trainer
             if trainer.state.fn == "fit":
-                stand_in(trainer)
+                watch_loggers(trainer)
 
     def setup(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -257,6 +257,9 @@ class MaskProCallback(pl.Callback):
         self._mlflow_run.begin({f"maskpro.{name}": parameters[name] for name in TAGGED})
 
     def on_train_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
+        if self._optimizer.last and not self._journal.knows(trainer.global_step):
+            # The fit was too short for a row, or ends between two.
+            self._journal.step(trainer.global_step, self._cheap_numbers() | self._costly_numbers())
         self._best.tell()
         self._optimizer.write(self._best.version)
         self._journal.close(self._optimizer, self._best.version, self._tracking_)
@@ -407,16 +410,24 @@ class MaskProCallback(pl.Callback):
         if not self._stepped or not trainer.log_every_n_steps:
             return
         self._stepped = False
+        values = self._cheap_numbers()
+        self._log(values)
+        if trainer._logger_connector.should_update_logs:
+            found = self._costly_numbers()
+            self._log(found)
+            self._journal.step(trainer.global_step, values | found)
+
+    def _cheap_numbers(self) -> dict[str, Any]:
         values = dict(self._optimizer.last) | {"skipped": self._optimizer.tracker["skipped"]}
         if self._forward_only:
             values["delta"] = self._optimizer.tracker["delta"]
-        self._log(values)
-        if trainer._logger_connector.should_update_logs:
-            found = mask_metrics(self._optimizer)[""]
-            if self._forward_only:
-                found["baseline_hit_rate"] = self._baselines.hit_rate
-            self._log(found)
-            self._journal.step(trainer.global_step, values | found)
+        return values
+
+    def _costly_numbers(self) -> dict[str, Any]:
+        found: dict[str, Any] = mask_metrics(self._optimizer)[""]
+        if self._forward_only:
+            found["baseline_hit_rate"] = self._baselines.hit_rate
+        return found
 
     def _log(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():

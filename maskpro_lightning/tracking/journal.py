@@ -52,6 +52,10 @@ class Journal:
         if len(self._rows) > _MOST_ROWS:
             self._rows = self._rows[::2]
 
+    def knows(self, step: int) -> bool:
+        """Whether the history's last row is of this step."""
+        return bool(self._rows) and self._rows[-1]["step"] == step
+
     def layers(self, layers: Mapping[str, Mapping[str, float]]) -> None:
         """Remember the latest statistics of each layer."""
         self._layers = {name: dict(values) for name, values in layers.items()}

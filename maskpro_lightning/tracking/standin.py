@@ -85,7 +85,7 @@ class StandIn(DummyLogger):
             self._keep(row)
 
 
-def stand_in(trainer: Any) -> None:
+def watch_loggers(trainer: Any) -> None:
     """For the fit that begins, let stand-ins take the places of loggers that cannot be opened.
 
     Lightning opens all loggers before any hook of a callback. It opens them after the strategy has
