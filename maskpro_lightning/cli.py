@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import PositiveInt
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 from rich.table import Table
@@ -49,7 +50,24 @@ def main(args: Sequence[str] | None = None) -> None:
     if command in own:
         own[command]()
     else:
-        LightningCLI(save_config_callback=SaveConfig)
+        LightningCLI(
+            save_config_callback=SaveConfig, trainer_defaults={"callbacks": [SaveTheEnd()]}
+        )
+
+
+class SaveTheEnd(Callback):
+    """Lets a fit end with a checkpoint of its last step.
+
+    Lightning saves every so many steps, or with a validation; what comes after the last of them,
+    or all of a short fit, would be lost. A checkpoint that is chosen by a metric is left alone.
+    """
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        saver = trainer.checkpoint_callback
+        if not isinstance(saver, ModelCheckpoint) or saver.monitor is not None:
+            return
+        if saver._last_global_step_saved != trainer.global_step:
+            saver._save_topk_checkpoint(trainer, saver._monitor_candidates(trainer))
 
 
 class SaveConfig(SaveConfigCallback):

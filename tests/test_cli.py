@@ -79,6 +79,31 @@ def test_fit_then_export_writes_a_sparse_model_that_validates_like_the_checkpoin
         assert torch.equal(weight, saved[f"model.{name}"])
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (["--trainer.val_check_interval=50"], 4),
+        (["--trainer.val_check_interval=3"], 4),
+        (["--trainer.val_check_interval=2"], 4),
+        (["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=50"], 4),
+        (["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=3"], 4),
+    ],
+    ids=["short", "between validations", "even", "fewer than every n", "between every n"],
+)
+def test_a_fit_ends_with_one_checkpoint_of_its_last_step(
+    options: list[str], steps: int, tiny: list[str], tmp_path: Path
+) -> None:
+    main(["fit", *tiny, *options, "--trainer.logger=false"])
+    (checkpoint,) = tmp_path.glob("runs/**/*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["global_step"] == steps
+    main(["validate", *tiny, f"--ckpt_path={checkpoint}", "--trainer.logger=false"])
+    longer = [f"--ckpt_path={checkpoint}", "--trainer.max_steps=5", "--trainer.logger=false"]
+    main(["fit", *tiny, *options, *longer])
+    found = {int(torch.load(p, weights_only=True)["global_step"]) for p in tmp_path.rglob("*.ckpt")}
+    assert max(found) == 5
+
+
 def test_compare_prints_one_row_for_each_mask_and_exports(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
