@@ -431,7 +431,8 @@ class MaskProCallback(pl.Callback):
 
     def _log(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            self.log(f"maskpro/{name}", value, prog_bar=name in ("residual", "changed"))
+            # Not in the progress bar: in 80 columns it has room for one short name, the user's.
+            self.log(f"maskpro/{name}", value)
 
     # Validation and checkpoints under the most likely mask
 
