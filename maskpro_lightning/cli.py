@@ -4,48 +4,28 @@ from __future__ import annotations
 
 import math
 import sys
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from maskpro_lightning.catalog import recipes
-from maskpro_lightning.commands import measure
+from maskpro_lightning.commands import measure, plain
 from maskpro_lightning.commands.compare import callback_of, compare, table, write_csv
 from maskpro_lightning.commands.plan import Strategy, plan
 from maskpro_lightning.files.export import Format, export_sparse
 from maskpro_lightning.fit.callback import MaskProCallback
-from maskpro_lightning.tracking import runs
-from maskpro_lightning.tracking.delivery import send
-from maskpro_lightning.tracking.loggers import Tracking, without_credentials
+from maskpro_lightning.tracking.credentials import without_credentials
+from maskpro_lightning.tracking.loggers import Tracking
 from maskpro_lightning.tracking.mlflow_run import log_model
 from maskpro_lightning.weights.targets import find_targets
-
-_USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
-
-  fit       learn a mask
-  validate  measure a model, or a checkpoint with --ckpt_path
-  compare   measure the dense model and one-shot masks, learn a mask, print one table, export
-  evaluate  measure the model dense and as in --ckpt_path, side by side; of language models also
-            the perplexity of WikiText-2
-  export    write a checkpoint's sparse model for others to load (--format), or keep it in MLflow
-            (--log_model, --registered_name)
-  measure   time the layers dense and 2:4 on this device (--batch_sizes, --dtype)
-  plan      tell what a fit needs on --devices ranks with --strategy, without loading the model
-  plot      draw what a run logged: maskpro plot RUN [--tracking_uri URI] [--output FOLDER]
-  send      send the folder that a run kept to MLflow, after its server was away (no recipe)
-
-RECIPE is a YAML file or one of: {recipes}.
-Every value can be overridden: maskpro fit --config quickstart --trainer.max_steps 100"""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -55,24 +35,39 @@ def main(args: Sequence[str] | None = None) -> None:
         args: The arguments; those of the process by default.
     """
     arguments = _named(sys.argv[1:] if args is None else args)
-    command = arguments[0] if arguments else "--help"
+    if plain.main(arguments):
+        return
+    command = arguments[0]
     own = {
         "compare": _compare,
         "evaluate": _evaluate,
         "export": _export,
         "measure": _measure,
         "plan": _plan,
-        "plot": _plot,
-        "send": _send,
     }
     # LightningCLI reads them there; given as its args, it warns of mixing them up with these.
     sys.argv[1:] = arguments[1:] if command in own else arguments
-    if command in ("-h", "--help"):
-        print(_USAGE.format(recipes=", ".join(recipes())))
-    elif command in own:
+    if command in own:
         own[command]()
     else:
-        LightningCLI(save_config_callback=SaveConfig)
+        LightningCLI(
+            save_config_callback=SaveConfig, trainer_defaults={"callbacks": [SaveTheEnd()]}
+        )
+
+
+class SaveTheEnd(Callback):
+    """Lets a fit end with a checkpoint of its last step.
+
+    Lightning saves every so many steps, or with a validation; what comes after the last of them,
+    or all of a short fit, would be lost. A checkpoint that is chosen by a metric is left alone.
+    """
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        saver = trainer.checkpoint_callback
+        if not isinstance(saver, ModelCheckpoint) or saver.monitor is not None:
+            return
+        if saver._last_global_step_saved != trainer.global_step:
+            saver._save_topk_checkpoint(trainer, saver._monitor_candidates(trainer))
 
 
 class SaveConfig(SaveConfigCallback):
@@ -285,32 +280,6 @@ def _measure() -> None:
     console = Console()
     console.print(measure.table(found))
     console.print(measure.conclusion(found), soft_wrap=True)
-
-
-def _plot() -> None:
-    from maskpro_lightning.tracking import plots
-
-    parser = ArgumentParser("maskpro plot", description="Draw what a run logged, PNG and SVG.")
-    parser.add_argument("run", help="a run's folder, or the id of an MLflow run")
-    parser.add_argument("--tracking_uri", help="where MLflow keeps the run, such as sqlite:///...")
-    parser.add_argument("--output", type=Path, help="folder to write; the run's by default")
-    given = parser.parse_args()
-    with TemporaryDirectory() as fetched:
-        folder = Path(given.run)
-        if given.tracking_uri is not None:
-            runs.download_run(given.run, given.tracking_uri, Path(fetched))
-            folder = Path(fetched)
-        try:
-            run = runs.read_run(folder)
-        except ValueError as error:
-            raise SystemExit(str(error)) from None
-    own = Path("figures", given.run) if given.tracking_uri else runs.folder_of(folder)
-    for path in plots.save(plots.figures(run), given.output or own):
-        print(path)
-
-
-def _send() -> None:
-    print(f"Sent to run {auto_cli(send)}")
 
 
 def _tell_mlflow(cli: LightningCLI, console: Console) -> None:

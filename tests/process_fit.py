@@ -136,20 +136,41 @@ class BadOnOneRank(Net):
         return super().training_step(batch, batch_idx) * (math.nan if bad else 1)
 
 
-def mlflow(folder: Path, ranks: int) -> None:
-    logger = MLFlowLogger("ranks", tracking_uri=f"sqlite:///{folder}/mlflow.db")
+def mlflow(
+    folder: Path, ranks: int, tracking_uri: str | None = None, strategy: str = "ddp"
+) -> None:
+    logger = MLFlowLogger("ranks", tracking_uri=tracking_uri or f"sqlite:///{folder}/mlflow.db")
+    callback, save = MaskProCallback(lr=FAST), ModelCheckpoint()
     trainer = quiet_trainer(
         folder,
-        MaskProCallback(lr=FAST),
+        *(callback, save),
         devices=ranks,
-        strategy="ddp",
+        strategy=strategy,
         max_steps=4,
         log_every_n_steps=2,
         logger=logger,
     )
-    trainer.fit(Net(), loader(), loader(16))
+    module = Net()
+    trainer.fit(module, loader(), loader(16))
+    if tracking_uri is not None:
+        told = everything(trainer, module, callback) | {"saved": save.best_model_path}
+        torch.save(
+            told | {"kept": trainer.loggers == [logger]}, folder / f"{trainer.global_rank}.pt"
+        )
 
+
+def away(folder: Path, ranks: int) -> None:
+    """With a server that is down."""
+    mlflow(folder, ranks, "http://127.0.0.1:9")
+
+
+def spawned(folder: Path, ranks: int) -> None:
+    """On ranks that learn late which one they are."""
+    mlflow(folder, ranks, strategy="ddp_spawn")
+
+
+TASKS = {task.__name__: task for task in (resume, kills, mlflow, away, spawned)}
 
 if __name__ == "__main__":
-    task = {"resume": resume, "kills": kills, "mlflow": mlflow}[sys.argv[1]]
+    task = TASKS[sys.argv[1]]
     task(Path(sys.argv[2]), int(sys.argv[3]))

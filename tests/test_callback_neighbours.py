@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger
 from modules import FAST, Net, assert_masked, fit, loader, quiet_trainer
 from torch.optim.lr_scheduler import LinearLR
@@ -126,3 +133,22 @@ def test_several_validation_loaders_see_the_same_mask(tmp_path: Path) -> None:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert metrics["held_out_loss"] == metrics["held_out_loss/dataloader_idx_1"]
     assert_masked(module, Net())
+
+
+def test_the_progress_bar_has_one_line_of_80_columns_with_the_metric_of_the_user(
+    tmp_path: Path,
+) -> None:
+    class Shows(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("shown", float(batch_idx), prog_bar=True)
+            return self.loss(batch)
+
+    shown = io.StringIO()
+    console = {"width": 80, "file": shown, "force_terminal": True, "color_system": None}
+    bar = RichProgressBar(console_kwargs=console)
+    steps: dict[str, Any] = {"max_steps": 8, "log_every_n_steps": 1}
+    fit(Shows(), MaskProCallback(), bar, folder=tmp_path, enable_progress_bar=True, **steps)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", shown.getvalue())
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    assert lines[-1].startswith("Epoch 1")
+    assert lines[-1].endswith("shown: 3.000")

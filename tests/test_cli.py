@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import maskpro_lightning
 from maskpro_lightning import NMPattern, find_targets, load_compressed
 from maskpro_lightning.__main__ import main as command
 from maskpro_lightning.catalog import recipes, resolve
@@ -35,6 +37,10 @@ def _own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return tiny_options(tmp_path, monkeypatch)
+
+
+def tiny_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Options that put a tiny model into the quickstart, and a working folder of one's own."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -71,6 +77,31 @@ def test_fit_then_export_writes_a_sparse_model_that_validates_like_the_checkpoin
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     for name, weight in exported.items():
         assert torch.equal(weight, saved[f"model.{name}"])
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (["--trainer.val_check_interval=50"], 4),
+        (["--trainer.val_check_interval=3"], 4),
+        (["--trainer.val_check_interval=2"], 4),
+        (["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=50"], 4),
+        (["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=3"], 4),
+    ],
+    ids=["short", "between validations", "even", "fewer than every n", "between every n"],
+)
+def test_a_fit_ends_with_one_checkpoint_of_its_last_step(
+    options: list[str], steps: int, tiny: list[str], tmp_path: Path
+) -> None:
+    main(["fit", *tiny, *options, "--trainer.logger=false"])
+    (checkpoint,) = tmp_path.glob("runs/**/*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["global_step"] == steps
+    main(["validate", *tiny, f"--ckpt_path={checkpoint}", "--trainer.logger=false"])
+    longer = [f"--ckpt_path={checkpoint}", "--trainer.max_steps=5", "--trainer.logger=false"]
+    main(["fit", *tiny, *options, *longer])
+    found = {int(torch.load(p, weights_only=True)["global_step"]) for p in tmp_path.rglob("*.ckpt")}
+    assert max(found) == 5
 
 
 def test_compare_prints_one_row_for_each_mask_and_exports(
@@ -142,6 +173,25 @@ def test_plot_of_what_is_no_run_says_so(tmp_path: Path) -> None:
         main(["plot", str(tmp_path)])
 
 
+def test_plot_names_the_mlflow_run_that_it_cannot_draw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    number = client.create_experiment("empty", artifact_location=str(tmp_path / "files"))
+    run_id = client.create_run(number).info.run_id
+    with pytest.raises(SystemExit, match=rf"'MLflow run {run_id}' holds no history\.csv: give"):
+        main(["plot", run_id, f"--tracking_uri={uri}"])
+    (tmp_path / "history.csv").write_text("step,loss\n1,much\n")
+    client.log_artifact(run_id, str(tmp_path / "history.csv"), "maskpro")
+    named = f"'MLflow run {run_id}/history.csv' is no table of numbers at line 2"
+    with pytest.raises(SystemExit, match=named):
+        main(["plot", run_id, f"--tracking_uri={uri}"])
+    with pytest.raises(SystemExit, match="MLflow run nope could not be read from sqlite:"):
+        main(["plot", "nope", f"--tracking_uri={uri}"])
+
+
 def test_export_without_a_checkpoint_says_what_is_missing(tiny: list[str]) -> None:
     with pytest.raises(SystemExit, match="maskpro export needs --ckpt_path"):
         main(["export", *tiny])
@@ -172,10 +222,56 @@ def test_the_command_is_installed() -> None:
     assert "usage: maskpro" in found.stdout
 
 
-@pytest.mark.parametrize("module", ["rich.console", "jsonargparse", "jsonargparse.typing"])
+@pytest.mark.parametrize("command", ["--help", "plot", "send"])
+def test_what_needs_no_model_does_not_wait_for_pytorch(command: str, tmp_path: Path) -> None:
+    """An import that is refused is an import that was tried."""
+    refused = ("torch", "transformers", "lightning", "pytorch_lightning", "torchmetrics")
+    if command == "plot":
+        (tmp_path / "history.csv").write_text("step,loss,entropy\n1,2.0,0.5\n2,1.5,0.25\n")
+    refuse = f"import sys; sys.modules.update(dict.fromkeys({refused}))"
+    run = "from maskpro_lightning.__main__ import main; main()"
+    options = {"--help": [], "plot": [str(tmp_path)], "send": ["--help"]}[command]
+    found = subprocess.run(
+        [sys.executable, "-c", f"{refuse}; {run}", command, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    words = {"--help": "usage: maskpro", "plot": "loss.svg", "send": "--tracking_uri"}
+    assert words[command] in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"), [("matplotlib", "plots"), ("jsonargparse", "recipes")]
+)
+def test_a_plain_command_says_what_to_install(
+    package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {"matplotlib": "plot", "jsonargparse": "send"}[package]
+    monkeypatch.setattr(sys, "argv", ["maskpro", name, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "maskpro_lightning.tracking.plots", raising=False)
+    monkeypatch.delattr("maskpro_lightning.tracking.plots", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as caught:
+        command()
+    assert str(caught.value) == f"maskpro needs {package}: pip install 'maskpro-lightning[{extra}]'"
+
+
+def test_the_package_offers_what_it_lists() -> None:
+    listed = maskpro_lightning.__all__
+    assert set(listed) == maskpro_lightning._HOMES.keys()
+    assert set(listed) <= set(dir(maskpro_lightning))
+    assert all(getattr(maskpro_lightning, name).__name__ == name for name in listed)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = maskpro_lightning.nothing
+
+
+@pytest.mark.parametrize("module", ["rich.console", "jsonargparse.typing"])
 def test_without_the_packages_of_recipes_it_says_what_to_install(
     module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "argv", ["maskpro", "fit"])
     monkeypatch.delitem(sys.modules, "maskpro_lightning.cli")
     monkeypatch.delattr("maskpro_lightning.cli")
     monkeypatch.setitem(sys.modules, module, None)

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from maskpro_lightning import MaskProCallback
 from maskpro_lightning.optim.rule import Estimator
 from maskpro_lightning.tracking.journal import Journal
+from maskpro_lightning.tracking.runs import Run
 
 # --- long runs ----------------------------------------------------------------------------------
 
@@ -69,16 +70,17 @@ def test_a_fit_that_has_filled_its_caches_grows_no_more(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    callback, objects = MaskProCallback(baseline_cache=50), Objects(200, 600)
+    callback, objects = MaskProCallback(baseline_cache=50), Objects(200, 2000)
     data = DataLoader(Fresh(), batch_size=None)
-    fit(Net(), callback, objects, folder=tmp_path, data=data, validate=False, max_steps=600)
+    fit(Net(), callback, objects, folder=tmp_path, data=data, validate=False, max_steps=2000)
     assert len(callback._baselines._losses) == 50
     before, after = objects.counts
-    assert after - before < 400 / 4  # fewer than one object in four steps
-    assert len([r for r in caplog.records if r.name.startswith("maskpro")]) <= 3
+    assert after - before < 1800 / 18  # fewer than one object in eighteen steps
+    logged = [r.getMessage() for r in caplog.records if r.name.startswith("maskpro")]
+    assert 0 < sum(len(message.encode()) for message in logged) <= 500  # less than a byte a step
 
 
-def test_a_journal_keeps_no_more_rows_than_its_bound() -> None:
+def test_a_journal_keeps_no_more_rows_and_bytes_than_its_bound(tmp_path: Path) -> None:
     journal = Journal()
     most = 0
     for step in range(20_000):
@@ -89,6 +91,9 @@ def test_a_journal_keeps_no_more_rows_than_its_bound() -> None:
     assert steps[0] == 0
     assert steps == sorted(steps)
     assert steps[-1] == 19_999
+    (path,) = Run(journal._rows).write(tmp_path)
+    longest = len("19999,1.0\r\n")
+    assert 4096 / 2 * len("1,1.0\r\n") < path.stat().st_size <= (4096 + 1) * longest
 
 
 # --- runs repeated ------------------------------------------------------------------------------
@@ -121,7 +126,7 @@ def run(
 def test_the_same_seed_gives_the_same_bytes(
     estimator: Estimator, init: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda rows, layers: {})
+    monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda run: {})
     runs = [run(tmp_path / name, estimator, init=init) for name in "ab"]
     other, _ = run(tmp_path / "c", estimator, init=init, seed=1)
     for what in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):

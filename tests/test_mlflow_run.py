@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,21 @@ def test_other_ranks_log_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """A tracking server on a database; starting it takes half a minute."""
+    with serving(tmp_path, free_port()) as uri:
+        yield uri
+
+
+def free_port() -> int:
+    """A port on which nobody listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port: int = free.getsockname()[1]
+    return port
+
+
+@contextmanager
+def serving(tmp_path: Path, port: int) -> Iterator[str]:
+    """A tracking server on a database; starting it takes half a minute."""
     store = ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db"]
     files = ["--artifacts-destination", str(tmp_path / "artifacts")]
     where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]

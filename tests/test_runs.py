@@ -24,6 +24,10 @@ RUN = Run(
     groups={"a": [{"bin": 0, "retained": 3}, {"bin": 1, "retained": 4}], "b": [{"bin": 0}]},
     validation=[{"step": 2, "val_loss": 1.5}],
 )
+LAST_ROW = (
+    *("loss", "baseline", "residual", "advantage", "skipped", "delta"),
+    *("entropy", "changed", "churn", "baseline_hit_rate"),
+)
 TABLES = ("history.csv", "layers.csv", "groups.csv", "validation.csv")
 
 
@@ -122,3 +126,33 @@ def test_a_fit_leaves_what_its_figures_are_drawn_from(tmp_path: Path) -> None:
     assert run.groups == histograms(callback.optimizer)
     assert all(len(rows) == BINS for rows in run.groups.values())
     assert run.layers.keys() == run.groups.keys() == {"net.0.weight", "net.2.weight"}
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "rows"),
+    [(50, 8, [8]), (0, 8, [8]), (3, 8, [3, 6, 8]), (4, 8, [4, 8])],
+    ids=["short", "never", "between", "even"],
+)
+def test_the_history_ends_with_the_fit(
+    every: int, steps: int, rows: list[int], tmp_path: Path
+) -> None:
+    callback, logger = MaskProCallback("2:4", lr=FAST), CSVLogger(tmp_path, name="", version="")
+    fit(Net(), callback, folder=tmp_path, logger=logger, max_steps=steps, log_every_n_steps=every)
+    history = read_run(tmp_path).history
+    assert [row["step"] for row in history] == rows
+    # A mask that FAST has moved is no longer the initial one; the last row has all numbers.
+    assert history[-1].keys() == {"step", *LAST_ROW}
+    assert history[-1]["changed"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")  # once in a process
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")  # there was nothing to step
+def test_a_fit_without_any_loss_has_no_history(tmp_path: Path) -> None:
+    class Skips(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            return None
+
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(Skips(), MaskProCallback(), folder=tmp_path, logger=logger, max_steps=8, max_epochs=1)
+    with pytest.raises(ValueError, match=r"holds no history\.csv"):
+        read_run(tmp_path)

@@ -36,8 +36,9 @@ from torch import nn
 from maskpro_lightning import MaskPro, MaskProCallback, NMPattern, save_masks
 from maskpro_lightning.cli import SaveConfig, _tell_mlflow, main
 from maskpro_lightning.files.export import save_distributions
+from maskpro_lightning.tracking.credentials import without_credentials
 from maskpro_lightning.tracking.delivery import send
-from maskpro_lightning.tracking.loggers import UNSENT, without_credentials
+from maskpro_lightning.tracking.runs import UNSENT
 
 # MLflow on SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -51,7 +52,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing them takes longer than all else in these tests."""
-    monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda rows, layers: {})
+    monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda run: {})
 
 
 def logged_fit(folder: Path, logger: Any, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
@@ -101,20 +102,6 @@ def test_what_a_dead_server_missed_is_sent_later(
     assert store.artifacts(run) == FILES | FIGURES | {UNSENT, "parameters.json"}
     assert run.data.params == store.only_run("whole").data.params
     assert run.info.status == "FINISHED"
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_a_server_that_is_down_at_the_start_ends_the_fit_before_anything_is_touched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    logger, module = MLFlowLogger("down", tracking_uri="http://127.0.0.1:9"), Net()
-    trainer = quiet_trainer(tmp_path, MaskProCallback(), logger=logger, max_steps=8)
-    with pytest.raises(Exception, match=r"127\.0\.0\.1"):
-        trainer.fit(module, loader(), loader(16))
-    assert same_weights(module, Net())
-    assert "configure_optimizers" not in vars(module)
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -30,6 +30,8 @@ from maskpro_lightning.tracking.journal import Journal
 from maskpro_lightning.tracking.loggers import OnError, Tracking
 from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.tracking.mlflow_run import MLflowRun
+from maskpro_lightning.tracking.runs import TAGGED
+from maskpro_lightning.tracking.standin import watch_loggers
 from maskpro_lightning.weights.targets import (
     Target,
     count,
@@ -192,11 +194,20 @@ class MaskProCallback(pl.Callback):
 
     # Entering and leaving the fit
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # Trainers give callbacks their log before they open the loggers; all hooks come later.
+        if name == "log" and self.on_logger_error == "warn":
+            trainer = value.__self__.trainer
+            if trainer.state.fn == "fit":
+                watch_loggers(trainer)
+
     def setup(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self._refuse_unsupported(trainer, pl_module)
         self._tracking = Tracking(trainer, self.on_logger_error)
+        self._tracking.folder()  # what loggers miss from now on is kept there
         self._mlflow_run = MLflowRun(trainer, self._tracking)
         self._baselines = BaselineCache(self.baseline_cache)
         self._best = BestMask(self.monitor, self.monitor_mode)
@@ -239,14 +250,16 @@ class MaskProCallback(pl.Callback):
     def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         keeps = bool(trainer.loggers) and not trainer.fast_dev_run
         self._journal.open(self._tracking_.folder(), keeps, writes=trainer.is_global_zero)
-        self._journal.parameters(self._parameters(pl_module), self._tracking_)
+        parameters = self._parameters(pl_module)
+        self._journal.parameters(parameters, self._tracking_)
         if self._optimizer.begun:
             self._tracking_.resume()
-        self._mlflow_run.begin(
-            {"maskpro.pattern": str(self.pattern), "maskpro.estimator": self.rule["estimator"]}
-        )
+        self._mlflow_run.begin({f"maskpro.{name}": parameters[name] for name in TAGGED})
 
     def on_train_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
+        if self._optimizer.last and not self._journal.knows(trainer.global_step):
+            # The fit was too short for a row, or ends between two.
+            self._journal.step(trainer.global_step, self._cheap_numbers() | self._costly_numbers())
         self._best.tell()
         self._optimizer.write(self._best.version)
         self._journal.close(self._optimizer, self._best.version, self._tracking_)
@@ -397,20 +410,29 @@ class MaskProCallback(pl.Callback):
         if not self._stepped or not trainer.log_every_n_steps:
             return
         self._stepped = False
-        values = dict(self._optimizer.last) | {"skipped": self._optimizer.tracker["skipped"]}
-        if self._forward_only:
-            values["delta"] = self._optimizer.tracker["delta"]
+        values = self._cheap_numbers()
         self._log(values)
         if trainer._logger_connector.should_update_logs:
-            found = mask_metrics(self._optimizer)[""]
-            if self._forward_only:
-                found["baseline_hit_rate"] = self._baselines.hit_rate
+            found = self._costly_numbers()
             self._log(found)
             self._journal.step(trainer.global_step, values | found)
 
+    def _cheap_numbers(self) -> dict[str, Any]:
+        values = dict(self._optimizer.last) | {"skipped": self._optimizer.tracker["skipped"]}
+        if self._forward_only:
+            values["delta"] = self._optimizer.tracker["delta"]
+        return values
+
+    def _costly_numbers(self) -> dict[str, Any]:
+        found: dict[str, Any] = mask_metrics(self._optimizer)[""]
+        if self._forward_only:
+            found["baseline_hit_rate"] = self._baselines.hit_rate
+        return found
+
     def _log(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            self.log(f"maskpro/{name}", value, prog_bar=name in ("residual", "changed"))
+            # Not in the progress bar: in 80 columns it has room for one short name, the user's.
+            self.log(f"maskpro/{name}", value)
 
     # Validation and checkpoints under the most likely mask
 

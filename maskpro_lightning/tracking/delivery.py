@@ -5,16 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from maskpro_lightning.tracking.journal import PARAMETERS
-from maskpro_lightning.tracking.loggers import UNSENT
-from maskpro_lightning.tracking.runs import HISTORY
+from maskpro_lightning.tracking.runs import HISTORY, PARAMETERS, TAGGED, UNSENT
 
-# MLflow takes no more metrics in one request.
-_MOST_METRICS = 1000
+# MLflow takes no more in one request, and Lightning gives it no longer values.
+_MOST_METRICS, _MOST_PARAMETERS, _LONGEST = 1000, 100, 250
 
 
 def send(
@@ -23,7 +22,7 @@ def send(
     run_id: str | None = None,
     experiment: str = "maskpro",
 ) -> str:
-    """Send a run's folder to MLflow: parameters, history, what a broken logger missed, files.
+    """Send a run's folder to MLflow: parameters, history, what a failed logger missed, files.
 
     Sending twice does no harm: what the run has already is left alone, files are replaced by
     themselves.
@@ -53,6 +52,9 @@ def send(
     _send_points(client, run_id, folder)
     for path in files:
         client.log_artifact(run_id, str(path), "maskpro")
+    config = folder.absolute().parent / "config.yaml"
+    if config.exists():
+        client.log_artifact(run_id, str(config))
     client.set_terminated(run_id)
     return run_id
 
@@ -64,12 +66,19 @@ def _new_run(client: Any, experiment: str, name: str) -> str:
 
 
 def _send_parameters(client: Any, run_id: str, folder: Path) -> None:
+    from mlflow.entities import Param
+
     path = folder / PARAMETERS
-    parameters = json.loads(path.read_text()) if path.exists() else {}
+    own = json.loads(path.read_text()) if path.exists() else {}
+    for name in TAGGED & own.keys():
+        client.set_tag(run_id, f"maskpro.{name}", own[name])
+    parameters = {f"maskpro/{name}": value for name, value in own.items()}
+    for row in _unsent(folder):
+        parameters |= row.get("parameters", {})
     known = client.get_run(run_id).data.params
-    for name, value in parameters.items():
-        if f"maskpro/{name}" not in known:
-            client.log_param(run_id, f"maskpro/{name}", value)
+    missing = [Param(k, str(v)[:_LONGEST]) for k, v in parameters.items() if k not in known]
+    for first in range(0, len(missing), _MOST_PARAMETERS):
+        client.log_batch(run_id, params=missing[first : first + _MOST_PARAMETERS])
 
 
 def _send_points(client: Any, run_id: str, folder: Path) -> None:
@@ -99,7 +108,13 @@ def _points(folder: Path) -> Iterator[tuple[str, int, float]]:
                 # Counted after the update, where Lightning logs under the number before it.
                 step = int(row.pop("step")) - 1
                 yield from ((f"maskpro/{name}", step, float(v)) for name, v in row.items() if v)
-    if (folder / UNSENT).exists():
-        for line in (folder / UNSENT).read_text().splitlines():
-            row = json.loads(line)
-            yield from ((name, row["step"], v) for name, v in row["metrics"].items())
+    for row in _unsent(folder):
+        for name, value in row.get("metrics", {}).items():
+            # MLflow takes no other names, and its logger takes this for no step.
+            yield re.sub(r"[^\w/. -]+", "", name, flags=re.ASCII), row["step"] or 0, value
+
+
+def _unsent(folder: Path) -> list[dict[str, Any]]:
+    """What loggers that failed missed."""
+    path = folder / UNSENT
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

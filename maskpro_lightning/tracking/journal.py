@@ -15,9 +15,7 @@ from maskpro_lightning.optim.masked_weight import Version
 from maskpro_lightning.optim.optimizer import MaskPro
 from maskpro_lightning.tracking.loggers import Tracking
 from maskpro_lightning.tracking.metrics import histograms
-from maskpro_lightning.tracking.runs import HISTORY, Run
-
-PARAMETERS = "parameters.json"
+from maskpro_lightning.tracking.runs import HISTORY, PARAMETERS, Run
 
 _log = logging.getLogger(__name__)
 # Longer histories keep every other row, so that a run of any length fits in memory.
@@ -53,6 +51,10 @@ class Journal:
         self._rows.append({"step": step, **{name: float(v) for name, v in values.items()}})
         if len(self._rows) > _MOST_ROWS:
             self._rows = self._rows[::2]
+
+    def knows(self, step: int) -> bool:
+        """Whether the history's last row is of this step."""
+        return bool(self._rows) and self._rows[-1]["step"] == step
 
     def layers(self, layers: Mapping[str, Mapping[str, float]]) -> None:
         """Remember the latest statistics of each layer."""

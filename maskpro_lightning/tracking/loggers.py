@@ -9,20 +9,18 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from maskpro_lightning.tracking.credentials import without_credentials
+from maskpro_lightning.tracking.runs import UNSENT
+from maskpro_lightning.tracking.standin import Row, StandIn, row_of_metrics, row_of_parameters
+
 _log = logging.getLogger(__name__)
 
 OnError = Literal["raise", "warn"]
-#: What a logger that failed should have got, one JSON object a line, in the run's folder.
-UNSENT = "unsent.jsonl"
 _GUARDED = ("log_metrics", "log_hyperparams", "save", "after_save_checkpoint", "finalize")
-
-_SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 class Tracking:
@@ -31,8 +29,8 @@ class Tracking:
     Args:
         trainer: The trainer whose loggers are used.
         on_error: What a logger that fails does to the fit: "raise" lets the error through;
-            "warn" tells it once, goes on without that logger and keeps its metrics in the run's
-            folder. The same holds for the folder itself, whose disk may be full.
+            "warn" tells it once, goes on without that logger and keeps its numbers and parameters
+            in the run's folder. The same holds for the folder itself, whose disk may be full.
     """
 
     def __init__(self, trainer: Any, on_error: OnError) -> None:
@@ -42,7 +40,8 @@ class Tracking:
         self._folder: Path | None = None
         if on_error == "warn":
             for logger in trainer.loggers:
-                self._guard(logger)
+                if not isinstance(logger, StandIn):
+                    self._guard(logger)
 
     def parameters(self, parameters: Mapping[str, Any]) -> None:
         """Log hyperparameters under ``maskpro/``; a resumed run keeps those it has."""
@@ -70,7 +69,7 @@ class Tracking:
         folder = f"maskpro/{subfolder}".rstrip("/")
         for logger in self._trainer.loggers:
             if type(logger).__name__ == "MLFlowLogger":
-                self._send(logger, logger.experiment.log_artifact, logger.run_id, str(path), folder)
+                self._send(logger, _log_artifact, logger, path, folder)
 
     def figure(self, path: Path, figure: Any) -> None:
         """Save a matplotlib figure and hand it to the loggers that show figures."""
@@ -102,6 +101,9 @@ class Tracking:
         """Where the run keeps its files; a collective call, the same every time in a fit."""
         if self._folder is None:
             self._folder = self._find_folder()
+            for logger in self._trainer.loggers:
+                if isinstance(logger, StandIn):
+                    self._tell_of(logger, self._folder)
         return self._folder
 
     def _find_folder(self) -> Path:
@@ -113,6 +115,14 @@ class Tracking:
         # MLFlowLogger on a database or a server has no folder; ModelCheckpoint uses this one.
         run = (str(trainer.logger.name), str(trainer.logger.version))
         return Path(trainer.default_root_dir, *run, "maskpro")
+
+    def _tell_of(self, stand_in: StandIn, folder: Path) -> None:
+        _log.warning(
+            "%s could not be opened, and the fit goes on without it: %s. To send MLflow later what "
+            "is missing: %s",
+            *(stand_in.kind, stand_in.error, stand_in.command(folder)),
+        )
+        stand_in.keep_by(self._keep)
 
     def _parameters(self, logger: Any, parameters: Mapping[str, Any]) -> None:
         if type(logger).__name__ == "MLFlowLogger":
@@ -126,8 +136,11 @@ class Tracking:
             method = getattr(type(logger), name, None)
             if method is not None and name not in vars(logger):
                 bound = getattr(logger, name)
-                special: dict[str, Callable[..., Any]]
-                special = {"finalize": self._finalize, "log_metrics": self._metrics}
+                special: dict[str, Callable[..., Any]] = {
+                    "finalize": self._finalize,
+                    "log_metrics": self._metrics,
+                    "log_hyperparams": self._hyperparameters,
+                }
                 send = special.get(name, self._send)
                 vars(logger)[name] = functools.wraps(bound)(functools.partial(send, logger, bound))
 
@@ -145,11 +158,20 @@ class Tracking:
         step: int | None = None,
     ) -> None:
         """Log numbers, or keep them on disk for later where the logger fails."""
-        if self._send(logger, log_metrics, metrics, step=step) or self._folder is None:
+        if not self._send(logger, log_metrics, metrics, step=step):
+            self._keep(row_of_metrics(type(logger).__name__, metrics, step))
+
+    def _hyperparameters(
+        self, logger: Any, log_hyperparams: Callable[..., Any], params: Any, *args: Any
+    ) -> None:
+        """The same for what describes a run."""
+        if not self._send(logger, log_hyperparams, params, *args):
+            self._keep(row_of_parameters(type(logger).__name__, params))
+
+    def _keep(self, row: Row) -> None:
+        if self._folder is None or not self._trainer.is_global_zero:
             return
         path = self._folder / UNSENT
-        numbers = {name: float(value) for name, value in metrics.items()}
-        row = {"logger": type(logger).__name__, "step": step, "metrics": numbers}
 
         def append() -> None:
             with path.open("a") as file:
@@ -179,9 +201,5 @@ class Tracking:
             _log.warning("%s: %s", what, without_credentials(str(error)))
 
 
-def without_credentials(text: str) -> str:
-    """A text that may hold URLs, for eyes that need not see their users and passwords."""
-    secrets = [os.environ.get(name) for name in _SECRETS]
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "***")
-    return re.sub(r"(\w://)[^/\s]*@", r"\1***@", text)
+def _log_artifact(logger: Any, path: Path, folder: str) -> None:
+    logger.experiment.log_artifact(logger.run_id, str(path), folder)

@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from maskpro_lightning.tracking.credentials import without_credentials
+
 Row = Mapping[str, float]
 
-
-HISTORY = "history.csv"
+HISTORY, PARAMETERS = "history.csv", "parameters.json"
+#: What a logger that failed should have got, one JSON object a line.
+UNSENT = "unsent.jsonl"
+#: Parameters by which MLflow can filter runs, as tags.
+TAGGED = frozenset({"pattern", "estimator"})
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,22 @@ def read_run(folder: Path) -> Run:
 
 
 def download_run(run_id: str, tracking_uri: str | None, folder: Path) -> None:
-    """Fetch the tables of an MLflow run into a folder, for :func:`read_run`."""
+    """Fetch the tables of an MLflow run into a folder, for :func:`read_run`.
+
+    Raises:
+        ValueError: MLflow does not give them.
+    """
+    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri)
-    for item in client.list_artifacts(run_id, "maskpro"):
-        if item.path.endswith(".csv"):
-            client.download_artifacts(run_id, item.path, str(folder))
+    try:
+        for item in client.list_artifacts(run_id, "maskpro"):
+            if item.path.endswith(".csv"):
+                client.download_artifacts(run_id, item.path, str(folder))
+    except MlflowException as error:
+        where = without_credentials(f"{tracking_uri}: {error}")
+        raise ValueError(f"MLflow run {run_id} could not be read from {where}") from error
 
 
 def read_rows(path: Path) -> list[Row]:
