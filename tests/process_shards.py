@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies import fsdp as lightning_fsdp
+from live_bytes import LiveBytes
 from modules import quiet_trainer
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -48,7 +49,14 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
-from maskpro_lightning import MaskPro, MaskProCallback
+from maskpro_lightning import (
+    MaskPro,
+    MaskProCallback,
+    export_sparse,
+    find_targets,
+    parameter_groups,
+)
+from maskpro_lightning.files import streaming
 from maskpro_lightning.optim.optimizer import Estimator
 from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.weights import layout
@@ -483,7 +491,99 @@ def _drift() -> Iterator[str]:
     logging.getLogger("maskpro_lightning").setLevel(logging.NOTSET)
 
 
-TASKS = {"core": core, "fit": fit, "resume": resume, "explore": explore}
+# --- exports --------------------------------------------------------------------------------------
+
+
+def _large(_: int) -> nn.Module:
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
+    with torch.no_grad():
+        for seed, layer in enumerate(model):
+            layer.weight.copy_(oracle.random(256, 256, seed=seed))
+            layer.bias.zero_()
+    return model
+
+
+def _llama(_: int) -> nn.Module:
+    import tiny_models
+
+    torch.manual_seed(0)
+    return tiny_models.llama(tied=True)
+
+
+def _llama_tp(model: nn.Module, ranks: int) -> nn.Module:
+    mlp = "model.layers.*.mlp."
+    plan = {f"{mlp}gate_proj": ColwiseParallel(), f"{mlp}down_proj": RowwiseParallel()}
+    return parallelize_module(model, init_device_mesh("cpu", (ranks,)), plan)
+
+
+def _llama_fsdp2(model: Any, ranks: int) -> nn.Module:
+    """Head and embedding, which are one, in one unit."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+#: By name: the model, how it is wrapped, and how large a file may be.
+EXPORTS: dict[str, tuple[Callable[[int], nn.Module], Wrap, str]] = {
+    **{name: (lambda _: Model(), wrap, "1KB") for name, (wrap, _) in STRATEGIES.items()},
+    "llama ddp": (_llama, ddp, "3KB"),
+    "llama fsdp1": (_llama, fsdp1, "3KB"),
+    "llama fsdp2": (_llama, _llama_fsdp2, "3KB"),
+    "llama tp": (_llama, _llama_tp, "3KB"),
+    "large ddp": (_large, ddp, "1MB"),
+    "large fsdp1": (_large, fsdp1, "1MB"),
+    "large fsdp2": (_large, fsdp2, "1MB"),
+}
+
+
+def export(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """Models under their most likely masks, as each rank has a part of them."""
+    for name, (make, wrap, limit) in EXPORTS.items():
+        if applies(name, ranks):
+            model = wrap(make(ranks), ranks)
+            _mask(model)
+            with LiveBytes() as live:
+                export_sparse(model, folder / f"{name}-{ranks}", max_shard_size=limit)
+            yield name, live.peak
+    try:
+        export_sparse(fsdp1(Model(), ranks).module, folder / "inside")
+    except ValueError as error:
+        yield "inside", str(error)
+    for name in ("fsdp1", "fsdp2") if ranks > 1 else ():
+        yield f"refused {name}", list(_refusals(STRATEGIES[name][0], ranks, folder / "refused"))
+
+
+def _mask(model: nn.Module) -> None:
+    optimizer = MaskPro(parameter_groups(find_targets(model, "2:4")), model=model)
+    optimizer.begin()
+    optimizer.write("mode")
+
+
+def _refusals(wrap: Wrap, ranks: int, folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """What each rank says to what cannot be written, and what is left in the folder."""
+    dense, model = (wrap(Model(), ranks) for _ in range(2))
+    _mask(model)
+    cases: list[tuple[nn.Module, dict[str, Any]]] = [
+        (dense, {}),
+        (model, {"file_format": "compressed"}),
+        (model, {"file_format": "maskllm"}),
+        (model, {"file_format": "safetensors"}),  # to a disk that is full
+    ]
+    for exported, options in cases:
+        full = mock.patch.object(streaming, "_bytes_in", side_effect=OSError("disk full"))
+        with full if "safetensors" in options.values() else nullcontext():
+            try:
+                export_sparse(exported, folder, **options)
+                yield "", []
+            except (OSError, RuntimeError, ValueError) as error:
+                dist.barrier()
+                left = [str(path) for path in folder.rglob("*")]
+                dist.barrier()
+                yield f"{type(error).__name__}: {error}", left
+
+
+TASKS = {"core": core, "fit": fit, "resume": resume, "explore": explore, "export": export}
 
 
 def _rank(task: str, folder: Path, rank: int, ranks: int, port: int) -> None:

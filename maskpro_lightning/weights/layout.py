@@ -55,7 +55,7 @@ class Layout:
     @classmethod
     def of(cls, weight: Tensor, pattern: NMPattern, input_dim: int) -> Layout:
         """The layout of a whole weight, or of a DTensor."""
-        shape, input_dim = tuple(weight.shape), input_dim % weight.dim()
+        shape, input_dim = tuple(weight.shape), input_dim % max(1, weight.dim())
         if not isinstance(weight, DTensor):
             return cls(pattern, shape, input_dim, shape, (0,) * len(shape))
         mesh, placements = weight.device_mesh, weight.placements
