@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 from unittest import mock
 
 import lightning.pytorch as pl
@@ -51,6 +51,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.data import DataLoader
 
 from maskpro_lightning import (
+    Distillation,
     MaskPro,
     MaskProCallback,
     export_sparse,
@@ -128,12 +129,13 @@ def fsdp2_by_inputs(model: nn.Module, ranks: int) -> nn.Module:
     return fsdp2(model, ranks, shard_placement_fn=lambda p: Shard(min(1, p.dim() - 1)))
 
 
-def fsdp1(model: nn.Module, ranks: int, kind: str = "FULL_SHARD") -> nn.Module:
+def fsdp1(model: nn.Module, ranks: int, kind: str = "FULL_SHARD", **kwargs: Any) -> nn.Module:
     wrapped = partial(
         FullyShardedDataParallel,
         sharding_strategy=ShardingStrategy[kind],
         use_orig_params=True,
         device_id=torch.device("cpu"),
+        **kwargs,
     )
     for name, layer in list(model.named_children())[2:]:
         setattr(model, name, wrapped(layer))
@@ -155,6 +157,10 @@ def hsdp2(model: nn.Module, ranks: int) -> nn.Module:
     return fsdp2(model, ranks, mesh=mesh)
 
 
+def hybrid(model: nn.Module, ranks: int) -> nn.Module:
+    return fsdp1(model, ranks, "HYBRID_SHARD", device_mesh=init_device_mesh("cpu", (2, ranks // 2)))
+
+
 Wrap = Callable[[nn.Module, int], nn.Module]
 #: By name: how to wrap, and how many ranks see the same data.
 STRATEGIES: dict[str, tuple[Wrap, Callable[[int], int]]] = {
@@ -166,6 +172,7 @@ STRATEGIES: dict[str, tuple[Wrap, Callable[[int], int]]] = {
     "fsdp1": (fsdp1, lambda _: 1),
     "fsdp1 keeping": (partial(fsdp1, kind="SHARD_GRAD_OP"), lambda _: 1),
     "fsdp1 unsharded": (partial(fsdp1, kind="NO_SHARD"), lambda _: 1),
+    "hybrid": (hybrid, lambda _: 1),
     "tp": (tp, lambda ranks: ranks),
     "tp and fsdp2": (tp_and_fsdp2, lambda _: 2),
 }
@@ -176,7 +183,7 @@ REFUSED = ("fsdp1", "fsdp2 by inputs", "tp")
 
 def applies(name: str, ranks: int) -> bool:
     """Two meshes need four ranks to be two."""
-    return ranks == 4 or name not in ("hsdp2", "tp and fsdp2")
+    return ranks == 4 or name not in ("hsdp2", "hybrid", "tp and fsdp2")
 
 
 class Run:
@@ -282,23 +289,28 @@ class OnCPU(FSDPStrategy):
         return nullcontext()
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        device = torch.device("cpu")
-        return FullyShardedDataParallel(model, device_id=device, **self.kwargs)
+        if self.sharding_strategy is ShardingStrategy.HYBRID_SHARD:  # its own mesh is of GPUs, too
+            ranks = (2, dist.get_world_size() // 2)
+            self.kwargs["device_mesh"] = init_device_mesh("cpu", ranks)
+        kwargs = self.kwargs | {"sharding_strategy": self.sharding_strategy}
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **kwargs)
 
 
 class Fitted(pl.LightningModule):
     """The model, its losses, and what its strategy asks it to do to itself."""
 
-    def __init__(self, wrap: Callable[[nn.Module, Any], None] | None = None) -> None:
+    def __init__(
+        self, wrap: Callable[[nn.Module, Any], None] | None = None, channels: int = 6
+    ) -> None:
         super().__init__()
-        self._wrap = wrap
+        self._wrap, self._channels = wrap, channels
         self.model: nn.Module | None = None
         self.losses: list[float] = []
         self.validated: list[Tensor] = []
 
     def configure_model(self) -> None:
         if self.model is None:
-            self.model = Model()
+            self.model = Model(self._channels)
             if self._wrap is not None:
                 self._wrap(self.model, self.device_mesh)
 
@@ -339,6 +351,10 @@ def _split_and_shard(model: nn.Module, mesh: Any) -> None:
     _fully_shard(model, mesh)
 
 
+def _hybrid(kind: Literal["full", "sharded"]) -> OnCPU:
+    return OnCPU(state_dict_type=kind, sharding_strategy="HYBRID_SHARD")
+
+
 def _parallel(data: int, tensor: int, *, distributed: bool = True) -> ModelParallelStrategy:
     return ModelParallelStrategy(
         data_parallel_size=data,
@@ -352,6 +368,8 @@ FITS: dict[str, tuple[Callable[[int], Any], Any, Callable[[int], int]]] = {
     "ddp": (lambda _: "ddp", None, lambda _: 1),
     "fsdp1 full": (lambda _: OnCPU(state_dict_type="full"), None, lambda _: 1),
     "fsdp1 sharded": (lambda _: OnCPU(state_dict_type="sharded"), None, lambda _: 1),
+    "hybrid full": (lambda _: _hybrid("full"), None, lambda _: 1),
+    "hybrid sharded": (lambda _: _hybrid("sharded"), None, lambda _: 1),
     "fsdp2 full": (lambda n: _parallel(n, 1, distributed=False), _fully_shard, lambda _: 1),
     "fsdp2 sharded": (lambda n: _parallel(n, 1), _fully_shard, lambda _: 1),
     "tp sharded": (lambda n: _parallel(1, n), _split, lambda n: n),
@@ -364,7 +382,7 @@ FIT_STEPS, SAVED_STEP = 6, 3
 
 
 def fits_on(name: str, ranks: int) -> bool:
-    return ranks == 4 or "tp and" not in name
+    return ranks == 4 or not name.startswith(("tp and", "hybrid"))
 
 
 def fit_masks(
@@ -398,7 +416,7 @@ def fit_masks(
         if (name, ranks) in LOGGED and ckpt_path is None
         else False,
     )
-    module = Fitted(wrap)
+    module = Fitted(wrap, 6 if masks.rule["estimator"] == "policy" else 8)
     data = DataLoader(own, batch_size=None)
     # Lightning's own context for whole state dicts makes PyTorch crash without a GPU.
     with mock.patch.object(lightning_fsdp, "_get_full_state_dict_context", _whole_on_cpu):
@@ -421,6 +439,7 @@ def fit_masks(
         "validated": (validated / ranks).tolist(),
         "metrics": mask_metrics(optimizer),
         "step": optimizer.param_groups[0]["step"],
+        "parts": [layout.ranks for layout in optimizer.layouts.values()],
     }
 
 
@@ -451,6 +470,30 @@ def resume(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
     for before, after in MOVES if ranks == 2 else ():
         path = folder / f"{before}-4" / f"step={SAVED_STEP}.ckpt"
         yield f"{before} to {after}", fit_masks(after, ranks, folder / "resumed", path)
+
+
+#: By name: what else than the policy there is to learn by, on weights whose groups are whole.
+LESSONS: dict[str, dict[str, Any]] = {
+    "gradients": {"estimator": "straight_through", "lr": 0.1},
+    "teacher": {"distillation": Distillation("model")},
+    "both": {
+        "estimator": "straight_through",
+        "lr": 0.1,
+        "distillation": Distillation("model"),
+    },
+}
+
+
+def learn(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """What is learned from gradients and from a teacher, and with a compiler."""
+    for lesson, rule in LESSONS.items():
+        name = "ddp" if ranks == 1 else "fsdp2 sharded"
+        yield lesson, fit_masks(name, ranks, folder / f"{lesson}-{ranks}", **rule)
+    for estimator in get_args(Estimator) if ranks == 2 else ():
+        for fused in (False, True):
+            run = Run("fsdp2", ranks, estimator, fused=fused)
+            run.train(STEPS)
+            yield f"{estimator} fused={fused}", run.told()
 
 
 def explore(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
@@ -591,7 +634,14 @@ def _refusals(wrap: Wrap, ranks: int, folder: Path) -> Iterator[tuple[str, list[
                 yield f"{type(error).__name__}: {error}", left
 
 
-TASKS = {"core": core, "fit": fit, "resume": resume, "explore": explore, "export": export}
+TASKS = {
+    "core": core,
+    "fit": fit,
+    "resume": resume,
+    "explore": explore,
+    "export": export,
+    "learn": learn,
+}
 
 
 def _rank(task: str, folder: Path, rank: int, ranks: int, port: int) -> None:
