@@ -273,6 +273,23 @@ def core(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
             Run(name, ranks, "straight_through")
         except ValueError as error:
             yield f"refused {name}", str(error)
+    for name in ("ddp", "fsdp1", "fsdp2", "fsdp2 by inputs"):
+        run = Run(name, ranks)
+        run.optimizer.begin()
+        saved = run.optimizer.state_dict()
+        run.optimizer.load_state_dict(saved)
+        yield f"damaged {name}", _damaged(run.optimizer, saved)
+
+
+def _damaged(optimizer: MaskPro, saved: dict[str, Any]) -> str:
+    """What is said to masks of which a rank's part keeps everything."""
+    for tensors in saved["state"].values():
+        tensors["masks"] = tensors["masks"].clone().fill_(255)
+    try:
+        optimizer.load_state_dict(saved)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 # --- fits -----------------------------------------------------------------------------------------

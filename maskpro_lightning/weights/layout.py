@@ -109,6 +109,15 @@ class Layout:
         self.own(padded).copy_(own)
         return padded
 
+    def uncut(self, own: Tensor) -> tuple[Layout, Tensor]:
+        """A part without what its edges cut of groups: where that lies, and a view of it."""
+        skip = min(-self.offset[self._axis] % self._unit, self.size[self._axis])
+        length = (self.size[self._axis] - skip) // self._unit * self._unit
+        size, offset = list(self.size), list(self.offset)
+        size[self._axis], offset[self._axis] = length, offset[self._axis] + skip
+        where = replace(self, size=tuple(size), offset=tuple(offset))
+        return where, own.narrow(self._axis, skip, length)
+
     def take(self, whole: Tensor) -> Tensor:
         """This rank's padded part of a whole weight, or of anything of its shape; a view."""
         if self.flat:
