@@ -147,9 +147,8 @@ def _activations(model: nn.Module, rows: int, estimator: Estimator) -> int:
     loss = output * (4 if size >= 4 else 8)
     if estimator == "policy":
         return rows * max([loss + output * size, *map(_widest, model.modules())])
-    norms = [module.weight.numel() for module in model.modules() if _is_norm(module)]
     kept = sum((inputs + outputs) * size for inputs, outputs, size in widths)
-    return rows * (kept + sum(norms) * 4 + loss)
+    return rows * (kept + sum(map(_normed, model.modules())) * 4 + loss)
 
 
 def _widths(module: nn.Module) -> list[tuple[int, int, int]]:
@@ -180,6 +179,9 @@ def _widest(module: nn.Module) -> int:
     return max([sum(together), *own])
 
 
-def _is_norm(module: nn.Module) -> bool:
+def _normed(module: nn.Module) -> int:
+    """Numbers of a row that a module normalises, which it does and keeps in float32."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.dim() == 1 and "Norm" in type(module).__name__
+    if "Norm" not in type(module).__name__ or not isinstance(weight, Tensor):
+        return 0
+    return weight.numel()
