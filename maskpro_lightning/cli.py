@@ -152,6 +152,7 @@ class _AfterFit(_WithCheckpoint):
         super().add_arguments_to_parser(parser)
         parser.add_argument("--output", type=str, default="sparse-model", help="Folder to write.")
         parser.add_argument("--format", type=Format, default="auto", help="See export_sparse.")
+        parser.add_argument("--max_shard_size", type=str, default="5GB", help="Of a file, at most.")
         parser.add_argument(
             "--log_model", type=bool, default=False, help="Keep the model in MLflow's run too."
         )
@@ -171,6 +172,7 @@ class _AfterFit(_WithCheckpoint):
             include=callback.include,
             exclude=callback.exclude,
             file_format=self.config["format"],
+            max_shard_size=self.config["max_shard_size"],
         )
         for name in ("tokenizer", "processor"):
             if hasattr(self.datamodule, name) and (folder / "config.json").exists():

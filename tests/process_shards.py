@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 from unittest import mock
 
 import lightning.pytorch as pl
@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies import fsdp as lightning_fsdp
+from live_bytes import LiveBytes
 from modules import quiet_trainer
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -46,9 +47,18 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.functional import mse_loss
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.data import DataLoader
 
-from maskpro_lightning import MaskPro, MaskProCallback
+from maskpro_lightning import (
+    Distillation,
+    MaskPro,
+    MaskProCallback,
+    export_sparse,
+    find_targets,
+    parameter_groups,
+)
+from maskpro_lightning.files import streaming
 from maskpro_lightning.optim.rule import Estimator
 from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.weights import layout
@@ -119,12 +129,13 @@ def fsdp2_by_inputs(model: nn.Module, ranks: int) -> nn.Module:
     return fsdp2(model, ranks, shard_placement_fn=lambda p: Shard(min(1, p.dim() - 1)))
 
 
-def fsdp1(model: nn.Module, ranks: int, kind: str = "FULL_SHARD") -> nn.Module:
+def fsdp1(model: nn.Module, ranks: int, kind: str = "FULL_SHARD", **kwargs: Any) -> nn.Module:
     wrapped = partial(
         FullyShardedDataParallel,
         sharding_strategy=ShardingStrategy[kind],
         use_orig_params=True,
         device_id=torch.device("cpu"),
+        **kwargs,
     )
     for name, layer in list(model.named_children())[2:]:
         setattr(model, name, wrapped(layer))
@@ -146,6 +157,10 @@ def hsdp2(model: nn.Module, ranks: int) -> nn.Module:
     return fsdp2(model, ranks, mesh=mesh)
 
 
+def hybrid(model: nn.Module, ranks: int) -> nn.Module:
+    return fsdp1(model, ranks, "HYBRID_SHARD", device_mesh=init_device_mesh("cpu", (2, ranks // 2)))
+
+
 Wrap = Callable[[nn.Module, int], nn.Module]
 #: By name: how to wrap, and how many ranks see the same data.
 STRATEGIES: dict[str, tuple[Wrap, Callable[[int], int]]] = {
@@ -157,6 +172,7 @@ STRATEGIES: dict[str, tuple[Wrap, Callable[[int], int]]] = {
     "fsdp1": (fsdp1, lambda _: 1),
     "fsdp1 keeping": (partial(fsdp1, kind="SHARD_GRAD_OP"), lambda _: 1),
     "fsdp1 unsharded": (partial(fsdp1, kind="NO_SHARD"), lambda _: 1),
+    "hybrid": (hybrid, lambda _: 1),
     "tp": (tp, lambda ranks: ranks),
     "tp and fsdp2": (tp_and_fsdp2, lambda _: 2),
 }
@@ -167,7 +183,7 @@ REFUSED = ("fsdp1", "fsdp2 by inputs", "tp")
 
 def applies(name: str, ranks: int) -> bool:
     """Two meshes need four ranks to be two."""
-    return ranks == 4 or name not in ("hsdp2", "tp and fsdp2")
+    return ranks == 4 or name not in ("hsdp2", "hybrid", "tp and fsdp2")
 
 
 class Run:
@@ -257,6 +273,23 @@ def core(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
             Run(name, ranks, "straight_through")
         except ValueError as error:
             yield f"refused {name}", str(error)
+    for name in ("ddp", "fsdp1", "fsdp2", "fsdp2 by inputs"):
+        run = Run(name, ranks)
+        run.optimizer.begin()
+        saved = run.optimizer.state_dict()
+        run.optimizer.load_state_dict(saved)
+        yield f"damaged {name}", _damaged(run.optimizer, saved)
+
+
+def _damaged(optimizer: MaskPro, saved: dict[str, Any]) -> str:
+    """What is said to masks of which a rank's part keeps everything."""
+    for tensors in saved["state"].values():
+        tensors["masks"] = tensors["masks"].clone().fill_(255)
+    try:
+        optimizer.load_state_dict(saved)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 # --- fits -----------------------------------------------------------------------------------------
@@ -273,23 +306,28 @@ class OnCPU(FSDPStrategy):
         return nullcontext()
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        device = torch.device("cpu")
-        return FullyShardedDataParallel(model, device_id=device, **self.kwargs)
+        if self.sharding_strategy is ShardingStrategy.HYBRID_SHARD:  # its own mesh is of GPUs, too
+            ranks = (2, dist.get_world_size() // 2)
+            self.kwargs["device_mesh"] = init_device_mesh("cpu", ranks)
+        kwargs = self.kwargs | {"sharding_strategy": self.sharding_strategy}
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **kwargs)
 
 
 class Fitted(pl.LightningModule):
     """The model, its losses, and what its strategy asks it to do to itself."""
 
-    def __init__(self, wrap: Callable[[nn.Module, Any], None] | None = None) -> None:
+    def __init__(
+        self, wrap: Callable[[nn.Module, Any], None] | None = None, channels: int = 6
+    ) -> None:
         super().__init__()
-        self._wrap = wrap
+        self._wrap, self._channels = wrap, channels
         self.model: nn.Module | None = None
         self.losses: list[float] = []
         self.validated: list[Tensor] = []
 
     def configure_model(self) -> None:
         if self.model is None:
-            self.model = Model()
+            self.model = Model(self._channels)
             if self._wrap is not None:
                 self._wrap(self.model, self.device_mesh)
 
@@ -330,6 +368,10 @@ def _split_and_shard(model: nn.Module, mesh: Any) -> None:
     _fully_shard(model, mesh)
 
 
+def _hybrid(kind: Literal["full", "sharded"]) -> OnCPU:
+    return OnCPU(state_dict_type=kind, sharding_strategy="HYBRID_SHARD")
+
+
 def _parallel(data: int, tensor: int, *, distributed: bool = True) -> ModelParallelStrategy:
     return ModelParallelStrategy(
         data_parallel_size=data,
@@ -343,6 +385,8 @@ FITS: dict[str, tuple[Callable[[int], Any], Any, Callable[[int], int]]] = {
     "ddp": (lambda _: "ddp", None, lambda _: 1),
     "fsdp1 full": (lambda _: OnCPU(state_dict_type="full"), None, lambda _: 1),
     "fsdp1 sharded": (lambda _: OnCPU(state_dict_type="sharded"), None, lambda _: 1),
+    "hybrid full": (lambda _: _hybrid("full"), None, lambda _: 1),
+    "hybrid sharded": (lambda _: _hybrid("sharded"), None, lambda _: 1),
     "fsdp2 full": (lambda n: _parallel(n, 1, distributed=False), _fully_shard, lambda _: 1),
     "fsdp2 sharded": (lambda n: _parallel(n, 1), _fully_shard, lambda _: 1),
     "tp sharded": (lambda n: _parallel(1, n), _split, lambda n: n),
@@ -355,7 +399,7 @@ FIT_STEPS, SAVED_STEP = 6, 3
 
 
 def fits_on(name: str, ranks: int) -> bool:
-    return ranks == 4 or "tp and" not in name
+    return ranks == 4 or not name.startswith(("tp and", "hybrid"))
 
 
 def fit_masks(
@@ -389,7 +433,7 @@ def fit_masks(
         if (name, ranks) in LOGGED and ckpt_path is None
         else False,
     )
-    module = Fitted(wrap)
+    module = Fitted(wrap, 6 if masks.rule["estimator"] == "policy" else 8)
     data = DataLoader(own, batch_size=None)
     # Lightning's own context for whole state dicts makes PyTorch crash without a GPU.
     with mock.patch.object(lightning_fsdp, "_get_full_state_dict_context", _whole_on_cpu):
@@ -412,6 +456,7 @@ def fit_masks(
         "validated": (validated / ranks).tolist(),
         "metrics": mask_metrics(optimizer),
         "step": optimizer.param_groups[0]["step"],
+        "parts": [layout.ranks for layout in optimizer.layouts.values()],
     }
 
 
@@ -442,6 +487,30 @@ def resume(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
     for before, after in MOVES if ranks == 2 else ():
         path = folder / f"{before}-4" / f"step={SAVED_STEP}.ckpt"
         yield f"{before} to {after}", fit_masks(after, ranks, folder / "resumed", path)
+
+
+#: By name: what else than the policy there is to learn by, on weights whose groups are whole.
+LESSONS: dict[str, dict[str, Any]] = {
+    "gradients": {"estimator": "straight_through", "lr": 0.1},
+    "teacher": {"distillation": Distillation("model")},
+    "both": {
+        "estimator": "straight_through",
+        "lr": 0.1,
+        "distillation": Distillation("model"),
+    },
+}
+
+
+def learn(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """What is learned from gradients and from a teacher, and with a compiler."""
+    for lesson, rule in LESSONS.items():
+        name = "ddp" if ranks == 1 else "fsdp2 sharded"
+        yield lesson, fit_masks(name, ranks, folder / f"{lesson}-{ranks}", **rule)
+    for estimator in get_args(Estimator) if ranks == 2 else ():
+        for fused in (False, True):
+            run = Run("fsdp2", ranks, estimator, fused=fused)
+            run.train(STEPS)
+            yield f"{estimator} fused={fused}", run.told()
 
 
 def explore(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
@@ -483,7 +552,113 @@ def _drift() -> Iterator[str]:
     logging.getLogger("maskpro_lightning").setLevel(logging.NOTSET)
 
 
-TASKS = {"core": core, "fit": fit, "resume": resume, "explore": explore}
+# --- exports --------------------------------------------------------------------------------------
+
+
+def _large(_: int) -> nn.Module:
+    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4)))
+    with torch.no_grad():
+        for seed, layer in enumerate(model):
+            layer.weight.copy_(oracle.random(256, 256, seed=seed))
+    return model
+
+
+def _llama(_: int) -> nn.Module:
+    import tiny_models
+
+    torch.manual_seed(0)
+    return tiny_models.llama(tied=True)
+
+
+def _llama_tp(model: nn.Module, ranks: int) -> nn.Module:
+    mlp = "model.layers.*.mlp."
+    plan = {f"{mlp}gate_proj": ColwiseParallel(), f"{mlp}down_proj": RowwiseParallel()}
+    return parallelize_module(model, init_device_mesh("cpu", (ranks,)), plan)
+
+
+def _llama_fsdp2(model: Any, ranks: int) -> nn.Module:
+    """Head and embedding, which are one, in one unit."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+#: By name: the model, how it is wrapped, and how large a file may be.
+EXPORTS: dict[str, tuple[Callable[[int], nn.Module], Wrap, str]] = {
+    **{name: (lambda _: Model(), wrap, "1KB") for name, (wrap, _) in STRATEGIES.items()},
+    "llama ddp": (_llama, ddp, "3KB"),
+    "llama fsdp1": (_llama, fsdp1, "3KB"),
+    "llama fsdp2": (_llama, _llama_fsdp2, "3KB"),
+    "llama tp": (_llama, _llama_tp, "3KB"),
+    "large ddp": (_large, ddp, "1MB"),
+    "large fsdp1": (_large, fsdp1, "1MB"),
+    "large fsdp2": (_large, fsdp2, "1MB"),
+}
+
+
+def export(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """Models under their most likely masks, as each rank has a part of them."""
+    for name, (make, wrap, limit) in EXPORTS.items():
+        if applies(name, ranks):
+            model = wrap(make(ranks), ranks)
+            _mask(model)
+            with LiveBytes() as live, mock.patch.object(layout, "all_reduce", _on_a_copy):
+                export_sparse(model, folder / f"{name}-{ranks}", max_shard_size=limit)
+            yield name, live.peak
+    try:
+        export_sparse(fsdp1(Model(), ranks).module, folder / "inside")
+    except ValueError as error:
+        yield "inside", str(error)
+    for name in ("fsdp1", "fsdp2") if ranks > 1 else ():
+        yield f"refused {name}", list(_refusals(STRATEGIES[name][0], ranks, folder / "refused"))
+
+
+def _on_a_copy(tensor: Tensor, **kwargs: Any) -> None:
+    """Gloo's own thread may hold what it has reduced for a moment longer, which is not counted."""
+    with _disable_current_modes():
+        copy = tensor.clone()
+        dist.all_reduce(copy, **kwargs)
+        tensor.copy_(copy)
+
+
+def _mask(model: nn.Module) -> None:
+    optimizer = MaskPro(parameter_groups(find_targets(model, "2:4")), model=model)
+    optimizer.begin()
+    optimizer.write("mode")
+
+
+def _refusals(wrap: Wrap, ranks: int, folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """What each rank says to what cannot be written, and what is left in the folder."""
+    dense, model = (wrap(Model(), ranks) for _ in range(2))
+    _mask(model)
+    cases: list[tuple[nn.Module, dict[str, Any]]] = [
+        (dense, {}),
+        (model, {"file_format": "compressed"}),
+        (model, {"file_format": "maskllm"}),
+        (model, {"file_format": "safetensors"}),  # to a disk that is full
+    ]
+    for exported, options in cases:
+        full = mock.patch.object(streaming, "_bytes_in", side_effect=OSError("disk full"))
+        with full if "safetensors" in options.values() else nullcontext():
+            try:
+                export_sparse(exported, folder, **options)
+                yield "", []
+            except (OSError, RuntimeError, ValueError) as error:
+                dist.barrier()
+                left = [str(path) for path in folder.rglob("*")]
+                dist.barrier()
+                yield f"{type(error).__name__}: {error}", left
+
+
+TASKS = {
+    "core": core,
+    "fit": fit,
+    "resume": resume,
+    "explore": explore,
+    "export": export,
+    "learn": learn,
+}
 
 
 def _rank(task: str, folder: Path, rank: int, ranks: int, port: int) -> None:

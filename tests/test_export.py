@@ -19,7 +19,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from maskpro_lightning import MaskPro, NMPattern, export_sparse, find_targets, parameter_groups
-from maskpro_lightning.files import archive, export
+from maskpro_lightning.files import archive, streaming
 from maskpro_lightning.files.export import Format, save_distributions
 from maskpro_lightning.files.grouping import check_sparse
 from maskpro_lightning.files.maskfiles import load_maskllm
@@ -294,6 +294,19 @@ def fails_half_way(tensors: Any, path: Path, metadata: Any) -> None:
     raise OSError("disk full")
 
 
+def no_space_after(tensors: int) -> Any:
+    """Stands in for what writes tensors, and fails at the one after so many."""
+    written = []
+
+    def fails(tensor: torch.Tensor, _: torch.Tensor) -> bytes:
+        written.append(tensor)
+        if len(written) > tensors:
+            raise OSError("disk full")
+        return b"a tensor"
+
+    return fails
+
+
 @pytest.mark.parametrize("file_format", ["safetensors", "compressed", "maskllm"])
 def test_a_file_is_whole_or_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: Format
@@ -302,8 +315,8 @@ def test_a_file_is_whole_or_not_there(
         export_sparse(masked(two_layers()), tmp_path, file_format=file_format)
 
     def break_the_disk() -> None:
-        for module in (export, archive):
-            monkeypatch.setattr(module, "save_file", fails_half_way)
+        monkeypatch.setattr(archive, "save_file", fails_half_way)
+        monkeypatch.setattr(streaming, "_bytes_in", no_space_after(1))
         monkeypatch.setattr(
             np, "savez_compressed", lambda file, **_: fails_half_way(None, Path(file.name), None)
         )
@@ -329,11 +342,7 @@ def test_a_hugging_face_model_that_cannot_be_written_leaves_the_older_one(
     model = masked(tiny_models.llama())
     export_sparse(model, tmp_path)
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def save_pretrained(folder: str) -> None:
-        fails_half_way(None, Path(folder) / "model.safetensors", None)
-
-    monkeypatch.setattr(model, "save_pretrained", save_pretrained)
+    monkeypatch.setattr(streaming, "_bytes_in", no_space_after(5))
     with pytest.raises(OSError, match="disk full"):
         export_sparse(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole

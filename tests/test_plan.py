@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
+import oracle
 import pytest
 import torch
-from torch import nn
+from live_bytes import LiveBytes
+from torch import Tensor, nn
 
-from maskpro_lightning import find_targets
+from maskpro_lightning import MaskPro, find_targets, parameter_groups
 from maskpro_lightning.cli import main
 from maskpro_lightning.commands.plan import Plan, Strategy, plan
+from maskpro_lightning.optim.rule import Estimator
 
 
 def planned(devices: int, strategy: Strategy = "fsdp2", **kwargs: object) -> Plan:
@@ -44,7 +49,8 @@ def test_gradients_cost_gradients_and_activations() -> None:
     assert "gradients" not in policy.state
     assert gradients.state["gradients"] == gradients.state["weights"]
     assert policy.activations == 10 * (64 + 48) * 4
-    assert gradients.activations == 3 * policy.activations
+    softmax = 10 * 48 * 4
+    assert gradients.activations == 3 * policy.activations + softmax
     assert policy.total == sum(policy.state.values()) + policy.gathered + policy.activations
 
 
@@ -74,6 +80,80 @@ def test_strategies_without_a_plan_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         planned(2, "deepspeed")  # type: ignore[arg-type]
+
+
+def perceptron() -> tuple[nn.Module, Tensor, int]:
+    blocks = (
+        nn.Sequential(nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128), nn.LayerNorm(128))
+        for _ in range(3)
+    )
+    return nn.Sequential(*blocks), oracle.random(2048, 128), 2048
+
+
+def convolutions() -> tuple[nn.Module, Tensor, int]:
+    layers = nn.Conv2d(16, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()
+    return nn.Sequential(*layers, nn.Conv2d(64, 16, 1)), oracle.random(16, 16, 16, 16), 16 * 256
+
+
+def llama(vocabulary: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor, int]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(dtype), torch.arange(2048).view(16, 128) % vocabulary, 2048
+
+
+CASES: dict[str, Callable[[], tuple[nn.Module, Tensor, int]]] = {
+    "perceptron": perceptron,
+    "convolutions": convolutions,
+    "llama": lambda: llama(64, torch.float32),
+    "llama of many words": lambda: llama(2048, torch.float32),
+    "llama in bfloat16": lambda: llama(2048, torch.bfloat16),
+}
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    if batch.is_floating_point():
+        return model(batch).square().mean()
+    return model(input_ids=batch, labels=batch).loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", get_args(Estimator))
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_is_near_what_is_measured(case: str, estimator: Estimator) -> None:
+    pytest.importorskip("transformers")
+    model, batch, rows = CASES[case]()
+    targets = find_targets(model, "2:4")
+    planned = plan(model, targets, devices=1, estimator=estimator, rows=rows)
+    with torch.set_grad_enabled(estimator == "straight_through"), LiveBytes() as live:
+        loss = loss_of(model, batch)
+        if loss.requires_grad:
+            loss.backward()
+    gradients = planned.state.get("gradients", 0)
+    assert planned.activations is not None
+    assert 2 / 3 < (planned.activations + gradients) / live.peak < 3 / 2
+    model.zero_grad()
+    optimizer = MaskPro(parameter_groups(targets), estimator=estimator, fused=False)
+
+    def closure() -> Tensor:
+        loss = loss_of(model, batch)
+        if loss.requires_grad:
+            loss.backward()
+        return loss
+
+    with LiveBytes() as live, torch.no_grad():
+        optimizer.begin()
+        for _ in range(2):
+            optimizer.step(closure)
+            model.zero_grad()
+    assert 2 / 3 < planned.total / (live.peak + planned.state["weights"]) < 3 / 2
 
 
 @pytest.mark.slow

@@ -61,6 +61,14 @@ def test_a_fit_does_not_depend_on_the_strategy(
 
 
 @pytest.mark.slow
+def test_hybrid_shards_are_halves_on_two_pairs_of_ranks(fits: dict[str, Told]) -> None:
+    for told in fits["fit"][4]:
+        for kind in ("full", "sharded"):
+            assert told[f"hybrid {kind}"]["parts"] == [2] * 4
+            assert told[f"fsdp1 {kind}"]["parts"] == [4] * 4
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "saved", "ranks"), RESUMED)
 def test_a_fit_resumes_on_any_number_of_ranks(
     fits: dict[str, Told], strategy: str, saved: int, ranks: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from modules import ROUNDING, equal, identical
 from process_shards import LR, STEPS, STRATEGIES, WITH_GRADIENTS, Model, applies
 
-from maskpro_lightning import find_targets
+from maskpro_lightning import NMPattern, find_targets
 from maskpro_lightning.commands.plan import plan
+from maskpro_lightning.weights.layout import Layout
 
 RANKS = (1, 2, 4)
 Told = dict[int, list[dict[str, Any]]]
@@ -136,3 +138,24 @@ def test_gradients_of_cut_groups_are_refused(core: Told, strategy: str, ranks: i
         message = told[f"refused {strategy}"]
         assert "is cut within groups of 4 inputs" in message
         assert "use fully_shard (FSDP2), or choose estimator='policy'." in message
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2", "fsdp2 by inputs"])
+def test_damaged_masks_of_a_part_are_refused(core: Told, strategy: str, ranks: int) -> None:
+    for told in core[ranks]:
+        found = told[f"damaged {strategy}"]
+        assert re.search(
+            r"the saved initial mask of '\w+.weight' is not 2:4: group 0 keeps 4", found
+        )
+        assert ("this rank's part" in found) == (strategy != "ddp" and ranks > 1)
+
+
+def test_a_run_without_the_groups_that_its_edges_cut() -> None:
+    whole = Layout.of(torch.zeros(4, 8), NMPattern(2, 4), -1)
+    for start, length, first, kept in ((3, 20, 4, 16), (4, 8, 4, 8), (5, 2, 7, 0), (9, 0, 9, 0)):
+        where, view = Layout.run(whole, start, length, ()).uncut(
+            torch.arange(start, start + length)
+        )
+        assert view.tolist() == list(range(first, first + kept))
+        assert (where.offset, where.size, where.cut) == ((first,), (kept,), False)

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.lean_weight import LeanWeight
@@ -134,10 +135,53 @@ def _bytes(tensors: Iterator[nn.Parameter]) -> int:
 
 
 def _activations(model: nn.Module, rows: int, estimator: Estimator) -> int:
-    """Inputs and outputs of all weights if gradients need them, or else of the largest."""
-    sizes = [
-        rows * sum(weight.shape[:2]) * weight.element_size()
-        for weight in model.parameters()
-        if weight.dim() > 1
-    ]
-    return sum(sizes) if estimator == "straight_through" else max(sizes, default=0)
+    """Estimate from the weights' shapes what is alive at once, in bytes.
+
+    Without gradients that is the widest block, or the loss; with them all inputs and outputs of
+    weights, what norms keep, and the loss. Element-wise functions that are made of several
+    operations, and keys and values that a model caches, come on top.
+    """
+    widths = [width for module in model.modules() for width in _widths(module)]
+    output, size = (widths[-1][1], widths[-1][2]) if widths else (0, 0)
+    # The loss takes a softmax in float32, of a copy if the output is of less.
+    loss = output * (4 if size >= 4 else 8)
+    if estimator == "policy":
+        return rows * max([loss + output * size, *map(_widest, model.modules())])
+    kept = sum((inputs + outputs) * size for inputs, outputs, size in widths)
+    return rows * (kept + sum(map(_normed, model.modules())) * 4 + loss)
+
+
+def _widths(module: nn.Module) -> list[tuple[int, int, int]]:
+    """Numbers of a row that goes into and comes out of a module's own weights, and their bytes."""
+    found = []
+    for weight in module.parameters(recurse=False):
+        if isinstance(module, nn.Embedding):
+            found.append((0, weight.shape[1], weight.element_size()))
+        elif weight.dim() > 1:
+            shape = weight.shape[:2] if isinstance(module, _ConvNd) else weight.shape[-2:]
+            inputs, outputs = (shape[1], shape[0])
+            if "Conv1D" in type(module).__name__:  # transformers' own is (inputs, outputs)
+                inputs, outputs = outputs, inputs
+            found.append((inputs, outputs, weight.element_size()))
+    return found
+
+
+def _widest(module: nn.Module) -> int:
+    """Bytes of a row that are alive in a module at once, inside of its children left out.
+
+    The layers of a chain follow each other; of other modules we take all to be needed together.
+    """
+    own = [max(i + o, 2 * o) * size for i, o, size in _widths(module)]
+    if isinstance(module, nn.Sequential | nn.ModuleList):
+        return 0
+    layers = (child for child in module.children() if not isinstance(child, nn.Embedding))
+    together = [(i + o) * size for child in layers for i, o, size in _widths(child)]
+    return max([sum(together), *own])
+
+
+def _normed(module: nn.Module) -> int:
+    """Numbers of a row that a module normalises, which it does and keeps in float32."""
+    weight = getattr(module, "weight", None)
+    if "Norm" not in type(module).__name__ or not isinstance(weight, Tensor):
+        return 0
+    return weight.numel()

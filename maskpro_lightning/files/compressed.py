@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maskpro_lightning.files import archive, grouping
+from maskpro_lightning.files.gathering import state_of
 from maskpro_lightning.files.grouping import Grouping
 from maskpro_lightning.files.packing import pack
 from maskpro_lightning.masks.pattern import NMPattern
@@ -88,22 +89,6 @@ def load_compressed(
         return _state_in(tensors, notes, pattern)
     except ValueError as error:
         raise archive.broken(path, f"no compressed checkpoint ({error})") from None
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state, its own tensors, not copies.
-
-    Raises:
-        TypeError: something in it is not a tensor, so no file of tensors holds it.
-    """
-    state = dict(model.state_dict(keep_vars=True))
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"The state of {type(model).__name__} holds {name!r}, of type "
-                f"{type(value).__name__}, which a file of tensors would lose: use torch.save."
-            )
-    return state
 
 
 def _compressed(weight: Tensor, where: Grouping, name: str) -> tuple[Tensor, Tensor]:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskpro_lightning.files import archive
-from maskpro_lightning.files.compressed import save_compressed, state_of
-from maskpro_lightning.files.grouping import check_sparse
+from maskpro_lightning.files import archive, pretrained, streaming
+from maskpro_lightning.files.compressed import save_compressed
+from maskpro_lightning.files.gathering import Named, WholeState, state_of
 from maskpro_lightning.files.maskfiles import save_maskllm
 from maskpro_lightning.initial import initializers
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.optimizer import MaskPro
-from maskpro_lightning.weights.targets import Target, clean_name, find_targets
+from maskpro_lightning.weights.targets import Target, find_targets
 
 _DISTRIBUTIONS = "maskpro distributions 1"
-# What makes a server look for packed or quantised weights, which are not there.
-_FOREIGN_CONFIGS = ("quantization_config", "sparsity_config", "compression_config")
 
 Format = Literal["auto", "huggingface", "safetensors", "compressed", "maskllm"]
 
@@ -35,57 +33,64 @@ def export_sparse(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     file_format: Format = "auto",
+    max_shard_size: int | str = "5GB",
 ) -> Path:
     """Write a model whose masks are applied, for others to load.
 
     The formats:
 
-    - "huggingface": the one Hugging Face model that this is or holds, by ``save_pretrained``, zeros
-      included; loads with ``from_pretrained`` where this package is not installed.
+    - "huggingface": the one Hugging Face model that this is or holds, zeros included, as
+      ``save_pretrained`` would; loads with ``from_pretrained`` where this package is not installed.
     - "safetensors": ``model.safetensors``, the ``state_dict``, zeros included.
     - "compressed": ``compressed.safetensors``, the ``state_dict`` without the zeros; loads with
       :func:`load_compressed`.
     - "maskllm": ``masks.npz``, the masks alone, as MaskLLM writes them.
     - "auto": "huggingface" where there is one such model, else "safetensors".
 
+    The first two write tensor by tensor, several files and an index if one would be too large, and
+    take a model that FSDP or tensor parallelism splits over ranks, too: all ranks have to call
+    this, each tensor is gathered, and rank 0 writes it.
+
     Args:
-        model: The model after the fit.
+        model: The model after the fit; under FSDP1 the outermost wrapper.
         folder: Where to write; made if it does not exist.
         pattern: What every masked weight must satisfy.
         include: Which layers are masked, as in :func:`find_targets`.
         exclude: Which layers are not.
         file_format: One of the formats.
+        max_shard_size: The size of a file at most, in bytes or such as "5GB".
 
     Returns:
         The folder.
 
     Raises:
         ValueError: a weight has a group with more than N nonzeros; the format would lose a part of
-            the model; nothing is written then.
+            the model, or cannot be written where it is sharded.
+        TypeError: the state holds more than tensors.
+        RuntimeError: another rank could not write. In each of these cases nothing is written.
     """
     pattern = NMPattern.parse(pattern)
+    limit = streaming.bytes_of(max_shard_size)
+    values = state_of(model)
     targets = find_targets(model, pattern, include, exclude)
-    for target in targets:
-        check_sparse(target.parameter, pattern, target.input_dim, target.name)
     if file_format not in get_args(Format):
         raise ValueError(f"file_format is one of {get_args(Format)}, got {file_format!r}.")
     if file_format == "auto":
-        file_format = "huggingface" if len(_pretrained(model)) == 1 else "safetensors"
+        file_format = "huggingface" if len(pretrained.find(model)) == 1 else "safetensors"
     folder = Path(folder)
-    if file_format == "huggingface":
-        _write_pretrained(_whole_pretrained(model), folder)
+    state = WholeState.of(model, values, pattern, targets)
+    if file_format in ("huggingface", "safetensors"):
+        _write(model, state, folder, file_format, limit)
         return folder
-    if file_format == "maskllm":
-        masks = _masks(model, targets, pattern)
-    state = state_of(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    if file_format == "safetensors":
-        _write_state(state, folder / "model.safetensors")
-    elif file_format == "compressed":
+    _refuse_sharded(state, file_format)
+    if file_format == "compressed":
+        folder.mkdir(parents=True, exist_ok=True)
         save_compressed(
             model, folder / "compressed.safetensors", pattern, include=include, exclude=exclude
         )
     else:
+        masks = _masks(model, targets, pattern)
+        folder.mkdir(parents=True, exist_ok=True)
         save_maskllm(masks, folder / "masks.npz")
     return folder
 
@@ -101,69 +106,88 @@ def save_distributions(optimizer: MaskPro, path: str | os.PathLike[str]) -> None
     archive.write(optimizer.logits(), path, _DISTRIBUTIONS, notes)
 
 
-def _pretrained(module: nn.Module, name: str = "") -> dict[str, Any]:
-    """The outermost Hugging Face models in a module, by name."""
-    if hasattr(module, "save_pretrained"):
-        return {name: module}
-    found: dict[str, Any] = {}
-    for child_name, child in module.named_children():
-        found |= _pretrained(child, f"{name}.{child_name}".removeprefix("."))
-    return found
+def _write(
+    model: nn.Module, state: WholeState, folder: Path, file_format: Format, limit: int
+) -> None:
+    """Write a model's tensors one after the other, as they are gathered."""
+    if file_format == "safetensors":
+        shapes = {name: state.shape(name) for name in state.values}
+        tensors = ((name, state.whole(name)) for name in shapes)
+        state.hand_over(tensors, lambda tensors: _write_files(folder, shapes, tensors, limit))
+        return
+    name, inner = pretrained.only(model, state.values)
+    if not pretrained.is_of_transformers(inner):
+        _refuse_sharded(state, file_format)
+        with _files_of(folder) as partial:
+            inner.save_pretrained(partial)
+        return
+    names = pretrained.names_in(inner, name, state.values)
+    conversion = pretrained.Conversion(inner, {n: state.shape(key) for n, key in names.items()})
 
-
-def _whole_pretrained(model: nn.Module) -> Any:
-    """The one Hugging Face model in a module, if ``save_pretrained`` writes all that there is."""
-    found = _pretrained(model)
-    if len(found) != 1:
-        raise ValueError(
-            f"{type(model).__name__} holds {len(found)} Hugging Face models, but this format is "
-            f'for one: choose file_format="safetensors".'
+    def write(tensors: Named) -> None:
+        # Without weights it writes what is beside them.
+        _write_files(
+            folder,
+            conversion.shapes,
+            tensors,
+            limit,
+            lambda partial: inner.save_pretrained(partial, state_dict={}),
         )
-    ((name, inner),) = found.items()
-    ours = {id(value) for value in state_of(inner).values()}
-    lost = [key for key, value in state_of(model).items() if id(value) not in ours]
-    if lost:
-        raise ValueError(
-            f"{type(model).__name__} holds a Hugging Face model ({name!r}) and {len(lost)} tensors "
-            f"more, such as {lost[0]!r}, which its folder would lose: choose "
-            f'file_format="safetensors" to write everything, or export that model alone.'
-        )
-    if getattr(inner, "peft_config", None):
-        raise ValueError(
-            f"{type(inner).__name__} holds adapters, and its save_pretrained would write only "
-            f"them: merge them into the weights first (merge_and_unload)."
-        )
-    for key in _FOREIGN_CONFIGS:
-        if getattr(inner.config, key, None) is not None:
-            raise ValueError(
-                f"The config of {type(inner).__name__} has a {key}, by which others would look "
-                f"for packed weights instead of these: delete it first (del model.config.{key})."
-            )
-    return inner
+
+    state.hand_over(conversion.convert(lambda name: state.whole(names[name])), write)
 
 
-def _write_pretrained(model: Any, folder: Path) -> None:
-    """Files are moved into place when all are written; other files of the folder stay."""
+def _write_files(
+    folder: Path,
+    shapes: Mapping[str, Tensor],
+    tensors: Named,
+    limit: int,
+    beside: Callable[[Path], None] = lambda _: None,
+) -> None:
+    with _files_of(folder) as partial:
+        beside(partial)
+        streaming.write(partial, shapes, tensors, limit)
+
+
+@contextmanager
+def _files_of(folder: Path) -> Iterator[Path]:
+    """Where to write a model, whose files are moved into place when all are written.
+
+    Those of an older model go then, all others stay. When the block raises, nothing has changed.
+    """
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
-        model.save_pretrained(partial)
-        for stale in folder.glob("model*.safetensors*"):  # would be loaded instead of new ones
-            stale.unlink()
-        for path in Path(partial).iterdir():
-            path.replace(folder / path.name)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+            yield Path(partial)
+            # The index last, as it leads to the others.
+            written = sorted(Path(partial).iterdir(), key=lambda path: path.name == streaming.INDEX)
+            for path in written:
+                path.replace(folder / path.name)
+    except BaseException:
+        if new:
+            folder.rmdir()
+        raise
+    if any(path.name.startswith("model") for path in written):
+        ours = {path.name for path in written}
+        for kind in ("model.safetensors", "model-?????-of-?????.safetensors", streaming.INDEX):
+            for stale in folder.glob(kind):  # would be loaded instead of new ones
+                if stale.name not in ours:
+                    stale.unlink(missing_ok=True)
 
 
-def _write_state(state: Mapping[str, Tensor], path: Path) -> None:
-    # Copies, since safetensors refuses tensors that share memory.
-    plain = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
-    with archive.whole(path) as partial:
-        save_file(plain, partial, {"format": "pt"})
+def _refuse_sharded(state: WholeState, file_format: str) -> None:
+    if state.sharded:
+        raise ValueError(
+            f"The model is split over ranks, which file_format={file_format!r} cannot write: "
+            f'choose "safetensors", load that on one device, and export again from there.'
+        )
 
 
 def _masks(model: nn.Module, targets: Sequence[Target], pattern: NMPattern) -> dict[str, Tensor]:
     """The masks that nonzeros show, named as in the one Hugging Face model, if there is one."""
-    found = _pretrained(model)
-    prefix = clean_name(f"{next(iter(found))}.") if len(found) == 1 and "" not in found else ""
+    found = pretrained.find(model)
+    prefix = f"{next(iter(found))}." if len(found) == 1 and "" not in found else ""
     return {
         target.name.removeprefix(prefix): initializers.nonzeros(
             target.parameter.detach(), pattern, target.input_dim, name=target.name

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from maskpro_lightning.files.packing import unpack
 from maskpro_lightning.masks.pattern import NMPattern
 
 _LARGEST_TENSOR = 2**48
+_GROUPS_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -112,14 +114,21 @@ def check_sparse(weight: Tensor, pattern: NMPattern, input_dim: int, name: str) 
     Raises:
         ValueError: names the weight and its first group with too many nonzeros.
     """
-    nonzeros_G = (pattern.group(weight.detach(), input_dim) != 0).sum(-1).flatten()
-    too_many_G = nonzeros_G > pattern.n
-    if too_many_G.any():
-        first = int(too_many_G.nonzero()[0])
+    rows = pattern.group(weight.detach(), input_dim)
+    # As few at once as make counting cheap in memory beside a weight that was gathered.
+    blocks = rows.split(max(1, _GROUPS_AT_ONCE // max(1, rows[:1].numel() // pattern.m)))
+    first, wrong, before = "", 0, 0
+    for block in blocks:
+        nonzeros_G = (block != 0).sum(-1, dtype=torch.int32).flatten()
+        too_many_G = nonzeros_G > pattern.n
+        if not first and too_many_G.any():
+            place = int(too_many_G.nonzero()[0])
+            first = f"group {before + place} has {int(nonzeros_G[place])} nonzeros"
+        wrong, before = wrong + int(too_many_G.sum()), before + nonzeros_G.numel()
+    if wrong:
         raise ValueError(
-            f"{name!r} is not {pattern}: group {first} has {int(nonzeros_G[first])} nonzeros "
-            f"({int(too_many_G.sum())} of {nonzeros_G.numel()} groups have too many). Export after "
-            f"the fit, with the pattern, include and exclude of the fit."
+            f"{name!r} is not {pattern}: {first} ({wrong} of {before} groups have too many). "
+            f"Export after the fit, with the pattern, include and exclude of the fit."
         )
 
 

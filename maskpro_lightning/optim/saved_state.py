@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from maskpro_lightning.masks.pattern import NMPattern
-from maskpro_lightning.optim.masked_weight import MaskedWeight
-from maskpro_lightning.optim.transition import BEST
+from maskpro_lightning.optim.transition import BEST, DRAWN, INITIAL
 from maskpro_lightning.weights.admission import LARGEST, check_rule
 from maskpro_lightning.weights.layout import Layout, local
 
@@ -23,7 +22,8 @@ _TENSORS = {"dense", "logits", "masks"}
 _LOGITS = (torch.float32, torch.bfloat16)
 # No fit gets there, as a step is at most LARGEST, and beyond a draw's numbers may leave float32.
 _LARGEST_LOGIT = 1e20
-_Stored = Literal["initial", "drawn", "best"]
+# The masks that are looked at, by their bits.
+_STORED = {"initial": INITIAL, "drawn": DRAWN, "best": BEST}
 
 
 def check(
@@ -35,7 +35,7 @@ def check(
         saved: What ``MaskPro.state_dict`` is said to have returned.
         groups: The optimizer's own parameter groups.
         weights: The names of its weights and which part of each is this rank's, in order. A
-            saved part is looked at less closely than a whole weight.
+            saved part is looked at but for the groups that its edges cut.
 
     Raises:
         ValueError: says what is saved and what it should be.
@@ -51,9 +51,8 @@ def check(
     begun = [states[key] for key in keys if key in states]
     if len(begun) not in (0, len(keys)) or len(states) != len(begun):
         raise _damaged(f"it holds masks of {len(states)} weights, not of its {len(keys)}")
-    of_weights = chain.from_iterable([group] * len(group["params"]) for group in groups)
-    for group, (name, layout), state in zip(of_weights, weights, begun, strict=False):
-        _check_weight(name, layout, group, state)
+    for (name, layout), state in zip(weights, begun, strict=False):
+        _check_weight(name, layout, state)
 
 
 def _parts(saved: Any) -> tuple[list[Group], Mapping[Any, Any]]:
@@ -114,7 +113,7 @@ def _kind(value: Any) -> object:
     return "number" if isinstance(value, int | float) else type(value)
 
 
-def _check_weight(name: str, layout: Layout, group: Group, state: Any) -> None:
+def _check_weight(name: str, layout: Layout, state: Any) -> None:
     if not isinstance(state, Mapping) or set(state) - {"redrawn"} != _TENSORS:
         raise _damaged(f"the state of {name!r} is not {', '.join(sorted(_TENSORS))}")
     _check_redrawn(name, layout, state.get("redrawn", torch.tensor(0)))
@@ -133,15 +132,28 @@ def _check_weight(name: str, layout: Layout, group: Group, state: Any) -> None:
         raise _damaged(f"{name!r} has {dense.dtype}, {logits.dtype} and {masks.dtype}")
     if not (logits.abs() < _LARGEST_LOGIT).all():
         raise _damaged(f"the logits of {name!r} are not all below {_LARGEST_LOGIT:.0e}")
-    if tuple(masks.shape) != layout.shape:
-        return  # a part, which may cut groups
-    pattern, input_dim = NMPattern.parse(group["pattern"]), group["input_dim"]
-    whole = Layout.of(dense, pattern, input_dim)
-    masked = MaskedWeight(name, whole, dense, dense, logits, masks)
-    for version in get_args(_Stored):
-        if version == "best" and not (masks & BEST).any():
+    _check_masks(name, _where(state["masks"], layout), masks)
+
+
+def _where(saved: Tensor, layout: Layout) -> Layout:
+    """Which part of a weight is saved: all of it, a DTensor's own part, or this rank's run."""
+    if isinstance(saved, DTensor) or tuple(saved.shape) == layout.shape:
+        return Layout.of(saved, layout.pattern, layout.input_dim)
+    return layout
+
+
+def _check_masks(name: str, layout: Layout, masks: Tensor) -> None:
+    """Refuse a mask that is not N:M; groups that an edge cuts are not looked at."""
+    part = "this rank's part of " if masks.shape != layout.shape else ""
+    where, masks = layout.uncut(masks)
+    for version, bit in _STORED.items():
+        if bit == BEST and not (masks & bit).any():
             continue  # saved from lean memory, which does not keep it
-        pattern.check(masked.mask(version), input_dim, f"the saved {version} mask of {name!r}")
+        blocks = where.blocks((masks & bit).bool())
+        kept = [kept.reshape(-1, where.pattern.m) for _, (kept,) in blocks]
+        if kept:
+            about = f"{part}the saved {version} mask of {name!r}"
+            where.pattern.check(torch.cat(kept), -1, about)
 
 
 def _check_redrawn(name: str, layout: Layout, redrawn: Any) -> None:

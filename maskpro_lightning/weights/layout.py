@@ -55,7 +55,7 @@ class Layout:
     @classmethod
     def of(cls, weight: Tensor, pattern: NMPattern, input_dim: int) -> Layout:
         """The layout of a whole weight, or of a DTensor."""
-        shape, input_dim = tuple(weight.shape), input_dim % weight.dim()
+        shape, input_dim = tuple(weight.shape), input_dim % max(1, weight.dim())
         if not isinstance(weight, DTensor):
             return cls(pattern, shape, input_dim, shape, (0,) * len(shape))
         mesh, placements = weight.device_mesh, weight.placements
@@ -108,6 +108,15 @@ class Layout:
         padded = own.new_zeros(self.padded_size)
         self.own(padded).copy_(own)
         return padded
+
+    def uncut(self, own: Tensor) -> tuple[Layout, Tensor]:
+        """A part without what its edges cut of groups: where that lies, and a view of it."""
+        skip = min(-self.offset[self._axis] % self._unit, self.size[self._axis])
+        length = (self.size[self._axis] - skip) // self._unit * self._unit
+        size, offset = list(self.size), list(self.offset)
+        size[self._axis], offset[self._axis] = length, offset[self._axis] + skip
+        where = replace(self, size=tuple(size), offset=tuple(offset))
+        return where, own.narrow(self._axis, skip, length)
 
     def take(self, whole: Tensor) -> Tensor:
         """This rank's padded part of a whole weight, or of anything of its shape; a view."""

@@ -6,7 +6,8 @@ may hold a second, whole copy of weights in which a mask written into the shards
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.distributed import (
     is_initialized,
 )
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
 from torch.distributed.fsdp._runtime_utils import _reshard
 
 from maskpro_lightning.masks.pattern import NMPattern
@@ -99,6 +101,49 @@ def settle(model: nn.Module) -> None:
             getattr(state._comm_ctx, "post_forward_order", []).clear()
             for group in _fsdp_groups(state):
                 group._post_forward_indices.clear()
+
+
+def own_state(model: nn.Module) -> dict[str, Any]:
+    """A model's state as it lies on this rank: its own parameters, and nothing gathered.
+
+    Names are free of what FSDP1 puts into them.
+
+    Raises:
+        ValueError: a part of a model whose weights lie in flat parameters outside of it.
+    """
+    settle(model)
+    with _without_gathering(model):
+        state = model.state_dict(keep_vars=True)
+    inside = {
+        id(weight)
+        for module in FullyShardedDataParallel.fsdp_modules(model)
+        if module._handle is not None
+        for weight in module._handle.flat_param._params or ()
+    }
+    for name, value in state.items():
+        flattened = isinstance(value, nn.Parameter) and _is_fsdp_flattened(value)
+        if flattened and id(value) not in inside:
+            raise ValueError(
+                f"FSDP keeps {name!r} in a flat parameter of a module around "
+                f"{type(model).__name__}: give the outermost one, which is trainer.strategy.model "
+                f"in a Trainer."
+            )
+    return {name.replace("_fsdp_wrapped_module.", ""): value for name, value in state.items()}
+
+
+@contextmanager
+def _without_gathering(model: nn.Module) -> Iterator[None]:
+    """Leave out the hooks by which FSDP1 puts whole weights into a state dict."""
+    modules = FullyShardedDataParallel.fsdp_modules(model)
+    kinds = ("_state_dict_hooks", "_state_dict_pre_hooks")
+    hooks = [(module, kind, vars(module)[kind]) for module in modules for kind in kinds]
+    for module, kind, found in hooks:
+        vars(module)[kind] = type(found)()
+    try:
+        yield
+    finally:
+        for module, kind, found in hooks:
+            vars(module)[kind] = found
 
 
 def flat_shapes(model: nn.Module) -> dict[int, torch.Size]:

@@ -1,0 +1,133 @@
+"""A model's state whole, one tensor at a time, however it is split over ranks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import all_reduce, get_rank
+
+from maskpro_lightning.files.grouping import check_sparse
+from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.weights.layout import Layout, local
+from maskpro_lightning.weights.sharding import layouts, own_state
+from maskpro_lightning.weights.targets import Target
+
+Named = Iterator[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class WholeState:
+    """The state of a model, of which this rank may have parts only.
+
+    Attributes:
+        values: What lies here, by name; the model's own tensors.
+        layouts: Which parts of the whole these are.
+        targets: Those of them that have to be N:M.
+    """
+
+    values: Mapping[str, Tensor]
+    layouts: Mapping[str, Layout]
+    targets: Mapping[str, Target]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        values: Mapping[str, Tensor],
+        pattern: NMPattern,
+        targets: Sequence[Target],
+    ) -> WholeState:
+        """The state of a model, from what :func:`state_of` found.
+
+        Raises:
+            ValueError: a whole weight is not N:M; sharded ones are looked at as they are gathered.
+        """
+        masked = {id(target.parameter): target for target in targets}
+        found = {name: masked[id(value)] for name, value in values.items() if id(value) in masked}
+        parts = [
+            (value, pattern, found[name].input_dim if name in found else -1)
+            for name, value in values.items()
+        ]
+        state = cls(values, dict(zip(values, layouts(model, parts), strict=True)), found)
+        for name in found:
+            if not state.layouts[name].across:
+                state._check(name, values[name])
+        return state
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a tensor is split over ranks, so that all of them have to gather."""
+        return any(layout.across for layout in self.layouts.values())
+
+    def shape(self, name: str) -> Tensor:
+        """A whole tensor's shape and dtype, on the meta device."""
+        shape, dtype = self.layouts[name].shape, self.values[name].dtype
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    @torch.no_grad()
+    def whole(self, name: str) -> Tensor:
+        """A whole tensor; every rank has to ask for it.
+
+        Raises:
+            ValueError: a weight that should be N:M is not.
+        """
+        layout = self.layouts[name]
+        found = layout.whole(local(self.values[name].detach()))
+        if layout.across and name in self.targets:
+            self._check(name, found)
+        return found
+
+    def hand_over(self, tensors: Named, write: Callable[[Named], None]) -> None:
+        """Let one rank write what all ranks gather; an error of one is an error of all.
+
+        Args:
+            tensors: Names and tensors from :meth:`whole`.
+            write: What the rank does with them.
+
+        Raises:
+            RuntimeError: another rank has failed.
+        """
+        if not self.sharded:
+            write(tensors)
+            return
+        device = next(local(self.values[n]).device for n, at in self.layouts.items() if at.across)
+        failed = torch.ones((), device=device)
+        try:
+            if get_rank() == 0:
+                write(tensors)
+            else:
+                _drop(tensors)
+            failed.zero_()
+        finally:
+            _drop(tensors)  # with the others, who do not know
+            all_reduce(failed)
+        if failed:
+            raise RuntimeError("The model was not written: see the error of another rank.")
+
+    def _check(self, name: str, weight: Tensor) -> None:
+        target = self.targets[name]
+        check_sparse(weight, self.layouts[name].pattern, target.input_dim, target.name)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state, its own tensors, not copies; of what is sharded this rank's part.
+
+    Raises:
+        TypeError: something in it is not a tensor, so no file of tensors holds it.
+    """
+    state = own_state(model)
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"The state of {type(model).__name__} holds {name!r}, of type "
+                f"{type(value).__name__}, which a file of tensors would lose: use torch.save."
+            )
+    return state
+
+
+def _drop(tensors: Iterable[object]) -> None:
+    deque(tensors, maxlen=0)

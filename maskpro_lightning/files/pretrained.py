@@ -1,0 +1,151 @@
+"""Hugging Face models: which one a module holds, and what of it goes into their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from maskpro_lightning.weights.targets import clean_name
+
+# What makes a server look for packed or quantised weights, which are not there.
+_FOREIGN_CONFIGS = ("quantization_config", "sparsity_config", "compression_config")
+
+
+def find(module: nn.Module, name: str = "") -> dict[str, Any]:
+    """The outermost Hugging Face models in a module, by name."""
+    if hasattr(type(module), "save_pretrained"):  # a wrapper has what is inside it, too
+        return {clean_name(name): module}
+    found: dict[str, Any] = {}
+    for child_name, child in module.named_children():
+        found |= find(child, f"{name}.{child_name}".removeprefix("."))
+    return found
+
+
+def only(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, Any]:
+    """The one Hugging Face model in a module, by name, if its folder holds all that there is.
+
+    Args:
+        model: The module.
+        state: Its state.
+
+    Raises:
+        ValueError: there is none, or several, or something beside it; it holds adapters, or its
+            config promises packed weights.
+    """
+    found = find(model)
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} Hugging Face models, but this format is "
+            f'for one: choose file_format="safetensors".'
+        )
+    ((name, inner),) = found.items()
+    prefix = f"{name}." if name else ""
+    ours = {id(value) for key, value in state.items() if clean_name(key).startswith(prefix)}
+    lost = [key for key, value in state.items() if id(value) not in ours]
+    if lost:
+        raise ValueError(
+            f"{type(model).__name__} holds a Hugging Face model ({name!r}) and {len(lost)} tensors "
+            f"more, such as {lost[0]!r}, which its folder would lose: choose "
+            f'file_format="safetensors" to write everything, or export that model alone.'
+        )
+    if getattr(inner, "peft_config", None):
+        raise ValueError(
+            f"{type(inner).__name__} holds adapters, and its save_pretrained would write only "
+            f"them: merge them into the weights first (merge_and_unload)."
+        )
+    for key in _FOREIGN_CONFIGS:
+        if getattr(inner.config, key, None) is not None:
+            raise ValueError(
+                f"The config of {type(inner).__name__} has a {key}, by which others would look "
+                f"for packed weights instead of these: delete it first (del model.config.{key})."
+            )
+    return name, inner
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether ``save_pretrained`` is the one of transformers, and not of another library."""
+    return any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
+
+
+def names_in(model: Any, name: str, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Which tensors of a state go into the model's files: their names there and in the state.
+
+    Of tied weights that is the one which ``from_pretrained`` looks for.
+
+    Args:
+        model: The Hugging Face model.
+        name: Its name in the module.
+        state: The module's state.
+    """
+    prefix = f"{name}." if name else ""
+    ours = {clean_name(key).removeprefix(prefix): key for key in state}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    names: dict[int, str] = {}
+    for inner, key in ours.items():
+        kept = names.setdefault(id(state[key]), inner)
+        if kept in tied and inner not in tied:
+            names[id(state[key])] = inner
+    ignored = model._keys_to_ignore_on_save or ()
+    kept_names = set(names.values()).difference(ignored)
+    return {inner: key for inner, key in ours.items() if inner in kept_names}
+
+
+class Conversion:
+    """How the tensors of a model become those of its files, a few at a time.
+
+    transformers fuses on loading what files hold apart, such as the experts of a layer, and takes
+    it apart again on saving. Most tensors can be converted on their own, else those of a block
+    can, or else only all together.
+
+    Args:
+        model: The Hugging Face model.
+        shapes: Its tensors on the meta device, by name.
+
+    Attributes:
+        shapes: The tensors of its files on the meta device, by name.
+        parts: Names of the model's tensors that are converted together.
+    """
+
+    def __init__(self, model: Any, shapes: Mapping[str, Tensor]) -> None:
+        self._model = model
+        self.shapes = self._convert(shapes)
+        expected = {name: (shape.shape, shape.dtype) for name, shape in self.shapes.items()}
+        for part_of in (lambda name: name, _block_of, lambda _: ""):
+            self.parts = _grouped(shapes, part_of)
+            found: dict[str, Any] = {}
+            for part in self.parts:
+                try:
+                    found |= self._convert({name: shapes[name] for name in part})
+                except Exception:  # noqa: BLE001, whatever misses the rest of a block
+                    break
+            if {name: (shape.shape, shape.dtype) for name, shape in found.items()} == expected:
+                return
+        raise AssertionError("all tensors together are not all tensors")
+
+    def convert(self, whole: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the files, made part by part from the model's."""
+        for part in self.parts:
+            # Nothing of a part is kept while the next one is made.
+            yield from self._convert({name: whole(name) for name in part}).items()
+
+    def _convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        converted: dict[str, Tensor] = revert_weight_conversion(self._model, dict(tensors))
+        return converted
+
+
+def _block_of(name: str) -> str:
+    """A name up to its first number, which counts the blocks of a model."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else name
+
+
+def _grouped(names: Mapping[str, object], part_of: Callable[[str], str]) -> list[list[str]]:
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(part_of(name), []).append(name)
+    return list(parts.values())

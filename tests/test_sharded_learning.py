@@ -1,0 +1,48 @@
+"""Laws of what sharded fits learn from gradients, from a teacher and with a compiler."""
+
+from __future__ import annotations
+
+import pytest
+from modules import ROUNDING, equal
+from process_shards import FIT_STEPS, LESSONS, LR, STEPS
+from test_sharding import Told, assert_alike, run
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    return run(tmp_path_factory.mktemp("learn"), "learn")["learn"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_fit_by_fully_shard_learns_what_one_device_does(
+    learned: Told, lesson: str, ranks: int
+) -> None:
+    one = learned[1][0][lesson]
+    estimator = LESSONS[lesson].get("estimator", "policy")
+    rounding = FIT_STEPS * LESSONS[lesson].get("lr", LR) * ROUNDING[estimator]
+    for told in learned[ranks]:
+        # A divergence is a small difference of terms near 1, which are what is rounded.
+        assert told[lesson]["losses"] == pytest.approx(one["losses"], rel=0, abs=2**-20)
+        assert_alike(told[lesson] | {"losses": one["losses"]}, one, rounding)
+        assert max(told[lesson]["parts"]) == ranks
+        assert not equal(told[lesson]["mode"], told[lesson]["initial"])
+
+
+@pytest.mark.slow
+def test_a_lesson_is_not_that_of_another(learned: Told) -> None:
+    one = learned[1][0]
+    modes = [one[lesson]["mode"] for lesson in LESSONS]
+    assert not any(equal(modes[i], modes[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("estimator", "lr"), [("policy", LR), ("straight_through", 0.1)])
+def test_compiled_steps_of_sharded_weights_learn_the_same(
+    learned: Told, estimator: str, lr: float
+) -> None:
+    for told in learned[2]:
+        eager, fused = (told[f"{estimator} fused={fused}"] for fused in (False, True))
+        assert_alike(fused, eager, STEPS * lr * ROUNDING[estimator])
+        assert not equal(fused["mode"], fused["initial"])
