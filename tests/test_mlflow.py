@@ -96,7 +96,7 @@ def test_one_run_holds_parameters_metrics_and_files(store: Store, tmp_path: Path
     }
     assert store.steps(run, "maskpro/entropy") == [1, 3, 5, 7]
     assert store.steps(run, "maskpro/residual") == [1, 3, 5, 7]
-    assert store.steps(run, "maskpro/entropy/net.0.weight") == [4, 8]
+    assert store.steps(run, "maskpro/entropy/net.0.weight") == [0, 4, 8]
     distributions = {f"step={step}/distributions.safetensors" for step in (4, 8)}
     assert store.artifacts(run) == FILES | FIGURES | distributions
 
@@ -228,8 +228,9 @@ def test_a_logger_that_fails_is_told_once_and_left_alone(
     assert message.endswith(f"no space left for {method}")
     rows = (tmp_path / "sound" / "metrics.csv").read_text().splitlines()
     assert "maskpro/entropy" in rows[0]
-    # A header, four updates; of each epoch a mean, Lightning's validation and ours.
-    assert len(rows) == 1 + 4 + 2 * 3
+    # A header, four updates; of each epoch a mean, Lightning's validation and ours, and of the
+    # initial mask the last two.
+    assert len(rows) == 1 + 4 + 2 * 3 + 2
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -254,6 +254,6 @@ def test_masks_begin_once_and_are_not_there_before() -> None:
 
 def test_a_version_that_does_not_exist_is_refused() -> None:
     optimizer = one_weight(nn.Parameter(random(4, 8)))
-    message = "version is one of ('dense', 'initial', 'drawn', 'mode'), got 'nope'."
+    message = "version is one of ('dense', 'initial', 'drawn', 'mode', 'best'), got 'nope'."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         optimizer.write("nope")  # type: ignore[arg-type]

@@ -480,7 +480,7 @@ def test_the_history_that_a_journal_wrote_is_read_back_and_drawn_in_full(tmp_pat
         journal.step(step, values)
         rows.append({"step": float(step)} | {key: float(value) for key, value in values.items()})
     journal.layers(mask_metrics(optimizer))
-    journal.close(optimizer, Tracking(SimpleNamespace(loggers=[], global_step=5), "raise"))
+    journal.close(optimizer, "mode", Tracking(SimpleNamespace(loggers=[], global_step=5), "raise"))
     assert read_run(tmp_path).history == rows
     assert set(lines(draw(rows, {}))) == {key for row in rows for key in row} - {"step"}
     for name in ("loss", "exploration", "signal", "layers"):

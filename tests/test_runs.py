@@ -121,7 +121,7 @@ def test_a_fit_leaves_what_its_figures_are_drawn_from(tmp_path: Path) -> None:
     with (tmp_path / "metrics.csv").open() as file:
         losses = [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
     assert [row["val_loss"] for row in run.validation] == pytest.approx(losses, rel=1e-6)
-    assert [row["step"] for row in run.validation] == [4, 8]
+    assert [row["step"] for row in run.validation] == [0, 4, 8]
     assert callback.optimizer is not None
     assert run.groups == histograms(callback.optimizer)
     assert all(len(rows) == BINS for rows in run.groups.values())

@@ -126,8 +126,9 @@ def test_a_step_sends_nothing_but_a_scalar_of_each_weight(core: Told) -> None:
             assert not any(told[name]["end"]["sent"] for name, n in POLICY if n == ranks)
             for name, n in GRADIENTS:
                 sent = told[f"straight_through {name}"]["end"]["sent"] if n == ranks else []
-                assert all(numbers <= 4 for numbers in sent)
-                assert len(sent) == (STEPS if n == ranks > 1 else 0)
+                assert all(numbers == 1 for numbers in sent)
+                # Four weights, each as soon as its gradient is there.
+                assert len(sent) == (4 * STEPS if n == ranks > 1 else 0)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
