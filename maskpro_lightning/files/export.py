@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -166,7 +166,8 @@ def _files_of(folder: Path) -> Iterator[Path]:
                 path.replace(folder / path.name)
     except BaseException:
         if new:
-            folder.rmdir()
+            with suppress(OSError):  # unless something has moved in
+                folder.rmdir()
         raise
     if any(path.name.startswith("model") for path in written):
         ours = {path.name for path in written}
