@@ -178,7 +178,8 @@ def test_two_ranks_log_one_run(store: Store) -> None:
     assert run.info.status == "FINISHED"
     assert run.data.params["maskpro/pattern"] == "2:4"
     assert store.steps(run, "maskpro/entropy") == [1, 3]
-    assert store.artifacts(run) == FILES | FIGURES
+    logits = {f"step={step}/distributions.safetensors" for step in (2, 4)}
+    assert store.artifacts(run) == FILES | FIGURES | logits
 
 
 # --- loggers that fail --------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Works on a model without memory (``torch.device("meta")``), so a laptop plans fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -90,8 +90,10 @@ def plan(
     weights = [*model.parameters(), *model.buffers()]
     state = {"weights": sum(share(w, devices) * w.element_size() for w in weights)}
     if estimator == "straight_through":
-        gradients = (p for p in model.parameters() if p.requires_grad)
-        state["gradients"] = sum(share(p, devices) * p.element_size() for p in gradients)
+        units = _units(model) if strategy == "fsdp2" and devices > 1 else []
+        state["gradients"] = _gradients(
+            model, targets, units, lambda p: share(p, devices) * p.element_size()
+        )
     for target in targets:
         weight, logits = target.parameter, getattr(torch, logits_dtype)
         # Lean weights are whole, so their groups are, too.
@@ -108,6 +110,24 @@ def plan(
     forwards = {"policy": 2, "straight_through": 3}[estimator]
     seen = None if rows is None else _activations(model, rows, estimator)
     return Plan(state, 0 if strategy == "ddp" or devices == 1 else whole, seen, forwards)
+
+
+def _gradients(
+    model: nn.Module,
+    targets: Sequence[Target],
+    units: Sequence[nn.Module],
+    size_of: Callable[[Tensor], int],
+) -> int:
+    """Bytes of gradients that are there at once: all unmasked ones, and of one masked weight.
+
+    Of sharded units, those of all masked weights of one.
+    """
+    masked = {id(target.parameter) for target in targets}
+    others = (p for p in model.parameters() if p.requires_grad and id(p) not in masked)
+    together = [[p for p in unit.parameters() if id(p) in masked] for unit in units]
+    together = together or [[target.parameter] for target in targets]
+    largest = max(sum(map(size_of, weights)) for weights in together)
+    return sum(map(size_of, others)) + largest
 
 
 def _all(weight: Tensor, devices: int) -> int:
