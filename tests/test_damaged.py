@@ -149,6 +149,47 @@ def test_what_is_no_state_at_all_is_refused(thing: Any) -> None:
         MaskProCallback().load_state_dict(thing)
 
 
+# A weight of 16 x 16 has 64 groups.
+COUNTS = {
+    "none": (torch.tensor(0), True),
+    "all": (torch.tensor(64), True),
+    "more than all": (torch.tensor(65), False),
+    "negative": (torch.tensor(-1), False),
+    "a fraction": (torch.tensor(0.5), False),
+    "several": (torch.tensor([1, 2]), False),
+    "no tensor": (3, False),
+    "sparse": (torch.ones(1, dtype=torch.int64).to_sparse(), False),
+    "nowhere": (torch.tensor(0, device="meta"), False),
+}
+
+
+@pytest.mark.parametrize(("redrawn", "sound"), COUNTS.values(), ids=COUNTS.keys())
+def test_from_no_group_to_all_may_have_been_redrawn(redrawn: Any, sound: bool) -> None:
+    state = loaded()["optimizer_states"][0]
+    state["state"][0]["redrawn"] = redrawn
+    optimizer = new(Net())
+    if sound:
+        optimizer.load_state_dict(state)
+        assert_sound(optimizer)
+        return
+    with pytest.raises(ValueError, match=r"redrawn of 'net\.0\.weight' is no (number|tensor)"):
+        optimizer.load_state_dict(state)
+    assert not optimizer.begun
+
+
+@pytest.mark.parametrize("value", [0.99e20, -0.99e20, 1e20, -1e20, math.inf, math.nan])
+def test_logits_below_1e20_are_sound(value: float) -> None:
+    state = loaded()["optimizer_states"][0]
+    state["state"][0]["logits"][0, 0] = value
+    optimizer = new(Net())
+    if abs(value) < 1e20:
+        optimizer.load_state_dict(state)
+        assert_sound(optimizer)
+        return
+    with pytest.raises(ValueError, match=r"logits of 'net\.0\.weight' are not all below 1e\+20"):
+        optimizer.load_state_dict(state)
+
+
 # --- files --------------------------------------------------------------------------------------
 
 
