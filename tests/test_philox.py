@@ -169,7 +169,7 @@ def test_noise_has_mean_and_variance_one_in_every_place(column: int) -> None:
 
 def test_noise_stays_in_its_range_at_the_extreme_words(monkeypatch: pytest.MonkeyPatch) -> None:
     extremes = (torch.tensor([0]), torch.tensor([1])) + (torch.tensor([2**32 - 1]),) * 2
-    monkeypatch.setattr("maskpro_lightning.philox.philox", lambda key, counter: extremes)
+    monkeypatch.setattr("maskpro_lightning.masks.philox.philox", lambda key, counter: extremes)
     smallest, second, largest, _ = exponential(KEY, STEP, torch.tensor([0]), 4)[0].tolist()
     assert smallest == 2**-33
     assert second == pytest.approx(1.5 * 2**-32, rel=2**-23)

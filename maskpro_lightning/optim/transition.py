@@ -295,10 +295,10 @@ def _drawn(
     step: Tensor,
     sharpness: float | Tensor,
 ) -> list[Tensor]:
-    """Columns of flags, int32: the N highest of logits plus Gumbel noise."""
+    """Columns of flags, int32."""
     noise_M = philox.exponential_columns(key, step, groups, pattern.m)
-    races_M = [x * sharpness - noise.log() for x, noise in zip(logits_M, noise_M, strict=True)]
-    return [flag.int() for flag in columns.top(races_M, pattern.n)]
+    flags_M = columns.winners([x * sharpness for x in logits_M], noise_M, pattern.n)
+    return [flag.int() for flag in flags_M]
 
 
 def _minus(values: Sequence[Tensor], moves: Sequence[Tensor]) -> list[Tensor]:
