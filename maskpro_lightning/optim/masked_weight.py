@@ -135,7 +135,7 @@ class MaskedWeight:
                 groups_G.view(logits.shape[:-1]),
                 words_of(dense, weight),
                 logits_of(logits),
-                masks,
+                words_of(masks),
                 key,
                 step,
                 draw.sharpness,
@@ -143,7 +143,8 @@ class MaskedWeight:
                 moving[0] if moving else None,
             )
             # One call, so that an exception leaves a block as it was or as it should be.
-            torch._foreach_copy_([integers_of(weight, dense), logits_to(logits), masks], found)
+            places = [integers_of(weight, dense), logits_to(logits), integers_of(masks)]
+            torch._foreach_copy_(places, found)
 
     def _taught(
         self,

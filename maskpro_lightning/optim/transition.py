@@ -43,8 +43,8 @@ def transition(
         pattern: The pattern.
         groups: int64 (...), the groups' numbers.
         words: The dense weights, see :func:`words_of`.
-        logits: float32 (..., M), or the words of bfloat16, which are rounded at random.
-        masks: uint8 (..., M), a bit for each of ``INITIAL``, ``DRAWN`` and ``PREVIOUS``.
+        logits: Of float32, or of bfloat16, which are rounded at random; see :func:`logits_of`.
+        masks: The words of bytes with a bit for each of ``INITIAL``, ``DRAWN`` and ``PREVIOUS``.
         key: What draws depend on besides, see :func:`philox.exponential`.
         step: int64 scalar, the number of the draw.
         sharpness: Masks are drawn from softmax(sharpness * logits).
@@ -54,7 +54,7 @@ def transition(
     Returns:
         The words of the masked weights, the next logits and masks.
     """
-    masks_M = [mask.int() for mask in masks.unbind(-1)]
+    masks_M = _bits(masks, pattern.m)
     drawn_M = [mask >> 1 & 1 for mask in masks_M]
     logits_M = _logits(logits, pattern.m)
     if change is not None or direction is not None:
@@ -66,11 +66,7 @@ def transition(
         for mask, kept in zip(masks_M, kept_M, strict=True)
     ]
     bits_M = [bits & -kept for bits, kept in zip(_bits(words, pattern.m), kept_M, strict=True)]
-    return (
-        _words(bits_M, words.shape[-1]),
-        _stored(logits_M, logits),
-        torch.stack(next_M, dim=-1).to(torch.uint8),
-    )
+    return _words(bits_M, words), _stored(logits_M, logits), _words(next_M, masks)
 
 
 def lean_transition(
@@ -147,7 +143,7 @@ def exchange(
 
     The pruned ones are those that the mask of a group leaves out, in their order.
     """
-    bits_M, number = _bits(words, pattern.m), words.shape[-1]
+    bits_M = _bits(words, pattern.m)
     left_out = _bits(pruned, pattern.m - pattern.n)
     if held_M is not None:
         places = _places(held_M)
@@ -156,7 +152,7 @@ def exchange(
             for j, (kept, bits, place) in enumerate(zip(held_M, bits_M, places, strict=True))
         ]
     if next_M is None:
-        return _words(bits_M, number), pruned
+        return _words(bits_M, words), pruned
     places = [
         torch.where(kept > 0, -1, place)
         for kept, place in zip(next_M, _places(next_M), strict=True)
@@ -168,58 +164,69 @@ def exchange(
             value = torch.where(places[j] == k, bits_M[j], value)
         gone.append(value)
     kept_bits = [bits & -kept for bits, kept in zip(bits_M, next_M, strict=True)]
-    return _words(kept_bits, number), _words(gone, pruned.shape[-1])
+    return _words(kept_bits, words), _words(gone, pruned)
 
 
 def integers_of(block: Tensor, *alike: Tensor) -> Tensor:
-    """A view of a block (..., M) as integers of a value's size, or of two values where it can be.
+    """A view of a block (..., M) as integers, each of as many neighbours as 64 bits can hold.
 
-    Two, since PyTorch's compiler vectorizes integers of 32 and 64 bits, not of 16.
+    A group's values are then read and written at once, not one by one. And PyTorch's compiler
+    vectorizes integers of 32 and 64 bits, not of 16.
 
     Args:
         block: The block.
         alike: Others of its size and dtype, whose view is to have the same shape.
     """
-    paired = block.element_size() == 2 and all(map(_pairs, (block, *alike)))
-    return block.view(torch.int32 if paired else _INTEGER[block.element_size()])
+    size = 8
+    while size > block.element_size() and not all(_holds(each, size) for each in (block, *alike)):
+        size //= 2
+    return block.view(_INTEGER[size])
 
 
-def _pairs(block: Tensor) -> bool:
-    """Whether two neighbours of 16 bits can be seen as one of 32."""
+def _holds(block: Tensor, size: int) -> bool:
+    """Whether a block can be seen as integers of so many bytes."""
     *strides, last = block.stride()
-    sizes = (block.shape[-1], *strides, block.data_ptr() // 2)
-    return last == 1 and all(number % 2 == 0 for number in sizes)
+    sizes = (block.shape[-1], *strides, block.storage_offset())
+    number = size // block.element_size()
+    return last == 1 and not any(n % number for n in sizes) and block.data_ptr() % size == 0
 
 
 def words_of(block: Tensor, *alike: Tensor) -> Tensor:
-    """A block's bits as int32 or int64: (..., M), or (..., M / 2) with two values to a word."""
+    """A block's bits as int32 or int64 (..., M / V), V values to a word or one, see above."""
     integers = integers_of(block, *alike)
     return integers.int() if integers.element_size() < 4 else integers
 
 
 def logits_of(block: Tensor) -> Tensor:
-    """A block of logits as a step takes it: bfloat16 as words, float32 as it is."""
-    return words_of(block) if block.dtype == torch.bfloat16 else block
+    """A block of logits as a step takes it: words, or float32 that cannot be seen as pairs."""
+    return words_of(block) if block.dtype == torch.bfloat16 else logits_to(block)
 
 
 def logits_to(block: Tensor) -> Tensor:
     """The view of a block of logits that what a step gives is written to."""
-    return integers_of(block) if block.dtype == torch.bfloat16 else block
+    pairs = block.dtype == torch.bfloat16 or _holds(block, 8)
+    return integers_of(block) if pairs else block
 
 
 def _bits(words: Tensor, m: int) -> list[Tensor]:
-    """The M columns of bits that words hold."""
-    if words.shape[-1] == m:
+    """The M columns of bits that words hold; what is above a value's bits is anything."""
+    number = m // words.shape[-1]
+    if number == 1:
         return list(words.unbind(-1))
-    return [half for word in words.unbind(-1) for half in (word, word >> 16)]
+    width = 8 * words.element_size() // number
+    return [(word >> width * k).int() for word in words.unbind(-1) for k in range(number)]
 
 
-def _words(bits_M: Sequence[Tensor], number: int) -> Tensor:
-    """The words, so many to a group, that hold columns of bits."""
-    if number < len(bits_M):
-        pairs = zip(bits_M[::2], bits_M[1::2], strict=True)
-        bits_M = [low & 0xFFFF | high << 16 for low, high in pairs]
-    return torch.stack(list(bits_M), dim=-1)
+def _words(bits_M: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Columns of bits in words of a shape and dtype."""
+    number = len(bits_M) // like.shape[-1]
+    if number == 1:
+        return torch.stack(list(bits_M), dim=-1)
+    width = 8 * like.element_size() // number
+    low = 2**width - 1
+    parts = [(bits.to(like.dtype) & low) << width * (j % number) for j, bits in enumerate(bits_M)]
+    words = [reduce(or_, parts[first : first + number]) for first in range(0, len(parts), number)]
+    return torch.stack(words, dim=-1)
 
 
 def _places(kept_M: Sequence[Tensor]) -> list[Tensor]:
@@ -259,16 +266,24 @@ def _learned(
 
 def _logits(logits: Tensor, m: int) -> Sequence[Tensor]:
     """Columns of float32."""
-    if logits.dtype != torch.int32:
+    if logits.dtype == torch.float32:
         return logits.unbind(-1)
-    return [(bits << 16).view(torch.float32) for bits in _bits(logits, m)]
+    up = 16 if _are_low(logits, m) else 0
+    return [(bits << up).view(torch.float32) for bits in _bits(logits, m)]
 
 
 def _stored(logits_M: Sequence[Tensor], like: Tensor) -> Tensor:
     """Columns as a block of logits is stored."""
-    if like.dtype != torch.int32:
+    if like.dtype == torch.float32:
         return torch.stack(list(logits_M), dim=-1)
-    return _words([logit.view(torch.int32) >> 16 for logit in logits_M], like.shape[-1])
+    down = 16 if _are_low(like, len(logits_M)) else 0
+    return _words([logit.view(torch.int32) >> down for logit in logits_M], like)
+
+
+def _are_low(logits: Tensor, m: int) -> bool:
+    """Whether logits are stored as bfloat16: not as they are, nor in pairs of 64 bits."""
+    pairs = logits.dtype == torch.int64 and 2 * logits.shape[-1] == m
+    return not pairs and logits.dtype != torch.float32
 
 
 def _rounded(
@@ -278,7 +293,7 @@ def _rounded(
 
     Rounded to the nearest, a logit would never notice steps below half of its last bit.
     """
-    if like.dtype != torch.int32:
+    if not _are_low(like, len(logits_M)):
         return logits_M
     noise_M = philox.words(key, step, groups, len(logits_M), stream=1)
     return [
