@@ -35,7 +35,7 @@ from modules import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optim.optimizer import Estimator
+from maskpro_lightning.optim.optimizer import Estimator, Memory
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -84,12 +84,16 @@ def names(owner: Any) -> set[str]:
 # --- any moment ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("memory", ["plain", "lean"])
 @every_estimator
 def test_a_fit_that_breaks_at_any_operation_leaves_the_module_as_it_was_and_resumes(
-    estimator: Estimator, tmp_path: Path, record_property: Callable[[str, object], None]
+    estimator: Estimator,
+    memory: Memory,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     def masks() -> MaskProCallback:
-        return MaskProCallback(lr=FAST, estimator=estimator)
+        return MaskProCallback(lr=FAST, estimator=estimator, memory=memory)
 
     untouched = Net()
     untouched.net[2].bias.requires_grad_(False)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maskpro_lightning.masks import distribution, inclusion, philox
 from maskpro_lightning.masks.pattern import NMPattern
-from maskpro_lightning.optim.fusion import Fusion
+from maskpro_lightning.optim.together import Block, Together
 from maskpro_lightning.optim.transition import (
     DRAWN,
     INITIAL,
@@ -25,7 +25,6 @@ from maskpro_lightning.optim.transition import (
     integers_of,
     logits_of,
     logits_to,
-    transition,
     words_of,
 )
 from maskpro_lightning.weights.layout import Layout
@@ -108,7 +107,7 @@ class MaskedWeight:
         draw: Draw,
         change: Tensor | None,
         direction: Tensor | None,
-        fusion: Fusion,
+        together: Together,
         judged: Sequence[Draw] = (),
     ) -> None:
         """Move the logits, then draw the next mask and write it into the weight.
@@ -118,33 +117,30 @@ class MaskedWeight:
             change: (K,); the logits move against the mean over K masks of each change along
                 grad log P(mask).
             direction: Shaped like the weight; the logits move against it.
-            fusion: Runs the step of a block.
+            together: Makes the steps of all blocks.
             judged: The K draws that ``change`` is about; without them, K is 1 and it is about the
                 mask drawn last.
         """
-        key, step = self._key(draw), torch.full((), draw.step, device=self.weight.device)
+        key = self._key(draw)
         moves = [] if direction is None else [direction]
         blocks = self.layout.blocks(self.weight, self.dense, self.logits, self.masks, *moves)
         for groups_G, (weight, dense, logits, masks, *moving) in blocks:
-            along_score = None if change is None or judged else change[0]
+            along_score = None if change is None or judged else change
             if change is not None and judged:
                 moving = [self._taught(groups_G, logits, draw.sharpness, change, judged)]
-            found = fusion(
-                transition,
+            block = Block(
                 self.layout.pattern,
                 groups_G.view(logits.shape[:-1]),
-                words_of(dense, weight),
-                logits_of(logits),
-                words_of(masks),
+                (words_of(dense, weight), logits_of(logits), words_of(masks)),
                 key,
-                step,
+                draw.step,
                 draw.sharpness,
                 along_score,
                 moving[0] if moving else None,
+                (integers_of(weight, dense), logits_to(logits), integers_of(masks)),
             )
-            # One call, so that an exception leaves a block as it was or as it should be.
-            places = [integers_of(weight, dense), logits_to(logits), integers_of(masks)]
-            torch._foreach_copy_(places, found)
+            # A weight that is cut is worked on in a copy, which the next block may bring back.
+            together.add(block, now=self.layout.cut)
 
     def _taught(
         self,

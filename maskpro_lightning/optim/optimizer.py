@@ -40,6 +40,7 @@ from maskpro_lightning.optim import saved_state, tracker
 from maskpro_lightning.optim.fusion import Fusion
 from maskpro_lightning.optim.lean_weight import Held, LeanWeight, loaded
 from maskpro_lightning.optim.masked_weight import Draw, Groups, MaskedWeight, Version
+from maskpro_lightning.optim.together import Together
 from maskpro_lightning.weights import admission
 from maskpro_lightning.weights.admission import LARGEST
 from maskpro_lightning.weights.layout import Layout, like, local, sums, whole_of
@@ -583,15 +584,18 @@ class MaskPro(Optimizer):
         for group in self.param_groups:
             group["step"] += advantage_K is not None or finite is not None
         spreads = {} if finite is None else self._directions()
+        together = Together(self._fusion)
+        changes = {
+            id(group): None if advantage_K is None else group["lr"] * advantage_K
+            for group in self.param_groups
+        }
         for group, parameter, masked in self._masked_weights():
             draw, *_ = self._draws(group, group["step"], _sharpness(group))
             judged: list[Draw] = []
-            change = direction = None
-            if advantage_K is not None:
-                change = group["lr"] * advantage_K
-                if self._explores_apart:
-                    _, *judged = self._draws(group, group["step"] - 1, group["drawn_sharpness"])
-            elif finite is not None and parameter.grad is not None:
+            change, direction = changes[id(group)], None
+            if change is not None and self._explores_apart:
+                _, *judged = self._draws(group, group["step"] - 1, group["drawn_sharpness"])
+            if finite is not None and parameter.grad is not None:
                 spread = spreads[masked.name]
                 idle = ~(spread.isfinite() & (spread > 0) & finite)
                 direction = local(parameter.grad).div_(spread).masked_fill_(idle, 0)
@@ -601,8 +605,9 @@ class MaskPro(Optimizer):
             if isinstance(masked, LeanWeight):
                 masked.advance(draw, change, direction, self._fusion)
             else:
-                masked.advance(draw, change, direction, self._fusion, judged)
+                masked.advance(draw, change, direction, together, judged)
             parameter.grad = None
+        together.finish()
         for group in self.param_groups:
             group["drawn_sharpness"] = _sharpness(group)
         self._holds = "drawn"
