@@ -214,6 +214,8 @@ def _bits(words: Tensor, m: int) -> list[Tensor]:
     if number == 1:
         return list(words.unbind(-1))
     width = 8 * words.element_size() // number
+    if not torch.compiler.is_compiling():  # a view does it in fewer passes, but is no loop
+        return [value.int() for value in words.view(_INTEGER[width // 8]).unbind(-1)]
     return [(word >> width * k).int() for word in words.unbind(-1) for k in range(number)]
 
 
@@ -223,6 +225,9 @@ def _words(bits_M: Sequence[Tensor], like: Tensor) -> Tensor:
     if number == 1:
         return torch.stack(list(bits_M), dim=-1)
     width = 8 * like.element_size() // number
+    if not torch.compiler.is_compiling():
+        narrow = [bits.to(_INTEGER[width // 8]) for bits in bits_M]
+        return torch.stack(narrow, dim=-1).view(like.dtype)
     low = 2**width - 1
     parts = [(bits.to(like.dtype) & low) << width * (j % number) for j, bits in enumerate(bits_M)]
     words = [reduce(or_, parts[first : first + number]) for first in range(0, len(parts), number)]
