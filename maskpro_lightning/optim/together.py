@@ -119,9 +119,9 @@ def _joined(blocks: list[Block]) -> Block:
 
     states = zip(*(block.state for block in blocks), strict=True)
     directions = [block.direction for block in blocks if block.direction is not None]
-    # Filling does not wait for the device, as copying numbers there would.
+    # Adding a number does not wait for the device, as copying it there would.
     keys = [
-        torch.cat([torch.full_like(block.groups.flatten(), block.key[k]) for block in blocks])
+        torch.cat([torch.zeros_like(block.groups.flatten()) + block.key[k] for block in blocks])
         for k in (0, 1)
     ]
     return replace(
