@@ -2,7 +2,8 @@
 
 Rows: the published sequence of operations, and MaskPro's step without and with compilation. Times
 are ratios of one run, with the CPU time of one thread (wall time on a GPU), medians of steps that
-alternate with a plain copy, whose rate is what "share" compares with.
+alternate with a plain copy, whose rate is what "of a copy" compares with. "Bytes" are counted, not
+measured: what a step has to move per weight.
 """
 
 from __future__ import annotations
@@ -114,6 +115,14 @@ def forget_peak(device: torch.device) -> int:
     return torch.cuda.memory_allocated()
 
 
+def least_bytes(row: str, element: int) -> float:
+    """Bytes per weight that a step for 2:4 has to read or write, each once, were the rest free."""
+    logits = 2 * (2 if "bf16" in row else 4)
+    if "lean" in row:  # weight, pruned weights and masks are exchanged
+        return logits + 2 * (element + element / 2 + 1 / 4)
+    return logits + 2 * 1 + 3 * element  # the dense weight is read, the other written and fetched
+
+
 def measure(row: str, size: int, repeats: int, dtype: torch.dtype, device: torch.device) -> None:
     """Print one row of the table."""
     small = ROWS[row](weights_of(2**16, dtype, device))
@@ -133,13 +142,12 @@ def measure(row: str, size: int, repeats: int, dtype: torch.dtype, device: torch
         copies.append(seconds(lambda: target.copy_(source), device))
     per_weight = statistics.median(steps) / size
     bandwidth = 2 * source.numel() / statistics.median(copies)
-    # What MaskPro's plain form has to move: read and write logits, masks and weight, read dense.
-    moved = 2 * 4 + 2 * 1 + 3 * weights[0].element_size()
+    moved = least_bytes(row, weights[0].element_size())
     if row == "published":
         _published[size] = per_weight
     ratio = f"{per_weight / _published[size]:.3f}" if size in _published else ""
     print(
-        f"| {size:,} | {row} | {1e9 * per_weight:.2f} | {ratio} | "
+        f"| {size:,} | {row} | {1e9 * per_weight:.2f} | {ratio} | {moved:g} | "
         f"{1e-9 * moved / per_weight:.2f} | {moved / per_weight / bandwidth:.1%} | {used:.2f} |",
         flush=True,
     )
@@ -150,20 +158,34 @@ _published: dict[int, float] = {}
 
 def overhead(dtype: torch.dtype, device: torch.device, tokens: int, repeats: int) -> None:
     """Print the step's time as a share of the forward pass, for the shapes of a Llama layer."""
-    print(f"\n| shape | forward of {tokens} tokens, ms | fused step, ms | share |")
-    print("| --- | ---: | ---: | ---: |")
+    print(f"\n| shape | forward of {tokens} tokens, ms | fused step, ms | share | of float32's |")
+    print("| --- | ---: | ---: | ---: | ---: |")
     for shape in ((4096, 4096), (11008, 4096)):
         weight = nn.Parameter(torch.randn(shape, device=device).to(dtype), requires_grad=False)
         x = torch.randn(tokens, shape[1], device=device).to(dtype)
         step = ours([weight], fused=True)
         step()
         forward = partial(nn.functional.linear, x, weight)
-        times = [(seconds(forward, device), seconds(step, device)) for _ in range(repeats)]
-        ahead, masks = (statistics.median(column) for column in zip(*times, strict=True))
+        exact = partial(nn.functional.linear, x.float(), weight.float())
+        times = [[seconds(run, device) for run in (forward, exact, step)] for _ in range(repeats)]
+        ahead, full, masks = (statistics.median(column) for column in zip(*times, strict=True))
         print(
             f"| {shape[0]} x {shape[1]} | {1e3 * ahead:.1f} | {1e3 * masks:.1f} | "
-            f"{masks / ahead:.1%} |"
+            f"{masks / ahead:.1%} | {masks / full:.1%} |"
         )
+
+
+def many(dtype: torch.dtype, device: torch.device, layers: int, repeats: int) -> None:
+    """Print the step's time for many small layers."""
+    print(f"\n| step of {layers} layers of 64 x 64 | us per layer |")
+    print("| --- | ---: |")
+    for row in ("published", "eager", "fused"):
+        weights = [w for _ in range(layers) for w in weights_of(2**12, dtype, device)]
+        step = ROWS[row](weights)
+        for _ in range(3):
+            step()
+        spent = statistics.median(seconds(step, device) for _ in range(repeats))
+        print(f"| {row} | {1e6 * spent / layers:.0f} |", flush=True)
 
 
 def main() -> None:
@@ -174,18 +196,23 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=4096, help="0 leaves the forward pass out")
+    parser.add_argument("--layers", type=int, default=200, help="0 leaves small layers out")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     print(f"{torch.__version__} on {device}, {options.dtype} weights, 2:4, one thread\n")
-    print("| weights | step | ns per weight | ratio | GB/s | share of a copy | peak bytes |")
-    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "| weights | step | ns per weight | ratio | bytes | GB/s | share of a copy | peak bytes |"
+    )
+    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for size in options.sizes:
         for row in options.rows:
             measure(row, 2**size, options.repeats, dtype, device)
     if options.tokens:
         overhead(dtype, device, options.tokens, max(3, options.repeats // 2))
+    if options.layers:
+        many(dtype, device, options.layers, options.repeats)
 
 
 if __name__ == "__main__":

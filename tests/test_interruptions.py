@@ -8,11 +8,13 @@ import pickle
 import random
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -32,10 +34,12 @@ from modules import (
     quiet_trainer,
     same_weights,
 )
+from optimizer_cases import assert_holds, one_weight, step
+from oracle import random as randoms
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optim.rule import Estimator
+from maskpro_lightning.optim.rule import Estimator, Memory
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -84,12 +88,16 @@ def names(owner: Any) -> set[str]:
 # --- any moment ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("memory", ["plain", "lean"])
 @every_estimator
 def test_a_fit_that_breaks_at_any_operation_leaves_the_module_as_it_was_and_resumes(
-    estimator: Estimator, tmp_path: Path, record_property: Callable[[str, object], None]
+    estimator: Estimator,
+    memory: Memory,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     def masks() -> MaskProCallback:
-        return MaskProCallback(lr=FAST, estimator=estimator)
+        return MaskProCallback(lr=FAST, estimator=estimator, memory=memory)
 
     untouched = Net()
     untouched.net[2].bias.requires_grad_(False)
@@ -111,6 +119,30 @@ def test_a_fit_that_breaks_at_any_operation_leaves_the_module_as_it_was_and_resu
         assert equal(logits(resumed), logits(whole))
         assert_masked(module, untouched)
     record_property("tried", len(moments))
+
+
+@pytest.mark.parametrize("action", ["step", "mode"])
+def test_lean_memory_that_breaks_at_each_operation_in_turn_loses_no_weight(action: str) -> None:
+    dense = randoms(3, 8).bfloat16()
+    dense[0, :2] = torch.tensor([0.0, -0.0])
+    weight = torch.nn.Parameter(dense.clone())
+    optimizer = one_weight(weight, memory="lean", lr=0.5, logit_scale=0.5)
+    acts = {"step": partial(step, optimizer, 1.0), "mode": partial(optimizer.write, "mode")}
+    step(optimizer, 1.0)
+    broken, moment = True, 0
+    while broken:
+        moment += 1
+        optimizer.write("drawn")
+        try:
+            with Breaks(moment):
+                acts[action]()
+            broken = False
+        except Broken:
+            pass
+        for version in ("drawn", "dense"):
+            optimizer.write(version)
+            assert_holds(weight, dense, optimizer.masks(version)["w"])
+    assert moment > 20  # or nothing was broken
 
 
 # --- signals ------------------------------------------------------------------------------------

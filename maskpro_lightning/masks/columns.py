@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from operator import add
+from operator import add, mul
 
 import torch
 from torch import Tensor
 
 Columns = Sequence[Tensor]
 
-# A ratio above e^27 changes a score by less than e^-27, but a larger one could overflow.
-LARGEST_LOG_RATIO = 27.0
+# A weight above e^29 times the largest outside changes a score by less than e^-27, but a larger one
+# could overflow.
+_LARGEST_LOG_WEIGHT = 29.0
+# Above the largest logarithm of the ratio of two noises, which is 26.
+_DECIDED = 30.0
 
 
 def top(scores: Columns, n: int) -> list[Tensor]:
@@ -37,6 +40,24 @@ def top(scores: Columns, n: int) -> list[Tensor]:
     return [_flag(_sum(columns) < n) for columns in rivals]
 
 
+def winners(logits: Columns, noise: Columns, n: int) -> list[Tensor]:
+    """Flags of the n that ring first, where clock i rings after noise_i / exp(logit_i).
+
+    Args:
+        logits: M real columns.
+        noise: M columns of standard exponential noise, see :func:`philox.exponential`.
+        n: Clocks to wait for.
+    """
+    # Whose logit is far above the n-th highest wins and far below loses, whatever the noise, which
+    # leaves no exponential to overflow or to tie at zero.
+    bar = _highest(logits, n)
+    times = [
+        (bar - logit).clamp(-_DECIDED, _DECIDED).exp() * clock
+        for logit, clock in zip(logits, noise, strict=True)
+    ]
+    return top([-time for time in times], n)
+
+
 def score(logits: Columns, kept: Columns, n: int) -> list[Tensor]:
     """The exact gradient of log P(kept) with respect to the logits, M columns.
 
@@ -45,42 +66,56 @@ def score(logits: Columns, kept: Columns, n: int) -> list[Tensor]:
         kept: M columns of flags, n of them set in each group.
         n: 1 or 2.
     """
-    log_ratios, shares = against_the_rest(logits, kept)
-    gain_of = _single_gains if n == 1 else _pair_gains
-    gains = gain_of([x.clamp(max=LARGEST_LOG_RATIO).exp() for x in log_ratios], kept)
+    ratios, shares = _against_the_rest(logits, kept)
+    gains = (_single_gains if n == 1 else _pair_gains)(ratios, kept)
     total = _sum(gains)
     return [gain - share * total for gain, share in zip(gains, shares, strict=True)]
 
 
-def against_the_rest(logits: Columns, kept: Columns) -> tuple[list[Tensor], list[Tensor]]:
-    """log(w_i / q) for every weight, and w_j / q for those outside the kept set (else zero)."""
-    outside = [1 - flag for flag in kept]
+def _against_the_rest(logits: Columns, kept: Columns) -> tuple[list[Tensor], list[Tensor]]:
+    """w_i / q for the kept weights and for those outside, whose sum is q; else zero."""
     # Multiplications, since selecting costs several times as much on a CPU.
-    others = [x - flag * 1e30 for x, flag in zip(logits, kept, strict=True)]
-    log_q = reduce(torch.maximum, others)
-    shares = [(x - log_q).clamp(max=0).exp() * o for x, o in zip(logits, outside, strict=True)]
-    total = _sum(shares)
-    log_total = total.log()
-    return [x - log_q - log_total for x in logits], [share / total for share in shares]
+    outside = [x - flag * 1e30 for x, flag in zip(logits, kept, strict=True)]
+    largest = reduce(torch.maximum, outside)
+    weights = [(x - largest).clamp(max=_LARGEST_LOG_WEIGHT).exp() for x in logits]
+    rest = [weight * (1 - flag) for weight, flag in zip(weights, kept, strict=True)]
+    scale = 1 / _sum(rest)
+    ratios = [weight * flag * scale for weight, flag in zip(weights, kept, strict=True)]
+    return ratios, [weight * scale for weight in rest]
 
 
 def _single_gains(ratios: Columns, kept: Columns) -> list[Tensor]:
     """d log P / d logit of the kept weight for N = 1: what the others have."""
-    return [(1 - 1 / (1 + a) * a) * flag for a, flag in zip(ratios, kept, strict=True)]
+    others = 1 / (1 + _sum(ratios))
+    return [others * flag for flag in kept]
 
 
 def _pair_gains(ratios: Columns, kept: Columns) -> list[Tensor]:
     """d log P / d logit of the kept weights for N = 2.
 
-    The derivative of P = ab (2 + a + b) / ((1 + a) (1 + b) (1 + a + b)), over one denominator.
+    The derivative of P = ab (2 + a + b) / ((1 + a) (1 + b) (1 + a + b)), over one denominator, in
+    two halves so that it does not overflow.
     """
-    pair = [ratio * flag for ratio, flag in zip(ratios, kept, strict=True)]
-    total = _sum(pair)
+    total = _sum(ratios)
+    each = 1 / reduce(mul, [1 + ratio for ratio in ratios])
+    both = 1 / ((1 + total) * (2 + total))
+    # Added up anew, since subtracting a large ratio from the total would cost the other's digits.
+    partners = [_sum([*ratios[:i], *ratios[i + 1 :]]) for i in range(len(ratios))]
     return [
-        (2 + 2 * a + b * (3 + 2 * a + b)) / ((1 + a) * ((1 + total) * (2 + total))) * flag
-        for a, flag in zip(pair, kept, strict=True)
-        for b in (total - a,)
+        (2 + 2 * a + b * (3 + a + total)) * each * ((1 + b) * both) * flag
+        for a, b, flag in zip(ratios, partners, kept, strict=True)
     ]
+
+
+def _highest(scores: Columns, n: int) -> Tensor:
+    """The n-th highest of each group's scores."""
+    highest: list[Tensor] = []
+    for score in scores:
+        for k, held in enumerate(highest):
+            highest[k], score = torch.maximum(held, score), torch.minimum(held, score)
+        if len(highest) < n:
+            highest.append(score)
+    return highest[-1]
 
 
 def _flag(condition: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ from maskpro_lightning.masks.pattern import NMPattern
 
 # Up to here 2^N subsets are cheaper than the quadrature.
 _LARGEST_N_BY_ORDERS = 8
+# A ratio above e^27 changes a score by less than e^-27, but a larger one could overflow.
+_LARGEST_LOG_RATIO = 27.0
 # Trapezoids in log-time converge exponentially in 1 / step. Left of -18 lies less than e^-18 of
 # the first ring's probability.
 _NODE_STEP = 0.25
@@ -35,17 +37,18 @@ _FIRST_NODE = -18.0
 
 
 def sample(logits_GM: Tensor, exponential_GM: Tensor, pattern: NMPattern) -> Tensor:
-    """Draw one mask per group: the N highest of logits plus Gumbel noise.
+    """Draw one mask per group: the first N of a race of clocks.
 
     Args:
         logits_GM: Real (..., M).
-        exponential_GM: Standard exponential noise of the same shape; -log of it is Gumbel.
+        exponential_GM: Standard exponential noise of the same shape.
         pattern: The pattern; M is the size of the last dimension.
 
     Returns:
         bool (..., M), exactly N kept per group.
     """
-    return pattern.top(_real(logits_GM) - exponential_GM.log())
+    logits_M, noise_M = _real(logits_GM).unbind(-1), exponential_GM.unbind(-1)
+    return torch.stack(columns.winners(logits_M, noise_M, pattern.n), dim=-1).bool()
 
 
 def mode(logits_GM: Tensor, pattern: NMPattern) -> Tensor:
@@ -127,10 +130,10 @@ def _real(logits: Tensor) -> Tensor:
 
 def _against_the_rest(logits_GM: Tensor, kept_GM: Tensor) -> tuple[Tensor, Tensor]:
     """log(w_i / q) for every weight, and w_j / q for those outside the kept set (else zero)."""
-    flags = kept_GM.to(logits_GM.dtype).unbind(-1)
-    found = columns.against_the_rest(logits_GM.unbind(-1), flags)
-    log_ratio_GM, share_GM = (torch.stack(column, dim=-1) for column in found)
-    return log_ratio_GM, share_GM
+    ahead_GM = logits_GM - logits_GM.masked_fill(kept_GM, -math.inf).amax(-1, keepdim=True)
+    rest_GM = ahead_GM.masked_fill(kept_GM, -math.inf).exp()
+    q_G1 = rest_GM.sum(-1, keepdim=True)
+    return ahead_GM - q_G1.log(), rest_GM / q_G1
 
 
 def _slots(kept_GM: Tensor) -> Tensor:
@@ -140,7 +143,7 @@ def _slots(kept_GM: Tensor) -> Tensor:
 
 def _kept_ratios(log_ratio_GM: Tensor, kept_GM: Tensor, n: int) -> Tensor:
     """The ratios of the kept weights, in their order, (..., N)."""
-    ratio_GM = log_ratio_GM.clamp(max=columns.LARGEST_LOG_RATIO).exp()
+    ratio_GM = log_ratio_GM.clamp(max=_LARGEST_LOG_RATIO).exp()
     slot_GM = _slots(kept_GM).masked_fill(~kept_GM, n)  # slot N collects what is not kept
     ratio_GN = ratio_GM.new_zeros((*ratio_GM.shape[:-1], n + 1))
     return ratio_GN.scatter_(-1, slot_GM, ratio_GM)[..., :n]

@@ -31,13 +31,15 @@ from maskpro_lightning.optim.transition import (
     INITIAL,
     PREVIOUS,
     exchange,
+    lean_transition,
+    moved,
+)
+from maskpro_lightning.optim.words import (
     flags_of,
     integers_of,
-    lean_transition,
     logits_of,
     logits_to,
     masks_of,
-    moved,
     words_of,
 )
 from maskpro_lightning.weights.layout import block_size

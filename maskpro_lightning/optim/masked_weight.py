@@ -18,18 +18,9 @@ from torch import Tensor
 from maskpro_lightning.masks import distribution, inclusion, philox
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.fusion import Fusion
-from maskpro_lightning.optim.transition import (
-    BEST,
-    DRAWN,
-    INITIAL,
-    PREVIOUS,
-    integers_of,
-    logits_of,
-    logits_to,
-    moved,
-    transition,
-    words_of,
-)
+from maskpro_lightning.optim.together import Block, Together
+from maskpro_lightning.optim.transition import BEST, DRAWN, INITIAL, PREVIOUS, moved
+from maskpro_lightning.optim.words import integers_of, logits_of, logits_to, words_of
 from maskpro_lightning.weights.layout import Layout
 
 Version = Literal["dense", "initial", "drawn", "mode", "best"]
@@ -134,7 +125,11 @@ class MaskedWeight:
             logits_to(logits).copy_(found)
 
     def advance(
-        self, draw: Draw, change: Tensor | None, fusion: Fusion, judged: Sequence[Draw] = ()
+        self,
+        draw: Draw,
+        change: Tensor | None,
+        together: Together,
+        judged: Sequence[Draw] = (),
     ) -> None:
         """Move the logits, then draw the next mask and write it into the weight.
 
@@ -142,33 +137,30 @@ class MaskedWeight:
             draw: The next draw.
             change: (K,); the logits move against the mean over K masks of each change along
                 grad log P(mask). None leaves them where they are.
-            fusion: Runs the step of a block.
+            together: Makes the steps of all blocks.
             judged: The K draws that ``change`` is about; without them, K is 1 and it is about the
                 mask drawn last.
         """
-        key, step = self._key(draw), torch.full((), draw.step, device=self.weight.device)
+        key = self._key(draw)
         blocks = self.layout.blocks(self.weight, self.dense, self.logits, self.masks)
         for groups_G, (weight, dense, logits, masks) in blocks:
-            along_score = moves = None
+            along_score, moves = change, None
             if change is not None and judged:
+                along_score = None
                 moves = self._taught(groups_G, logits, draw.sharpness, change, judged)
-            elif change is not None:
-                along_score = change[0]
-            found = fusion(
-                transition,
+            block = Block(
                 self.layout.pattern,
                 groups_G.view(logits.shape[:-1]),
-                words_of(dense, weight),
-                logits_of(logits),
-                masks,
+                (words_of(dense, weight), logits_of(logits), words_of(masks)),
                 key,
-                step,
+                draw.step,
                 draw.sharpness,
                 along_score,
                 moves,
+                (integers_of(weight, dense), logits_to(logits), integers_of(masks)),
             )
-            # One call, so that an exception leaves a block as it was or as it should be.
-            torch._foreach_copy_([integers_of(weight, dense), logits_to(logits), masks], found)
+            # A weight that is cut is worked on in a copy, which the next block may bring back.
+            together.add(block, now=self.layout.cut)
 
     def _taught(
         self,

@@ -47,6 +47,7 @@ from maskpro_lightning.optim.rule import (
     sharpness_of,
 )
 from maskpro_lightning.optim.states import States
+from maskpro_lightning.optim.together import Together
 from maskpro_lightning.weights import admission
 from maskpro_lightning.weights.layout import Layout, like, local, whole_of
 from maskpro_lightning.weights.sharding import flat_shapes
@@ -555,16 +556,22 @@ class MaskPro(Optimizer):
     def _draw(self, fusion: Fusion, advantage_K: Tensor | None = None) -> None:
         """Move the logits by what an advantage says of the masks drawn last; draw the next."""
         self._holds = None
+        together = Together(fusion)
+        changes = {
+            id(group): None if advantage_K is None else group["lr"] * advantage_K
+            for group in self.param_groups
+        }
         for group, _, masked in self._masked_weights():
             draw, *_ = self._sharing.draws(group, group["step"], sharpness_of(group))
             judged: list[Draw] = []
-            change = None if advantage_K is None else group["lr"] * advantage_K
+            change = changes[id(group)]
             if change is not None:
                 _, *judged = self._sharing.draws(group, group["step"] - 1, group["drawn_sharpness"])
             if isinstance(masked, LeanWeight):
                 masked.advance(draw, change, fusion)
             else:
-                masked.advance(draw, change, fusion, judged)
+                masked.advance(draw, change, together, judged)
+        together.finish()
         for group in self.param_groups:
             group["drawn_sharpness"] = sharpness_of(group)
         self._holds = "drawn"

@@ -11,18 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from operator import mul, or_
+from operator import mul
 
 import torch
 from torch import Tensor
 
 from maskpro_lightning.masks import columns, distribution, philox
 from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.optim.words import (
+    are_low,
+    columns_in,
+    flags_of,
+    in_words,
+    logits_as,
+    logits_in,
+    masks_of,
+)
 
 # One byte per weight holds four masks, a bit each.
 INITIAL, DRAWN, PREVIOUS, BEST = 1, 2, 4, 8
-
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def transition(
@@ -43,8 +50,8 @@ def transition(
         pattern: The pattern.
         groups: int64 (...), the groups' numbers.
         words: The dense weights, see :func:`words_of`.
-        logits: float32 (..., M), or the words of bfloat16, which are rounded at random.
-        masks: uint8 (..., M), a bit for each of ``INITIAL``, ``DRAWN``, ``PREVIOUS`` and
+        logits: Of float32, or of bfloat16, which are rounded at random; see :func:`logits_of`.
+        masks: The words of bytes with a bit for each of ``INITIAL``, ``DRAWN``, ``PREVIOUS`` and
             ``BEST``.
         key: What draws depend on besides, see :func:`philox.exponential`.
         step: int64 scalar, the number of the draw.
@@ -55,9 +62,9 @@ def transition(
     Returns:
         The words of the masked weights, the next logits and masks.
     """
-    masks_M = [mask.int() for mask in masks.unbind(-1)]
+    masks_M = columns_in(masks, pattern.m)
     drawn_M = [mask >> 1 & 1 for mask in masks_M]
-    logits_M = _logits(logits, pattern.m)
+    logits_M = logits_in(logits, pattern.m)
     if change is not None or direction is not None:
         logits_M = _learned(pattern, logits_M, drawn_M, sharpness, change, direction)
         logits_M = _rounded(logits_M, logits, groups, key, step)
@@ -66,12 +73,8 @@ def transition(
         mask & (INITIAL | BEST) | (mask & DRAWN) << 1 | kept << 1
         for mask, kept in zip(masks_M, kept_M, strict=True)
     ]
-    bits_M = [bits & -kept for bits, kept in zip(_bits(words, pattern.m), kept_M, strict=True)]
-    return (
-        _words(bits_M, words.shape[-1]),
-        _stored(logits_M, logits),
-        torch.stack(next_M, dim=-1).to(torch.uint8),
-    )
+    bits_M = [bits & -kept for bits, kept in zip(columns_in(words, pattern.m), kept_M, strict=True)]
+    return in_words(bits_M, words), logits_as(logits_M, logits), in_words(next_M, masks)
 
 
 def lean_transition(
@@ -105,7 +108,7 @@ def lean_transition(
         int32 (...), 1 for each group whose mask has changed.
     """
     initial_M, held_M = flags_of(masks, pattern.m)
-    logits_M = _logits(logits, pattern.m)
+    logits_M = logits_in(logits, pattern.m)
     if change is not None:
         logits_M = _learned(pattern, logits_M, held_M, sharpness, change, None)
         logits_M = _rounded(logits_M, logits, groups, key, step)
@@ -115,7 +118,7 @@ def lean_transition(
     return (
         words,
         pruned,
-        _stored(logits_M, logits),
+        logits_as(logits_M, logits),
         masks_of(initial_M, next_M),
         1 - stays,
     )
@@ -147,23 +150,9 @@ def moved(
         The next logits.
     """
     moves_M = [torch.where(scale > 0, scale * move.float(), 0) for move in direction.unbind(-1)]
-    logits_M: Sequence[Tensor] = _minus(_logits(logits, pattern.m), moves_M)
+    logits_M: Sequence[Tensor] = _minus(logits_in(logits, pattern.m), moves_M)
     logits_M = _rounded(logits_M, logits, groups, key, step, stream=1 + part)
-    return (_stored(logits_M, logits),)
-
-
-def flags_of(masks: Tensor, m: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The columns of an initial and of a drawn mask, int32, from two bits per weight (..., B)."""
-    octets = [octet.int() for octet in masks.unbind(-1)]
-    flags = [octets[bit // 8] >> bit % 8 & 1 for bit in range(2 * m)]
-    return flags[:m], flags[m:]
-
-
-def masks_of(initial_M: Sequence[Tensor], drawn_M: Sequence[Tensor]) -> Tensor:
-    """Two bits per weight, of which :func:`flags_of` gives the columns: uint8 (..., B)."""
-    bits = [flag << bit % 8 for bit, flag in enumerate((*initial_M, *drawn_M))]
-    octets = [reduce(or_, bits[first : first + 8]) for first in range(0, len(bits), 8)]
-    return torch.stack(octets, dim=-1).to(torch.uint8)
+    return (logits_as(logits_M, logits),)
 
 
 def exchange(
@@ -177,8 +166,8 @@ def exchange(
 
     The pruned ones are those that the mask of a group leaves out, in their order.
     """
-    bits_M, number = _bits(words, pattern.m), words.shape[-1]
-    left_out = _bits(pruned, pattern.m - pattern.n)
+    bits_M = columns_in(words, pattern.m)
+    left_out = columns_in(pruned, pattern.m - pattern.n)
     if held_M is not None:
         places = _places(held_M)
         bits_M = [
@@ -186,7 +175,7 @@ def exchange(
             for j, (kept, bits, place) in enumerate(zip(held_M, bits_M, places, strict=True))
         ]
     if next_M is None:
-        return _words(bits_M, number), pruned
+        return in_words(bits_M, words), pruned
     places = [
         torch.where(kept > 0, -1, place)
         for kept, place in zip(next_M, _places(next_M), strict=True)
@@ -198,58 +187,7 @@ def exchange(
             value = torch.where(places[j] == k, bits_M[j], value)
         gone.append(value)
     kept_bits = [bits & -kept for bits, kept in zip(bits_M, next_M, strict=True)]
-    return _words(kept_bits, number), _words(gone, pruned.shape[-1])
-
-
-def integers_of(block: Tensor, *alike: Tensor) -> Tensor:
-    """A view of a block (..., M) as integers of a value's size, or of two values where it can be.
-
-    Two, since PyTorch's compiler vectorizes integers of 32 and 64 bits, not of 16.
-
-    Args:
-        block: The block.
-        alike: Others of its size and dtype, whose view is to have the same shape.
-    """
-    paired = block.element_size() == 2 and all(map(_pairs, (block, *alike)))
-    return block.view(torch.int32 if paired else _INTEGER[block.element_size()])
-
-
-def _pairs(block: Tensor) -> bool:
-    """Whether two neighbours of 16 bits can be seen as one of 32."""
-    *strides, last = block.stride()
-    sizes = (block.shape[-1], *strides, block.data_ptr() // 2)
-    return last == 1 and all(number % 2 == 0 for number in sizes)
-
-
-def words_of(block: Tensor, *alike: Tensor) -> Tensor:
-    """A block's bits as int32 or int64: (..., M), or (..., M / 2) with two values to a word."""
-    integers = integers_of(block, *alike)
-    return integers.int() if integers.element_size() < 4 else integers
-
-
-def logits_of(block: Tensor) -> Tensor:
-    """A block of logits as a step takes it: bfloat16 as words, float32 as it is."""
-    return words_of(block) if block.dtype == torch.bfloat16 else block
-
-
-def logits_to(block: Tensor) -> Tensor:
-    """The view of a block of logits that what a step gives is written to."""
-    return integers_of(block) if block.dtype == torch.bfloat16 else block
-
-
-def _bits(words: Tensor, m: int) -> list[Tensor]:
-    """The M columns of bits that words hold."""
-    if words.shape[-1] == m:
-        return list(words.unbind(-1))
-    return [half for word in words.unbind(-1) for half in (word, word >> 16)]
-
-
-def _words(bits_M: Sequence[Tensor], number: int) -> Tensor:
-    """The words, so many to a group, that hold columns of bits."""
-    if number < len(bits_M):
-        pairs = zip(bits_M[::2], bits_M[1::2], strict=True)
-        bits_M = [low & 0xFFFF | high << 16 for low, high in pairs]
-    return torch.stack(list(bits_M), dim=-1)
+    return in_words(kept_bits, words), in_words(gone, pruned)
 
 
 def _places(kept_M: Sequence[Tensor]) -> list[Tensor]:
@@ -287,20 +225,6 @@ def _learned(
     return logits_M
 
 
-def _logits(logits: Tensor, m: int) -> Sequence[Tensor]:
-    """Columns of float32."""
-    if logits.dtype != torch.int32:
-        return logits.unbind(-1)
-    return [(bits << 16).view(torch.float32) for bits in _bits(logits, m)]
-
-
-def _stored(logits_M: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Columns as a block of logits is stored."""
-    if like.dtype != torch.int32:
-        return torch.stack(list(logits_M), dim=-1)
-    return _words([logit.view(torch.int32) >> 16 for logit in logits_M], like.shape[-1])
-
-
 def _rounded(
     logits_M: Sequence[Tensor],
     like: Tensor,
@@ -313,7 +237,7 @@ def _rounded(
 
     Rounded to the nearest, a logit would never notice steps below half of its last bit.
     """
-    if like.dtype != torch.int32:
+    if not are_low(like, len(logits_M)):
         return logits_M
     noise_M = philox.words(key, step, groups, len(logits_M), stream=stream)
     return [
@@ -330,10 +254,10 @@ def _drawn(
     step: Tensor,
     sharpness: float | Tensor,
 ) -> list[Tensor]:
-    """Columns of flags, int32: the N highest of logits plus Gumbel noise."""
+    """Columns of flags, int32."""
     noise_M = philox.exponential_columns(key, step, groups, pattern.m)
-    races_M = [x * sharpness - noise.log() for x, noise in zip(logits_M, noise_M, strict=True)]
-    return [flag.int() for flag in columns.top(races_M, pattern.n)]
+    flags_M = columns.winners([x * sharpness for x in logits_M], noise_M, pattern.n)
+    return [flag.int() for flag in flags_M]
 
 
 def _minus(values: Sequence[Tensor], moves: Sequence[Tensor]) -> list[Tensor]:

@@ -158,7 +158,8 @@ class Layout:
             int64 (G,), the groups' numbers in the weight, and a view (..., M) of each tensor.
         """
         tensors = tuple(tensor.detach() for tensor in tensors)
-        padded = [t if t.shape == self.padded_size else self.padded(t) for t in tensors]
+        size = self.padded_size
+        padded = [t if t.shape == size else self.padded(t) for t in tensors]
         skip = int(once and self._before > 0)
         along = 0 if self.flat else -2
         views = [self._grouped(t) for t in padded]
@@ -199,6 +200,9 @@ class Layout:
 
     def _numbers(self, first: int, block: torch.Size, skip: int, device: torch.device) -> Tensor:
         """Numbers of a block's groups in the whole, int64 (G,)."""
+        if self.size == self.shape and not skip:
+            start = first * block[1:].numel()
+            return torch.arange(start, start + block.numel(), device=device)
         groups_in_row = self.shape[self.input_dim] // self.pattern.m
         if self.flat:
             slab = self.offset[0] // self._unit + skip + first
@@ -224,8 +228,10 @@ def block_size(device: torch.device) -> int:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor itself."""
+    if not isinstance(tensor, DTensor):
+        return tensor
     with torch.no_grad():
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return tensor.to_local()
 
 
 def like(own: Tensor, weight: Tensor) -> Tensor:

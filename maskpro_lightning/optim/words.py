@@ -1,0 +1,118 @@
+"""How a block's numbers lie in words of 32 and 64 bits, which a step reads and writes at once.
+
+Shape suffix: ``M`` group size; lists over ``M`` hold columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import or_
+
+import torch
+from torch import Tensor
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def integers_of(block: Tensor, *alike: Tensor) -> Tensor:
+    """A view of a block (..., M) as integers, each of as many neighbours as 64 bits can hold.
+
+    A group's values are then read and written at once, not one by one. And PyTorch's compiler
+    vectorizes integers of 32 and 64 bits, not of 16.
+
+    Args:
+        block: The block.
+        alike: Others of its size and dtype, whose view is to have the same shape.
+    """
+    size = 8
+    while size > block.element_size() and not all(_holds(each, size) for each in (block, *alike)):
+        size //= 2
+    return block.view(_INTEGER[size])
+
+
+def _holds(block: Tensor, size: int) -> bool:
+    """Whether a block can be seen as integers of so many bytes."""
+    *strides, last = block.stride()
+    sizes = (block.shape[-1], *strides, block.storage_offset())
+    number = size // block.element_size()
+    return last == 1 and not any(n % number for n in sizes) and block.data_ptr() % size == 0
+
+
+def words_of(block: Tensor, *alike: Tensor) -> Tensor:
+    """A block's bits as int32 or int64 (..., M / V), V values to a word or one, see above."""
+    integers = integers_of(block, *alike)
+    return integers.int() if integers.element_size() < 4 else integers
+
+
+def logits_of(block: Tensor) -> Tensor:
+    """A block of logits as a step takes it: words, or float32 that cannot be seen as pairs."""
+    return words_of(block) if block.dtype == torch.bfloat16 else logits_to(block)
+
+
+def logits_to(block: Tensor) -> Tensor:
+    """The view of a block of logits that what a step gives is written to."""
+    pairs = block.dtype == torch.bfloat16 or _holds(block, 8)
+    return integers_of(block) if pairs else block
+
+
+def columns_in(words: Tensor, m: int) -> list[Tensor]:
+    """The M columns of bits that words hold; what is above a value's bits is anything."""
+    number = m // words.shape[-1]
+    if number == 1:
+        return list(words.unbind(-1))
+    width = 8 * words.element_size() // number
+    if not torch.compiler.is_compiling():  # a view does it in fewer passes, but is no loop
+        return [value.int() for value in words.view(_INTEGER[width // 8]).unbind(-1)]
+    return [(word >> width * k).int() for word in words.unbind(-1) for k in range(number)]
+
+
+def in_words(bits_M: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Columns of bits in words of a shape and dtype."""
+    number = len(bits_M) // like.shape[-1]
+    if number == 1:
+        return torch.stack(list(bits_M), dim=-1)
+    width = 8 * like.element_size() // number
+    if not torch.compiler.is_compiling():
+        narrow = [bits.to(_INTEGER[width // 8]) for bits in bits_M]
+        return torch.stack(narrow, dim=-1).view(like.dtype)
+    low = 2**width - 1
+    parts = [(bits.to(like.dtype) & low) << width * (j % number) for j, bits in enumerate(bits_M)]
+    words = [reduce(or_, parts[first : first + number]) for first in range(0, len(parts), number)]
+    return torch.stack(words, dim=-1)
+
+
+def logits_in(logits: Tensor, m: int) -> Sequence[Tensor]:
+    """Columns of float32."""
+    if logits.dtype == torch.float32:
+        return logits.unbind(-1)
+    up = 16 if are_low(logits, m) else 0
+    return [(bits << up).view(torch.float32) for bits in columns_in(logits, m)]
+
+
+def logits_as(logits_M: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Columns as a block of logits is stored."""
+    if like.dtype == torch.float32:
+        return torch.stack(list(logits_M), dim=-1)
+    down = 16 if are_low(like, len(logits_M)) else 0
+    return in_words([logit.view(torch.int32) >> down for logit in logits_M], like)
+
+
+def are_low(logits: Tensor, m: int) -> bool:
+    """Whether logits are stored as bfloat16: not as they are, nor in pairs of 64 bits."""
+    pairs = logits.dtype == torch.int64 and 2 * logits.shape[-1] == m
+    return not pairs and logits.dtype != torch.float32
+
+
+def flags_of(masks: Tensor, m: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The columns of an initial and of a drawn mask, int32, from two bits per weight (..., B)."""
+    octets = [octet.int() for octet in masks.unbind(-1)]
+    flags = [octets[bit // 8] >> bit % 8 & 1 for bit in range(2 * m)]
+    return flags[:m], flags[m:]
+
+
+def masks_of(initial_M: Sequence[Tensor], drawn_M: Sequence[Tensor]) -> Tensor:
+    """Two bits per weight, of which :func:`flags_of` gives the columns: uint8 (..., B)."""
+    bits = [flag << bit % 8 for bit, flag in enumerate((*initial_M, *drawn_M))]
+    octets = [reduce(or_, bits[first : first + 8]) for first in range(0, len(bits), 8)]
+    return torch.stack(octets, dim=-1).to(torch.uint8)
