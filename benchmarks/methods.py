@@ -264,6 +264,12 @@ def learner(
     return MaskProLearner(bench, masks, steps, **rule), steps
 
 
+def share_changed(masks: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:
+    """The share of groups of four along the last dimension whose mask is another."""
+    changed = [(found[n] != m).unflatten(-1, (-1, 4)).any(-1).flatten() for n, m in masks.items()]
+    return float(torch.cat(changed).float().mean())
+
+
 class Stopwatch:
     """Adds up the time spent inside ``with`` blocks, in seconds."""
 

@@ -82,13 +82,14 @@ def run(
                     round(bench.deployed_loss(found, batches), 4)
                     for batches in (case.training[:_SEEN], case.reported)
                 )
-                yield count, seed, step, seen, held_out, round(_changed(found, masks), 4)
-
-
-def _changed(found: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> float:
-    """The share of groups of four along the inputs whose mask is another."""
-    groups = [(found[name] != mask).unflatten(-1, (-1, 4)).any(-1) for name, mask in masks.items()]
-    return float(torch.cat([each.flatten() for each in groups]).float().mean())
+                yield (
+                    count,
+                    seed,
+                    step,
+                    seen,
+                    held_out,
+                    round(methods.share_changed(masks, found), 4),
+                )
 
 
 if __name__ == "__main__":

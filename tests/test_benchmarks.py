@@ -98,6 +98,22 @@ def test_memory_is_what_each_learner_holds(quality: ModuleType, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("quality")
+def test_a_larger_rate_of_the_policy_changes_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import policy_rate
+
+    command = ["--factors", "0", "1", "50", "--forwards", "40", "--output", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"lr is 0\.0, but 0 < lr"):
+        policy_rate.main(command)
+    policy_rate.main([*command[:1], *command[2:]])
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    changed = [float(row[3]) for row in rows]
+    assert len(changed) == 2
+    assert changed[0] < changed[1]
+
+
+@pytest.mark.usefixtures("quality")
 def test_few_sequences_are_all_that_is_learned_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
