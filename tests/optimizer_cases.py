@@ -20,6 +20,7 @@ CASES = [
     pytest.param("2:4", (2, 3, 8), -1, id="2:4 experts [E, out, in]"),
     pytest.param("2:4", (2, 8, 3), -2, id="2:4 experts [E, in, out]"),
     pytest.param("1:4", (8, 6), 0, id="1:4 Conv1D"),
+    pytest.param("1:2", (6, 4), -1, id="1:2 Linear"),
     pytest.param("3:5", (3, 10, 2, 2), 1, id="3:5 Conv2d"),
     pytest.param("4:8", (2, 3, 16), -1, id="4:8 experts"),
     pytest.param("8:16", (6, 32), -1, id="8:16 Linear"),

@@ -16,19 +16,18 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def integers_of(block: Tensor, *alike: Tensor) -> Tensor:
-    """A view of a block (..., M) as integers, each of as many neighbours as 64 bits can hold.
+    """A view of a block (..., M) as integers of 64 or 32 bits, each of as many values as fit.
 
     A group's values are then read and written at once, not one by one. And PyTorch's compiler
-    vectorizes integers of 32 and 64 bits, not of 16.
+    vectorizes integers of 32 and 64 bits, not of 16. Where no such view exists, one value each.
 
     Args:
         block: The block.
         alike: Others of its size and dtype, whose view is to have the same shape.
     """
-    size = 8
-    while size > block.element_size() and not all(_holds(each, size) for each in (block, *alike)):
-        size //= 2
-    return block.view(_INTEGER[size])
+    each, blocks = block.element_size(), (block, *alike)
+    fitting = (size for size in (8, 4) if size > each and all(_holds(b, size) for b in blocks))
+    return block.view(_INTEGER[next(fitting, each)])
 
 
 def _holds(block: Tensor, size: int) -> bool:
