@@ -29,6 +29,7 @@ KINDS = {
     "test_properties": "any shape, dtype, layout and seed",
     "truncated": "checkpoint cut off or flipped",
     "test_damaged": "damaged state, foreign code",
+    "test_standin": "tracker down at the start; sent later",
     "test_tracker_faults": "tracker down, slow or full; secrets",
     "test_long_runs": "long runs, repeated runs",
 }

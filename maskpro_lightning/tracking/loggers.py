@@ -79,9 +79,9 @@ class Tracking:
             if type(logger).__name__ == "TensorBoardLogger":
                 figure.set_facecolor("white")  # TensorBoard drops transparency, lines turn ragged
                 add, step = logger.experiment.add_figure, self._trainer.global_step
-                self._send(logger, add, f"maskpro/{path.stem}", figure, step)
+                self._send(logger, add, f"maskpro/figures/{path.stem}", figure, step)
             elif type(logger).__name__ == "WandbLogger":
-                self._send(logger, logger.log_image, f"maskpro/{path.stem}", [str(path)])
+                self._send(logger, logger.log_image, f"maskpro/figures/{path.stem}", [str(path)])
 
     def each(self, kind: str, call: Callable[[Any], None]) -> None:
         """Call something with every logger of a class of this name, on one rank."""
