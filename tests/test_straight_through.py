@@ -115,7 +115,9 @@ def test_a_gradient_without_direction_teaches_nothing(bad: float) -> None:
     gradient[3, 4] = bad
     learn_from(optimizer, weight, gradient)
     assert torch.equal(logits_of(optimizer), before)
+    assert optimizer.tracker["skipped"] == (bad != 0)
     learn_from(optimizer, weight, random(8, 8))
+    assert optimizer.tracker["skipped_in_a_row"] == 0
     assert logits_of(optimizer).isfinite().all()
     assert not torch.equal(logits_of(optimizer), before)
 
