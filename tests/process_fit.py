@@ -71,6 +71,9 @@ def fit_ranks(
     sampler = DistributedSampler(dataset(), num_replicas=ranks, rank=rank, shuffle=False)
     data = loader(batch_size=BATCH // ranks, sampler=sampler)
     module = module or Net()
+    if rank:  # which shall not matter, as DDP takes the weights of the first rank
+        for parameter in module.parameters():
+            parameter.data.add_(1)
     trainer.fit(module, data, loader(16), ckpt_path=ckpt_path)
     return {"rank": rank} | everything(trainer, module, callback)
 
