@@ -109,9 +109,8 @@ def kills(folder: Path, kills: int) -> None:
 
     Forked, since importing everything takes longer than fitting.
     """
-    start = time.perf_counter()
     told: dict[str, Any] = {"whole": short_fit(folder / "whole"), "ends": [], "reached": []}
-    length, chance, runs = time.perf_counter() - start, random.Random(0), folder / "0"
+    chance, runs = random.Random(0), folder / "0"
     while len(told["reached"]) < kills:
         steps = sorted(int(path.stem.removeprefix("step=")) for path in runs.glob("*.ckpt"))
         child = os.fork()
@@ -119,7 +118,12 @@ def kills(folder: Path, kills: int) -> None:
             path = runs / f"step={steps[-1]}.ckpt" if steps else None
             torch.save(short_fit(runs, path), folder / "end.pt")
             os._exit(0)
-        time.sleep(chance.uniform(0, length))
+        # After some steps, fast or slow as they may be, at any moment of the next.
+        goal, ended = len(steps) + chance.randrange(KILLED_STEPS // 3), None
+        while ended is None and len(list(runs.glob("*.ckpt"))) < goal:
+            time.sleep(0.002)
+            ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        time.sleep(chance.uniform(0, 0.05))
         os.kill(child, signal.SIGKILL)
         if os.waitpid(child, 0)[1] == signal.SIGKILL:
             told["reached"].append(steps[-1] if steps else 0)
