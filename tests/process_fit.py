@@ -109,6 +109,7 @@ def kills(folder: Path, kills: int) -> None:
 
     Forked, since importing everything takes longer than fitting.
     """
+    torch.set_num_threads(1)  # a forked process would wait for threads that it does not have
     told: dict[str, Any] = {"whole": short_fit(folder / "whole"), "ends": [], "reached": []}
     chance, runs = random.Random(0), folder / "0"
     while len(told["reached"]) < kills:
