@@ -120,7 +120,7 @@ class _WithCheckpoint(_Built):
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint.")
 
     def checkpoint(self) -> dict[str, Tensor] | None:
-        """Its weights, under the most likely mask."""
+        """Its weights, under the mask to deploy."""
         path = self.config["ckpt_path"]
         if path is None:
             return None

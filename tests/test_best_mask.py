@@ -123,6 +123,31 @@ def test_a_checkpoint_holds_what_would_be_deployed_and_the_fit_goes_on(tmp_path:
     assert identical(again._best.value, 1.0)
 
 
+def test_a_fit_that_goes_on_without_a_place_for_masks_deploys_its_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told_fit(tmp_path, 4.0, 1.0, 2.0, 3.0)
+    (path,) = tmp_path.rglob("*.ckpt")
+    resumed, lean = Told(5.0), MaskProCallback(lr=FAST, memory="lean")
+    fit(resumed, lean, folder=tmp_path, max_epochs=4, ckpt_path=path)
+    assert equal(held(resumed), learned(lean))
+    assert "The mask of step 4 is gone, since memory='lean' keeps none" in caplog.text
+
+
+def test_values_of_another_metric_are_not_compared_with(tmp_path: Path) -> None:
+    told_fit(tmp_path, 4.0, 1.0, 2.0, 3.0)
+    (path,) = tmp_path.rglob("*.ckpt")
+
+    class Other(Net):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log("distance", 9.0)
+
+    resumed, again = Other(), MaskProCallback(lr=FAST, monitor="distance")
+    fit(resumed, again, folder=tmp_path, max_epochs=4, ckpt_path=path)
+    assert equal(held(resumed), learned(again))
+    assert again._best.value == 9.0
+
+
 def test_lean_memory_keeps_no_earlier_mask_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -122,6 +122,41 @@ def test_a_gradient_without_direction_teaches_nothing(bad: float) -> None:
     assert not torch.equal(logits_of(optimizer), before)
 
 
+def test_an_update_counts_as_skipped_by_the_share_of_weights_that_skip_it() -> None:
+    weights = {name: nn.Parameter(random(4, 8, seed=n)) for n, name in enumerate("abcd")}
+    optimizer = MaskPro(weights.items(), estimator="straight_through")
+    optimizer.begin()
+    before = {name: logits.clone() for name, logits in optimizer.logits().items()}
+    units = dict(zip("abcd", (1.0, float("nan"), 1.0, 1.0), strict=True))
+
+    def closure() -> Tensor:
+        return backward(sum(units[name] * w.square().sum() for name, w in weights.items()))
+
+    for _ in range(2):
+        optimizer.step(closure)
+    moved = {n for n, logits in optimizer.logits().items() if not torch.equal(logits, before[n])}
+    assert moved == set("acd")
+    assert optimizer.tracker["skipped"] == 2 / 4
+    assert optimizer.tracker["skipped_in_a_row"] == 0
+
+
+@pytest.mark.parametrize("memory", ["plain", "lean"])
+def test_logits_that_move_while_the_most_likely_mask_is_written_lose_no_weight(memory: Any) -> None:
+    dense = random(8, 8)
+    weight = nn.Parameter(dense.clone())
+    optimizer = straight_through(weight, lr=10.0, logit_scale=0.1, memory=memory)
+    optimizer.begin()
+    optimizer.write("mode")
+    with optimizer.learning():
+        assert torch.equal(weight.detach(), dense * drawn_of(optimizer))
+        loss = backward((weight * random(8, 8, seed=1)).sum()).detach()
+    optimizer.step(lambda: loss)
+    optimizer.write("mode")
+    assert torch.equal(weight.detach(), dense * optimizer.masks("mode")["w"])
+    optimizer.write("dense")
+    assert torch.equal(weight.detach(), dense)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_step_in_half_precision_is_the_one_in_single_to_its_rounding(dtype: torch.dtype) -> None:
     moves = []

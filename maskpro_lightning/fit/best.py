@@ -23,6 +23,7 @@ class BestMask:
     Args:
         monitor: The metric that validations are compared by; None compares nothing.
         mode: Whether a lower or a higher one is better.
+        keeps: Whether the optimizer has a place for a mask; or else a better one is only told of.
 
     Attributes:
         value: The best value so far, or None.
@@ -30,13 +31,14 @@ class BestMask:
         expected: Whether validations may log the metric.
     """
 
-    def __init__(self, monitor: str | None, mode: MonitorMode) -> None:
+    def __init__(self, monitor: str | None, mode: MonitorMode, *, keeps: bool) -> None:
         self.monitor, self._sign = monitor, {"min": 1, "max": -1}[mode]
+        self._keeps = keeps
         self.value: float | None = None
         self.step = 0
         self.expected = monitor is not None
         self._last: float | None = None
-        self._kept = True
+        self._kept = keeps
 
     def expect(self, trainer: Any) -> None:
         """Learn from the sanity check whether validations log the metric."""
@@ -54,8 +56,8 @@ class BestMask:
         better = self.value is None or self._sign * last < self._sign * self.value
         if better and math.isfinite(last):
             self.value, self.step = last, trainer.global_step
-            self._kept = not optimizer.lean
-            if self._kept:
+            self._kept = self._keeps
+            if self._keeps:
                 optimizer.remember()
 
     @property
@@ -76,15 +78,19 @@ class BestMask:
         done = "is deployed" if self._kept else "is gone, since memory='lean' keeps none"
         _log.warning(
             f"{which.capitalize()} {done}: its {self.monitor} was {self.value:.4g}, that of the "
-            f"last validation {self._last}."
+            f"last validation {self._last:.4g}."
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "step": self.step, "last": self._last, "kept": self._kept}
+        numbers = {"value": self.value, "step": self.step, "last": self._last, "kept": self._kept}
+        return numbers | {"monitor": self.monitor}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue, unless by another metric."""
+        if state["monitor"] != self.monitor:
+            return
         self.value, self._last = (
             None if state[name] is None else float(state[name]) for name in ("value", "last")
         )
         self.step = int(state["step"])
-        self._kept = bool(state["kept"])
+        self._kept = self._keeps and bool(state["kept"])

@@ -175,7 +175,7 @@ class MaskProCallback(pl.Callback):
         self.monitor, self.monitor_mode = monitor, monitor_mode
         self.eval_on_start = eval_on_start
         self._baselines = BaselineCache(baseline_cache)
-        self._best = BestMask(monitor, monitor_mode)
+        self._best = self._new_best()
         self._journal = Journal()
         self._failed = False
         self._fitting = False
@@ -210,13 +210,17 @@ class MaskProCallback(pl.Callback):
         self._tracking.folder()  # what loggers miss from now on is kept there
         self._mlflow_run = MLflowRun(trainer, self._tracking)
         self._baselines = BaselineCache(self.baseline_cache)
-        self._best = BestMask(self.monitor, self.monitor_mode)
+        self._best = self._new_best()
         self._journal = Journal()
         self.optimizer = None
         self._trainer, self._module = trainer, pl_module
         self._stand_in(trainer, pl_module)
         self._failed = False
         self._fitting = True
+
+    def _new_best(self) -> BestMask:
+        keeps = self.how["memory"] == "plain"
+        return BestMask(self.monitor, self.monitor_mode, keeps=keeps)
 
     def _stand_in(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         """Put methods of ours in the place of the module's and the strategy's."""
@@ -387,15 +391,16 @@ class MaskProCallback(pl.Callback):
         if skipped < _PATIENCE:
             return
         losses = {name: float(value) for name, value in self._optimizer.last.items()}
-        seen = f"{losses['loss']:g} under the drawn mask"
+        what, seen = "No gradient", f"{losses['loss']:g} under the drawn mask"
         remedy = "look at the batches, the loss and the precision"
         if self._forward_only:
+            what = "No loss"
             seen += f" and {losses['baseline']:g} under the initial one"
             if math.isfinite(losses["baseline"]):
                 remedy = "a larger logit_scale keeps masks closer to the initial one"
         raise RuntimeError(
-            f"The loss was not finite in the last {skipped} updates, so nothing is learned any "
-            f"more: at step {self._trainer.global_step}, batch {batch_idx}, it was {seen}. "
+            f"{what} was finite in the last {skipped} updates, so nothing is learned any more: at "
+            f"step {self._trainer.global_step}, batch {batch_idx}, the loss was {seen}. "
             f"{remedy.capitalize()}."
         )
 

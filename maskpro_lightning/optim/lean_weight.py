@@ -25,6 +25,7 @@ from maskpro_lightning.optim.masked_weight import (
     Version,
     along_logits,
     columns_of,
+    move_block,
 )
 from maskpro_lightning.optim.transition import (
     DRAWN,
@@ -32,7 +33,6 @@ from maskpro_lightning.optim.transition import (
     PREVIOUS,
     exchange,
     lean_transition,
-    moved,
 )
 from maskpro_lightning.optim.words import (
     flags_of,
@@ -120,20 +120,10 @@ class LeanWeight:
 
     def move(self, draw: Draw, direction: Tensor, scale: Tensor, part: int, fusion: Fusion) -> None:
         """See :meth:`MaskedWeight.move`."""
-        key, step = self._key(draw), torch.full((), draw.step, device=self.weight.device)
+        step = torch.full((), draw.step, device=self.weight.device)
+        about = self._key(draw), step, scale, part
         for groups_G, moves, logits in self._blocks(direction, self.logits):
-            (found,) = fusion(
-                moved,
-                self.pattern,
-                groups_G.view(logits.shape[:-1]),
-                logits_of(logits),
-                moves,
-                key,
-                step,
-                scale,
-                part,
-            )
-            logits_to(logits).copy_(found)
+            move_block(fusion, self.pattern, groups_G, logits, moves, *about)
 
     def advance(self, draw: Draw, change: Tensor | None, fusion: Fusion) -> None:
         """Move the logits, then draw the next mask and write it into the weight.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -109,20 +109,10 @@ class MaskedWeight:
             part: Number of the move before that draw, from 0.
             fusion: Runs the step of a block.
         """
-        key, step = self._key(draw), torch.full((), draw.step, device=self.weight.device)
+        step = torch.full((), draw.step, device=self.weight.device)
+        about = self._key(draw), step, scale, part
         for groups_G, (logits, moves) in self.layout.blocks(self.logits, direction):
-            (found,) = fusion(
-                moved,
-                self.layout.pattern,
-                groups_G.view(logits.shape[:-1]),
-                logits_of(logits),
-                moves,
-                key,
-                step,
-                scale,
-                part,
-            )
-            logits_to(logits).copy_(found)
+            move_block(fusion, self.layout.pattern, groups_G, logits, moves, *about)
 
     def advance(
         self,
@@ -258,6 +248,20 @@ class MaskedWeight:
         if version == "mode":
             return distribution.mode(columns_of(logits), self.layout.pattern).view_as(masks)
         return (masks & _BITS[version]).bool()
+
+
+def move_block(
+    fusion: Fusion,
+    pattern: NMPattern,
+    groups_G: Tensor,
+    logits: Tensor,
+    moves: Tensor,
+    *about: Any,
+) -> None:
+    """Move a block's logits in place, see :func:`moved`."""
+    groups = groups_G.view(logits.shape[:-1])
+    (found,) = fusion(moved, pattern, groups, logits_of(logits), moves, *about)
+    logits_to(logits).copy_(found)
 
 
 def along_logits(

@@ -183,11 +183,6 @@ class MaskPro(Optimizer):
         return self._states.layouts
 
     @property
-    def lean(self) -> bool:
-        """Whether no dense copy of the weights is kept."""
-        return self._states.lean
-
-    @property
     def begun(self) -> bool:
         """Whether the parameters are masked and the dense weights kept in the state."""
         return bool(self.state)
@@ -260,6 +255,7 @@ class MaskPro(Optimizer):
     ) -> Iterator[None]:
         """Within a ``with`` block, learn from each gradient as soon as it is there, and free it.
 
+        The parameters hold the drawn mask then, since logits that move change the most likely one.
         For "straight_through", whose :meth:`step` does this around its closure: so there are never
         the gradients of more than a few weights at once. A step learns as well from what it finds
         in ``grad``, which other backward passes left there.
@@ -273,6 +269,7 @@ class MaskPro(Optimizer):
             self.begin()
         for group in self.param_groups:
             check_lr(group)
+        self.write("drawn")
         share, part = 1 / backward_passes, self._passes
         self._passes += backward_passes
 
@@ -296,7 +293,6 @@ class MaskPro(Optimizer):
                 handle.remove()
 
     def _step_from_gradients(self, closure: Callable[[], Tensor], backward_passes: int) -> Tensor:
-        self.write("drawn")
         with torch.enable_grad(), self.learning(backward_passes):
             loss = closure()
         admission.check_loss(loss)
@@ -308,9 +304,9 @@ class MaskPro(Optimizer):
                 "loss.backward(), and weights need requires_grad=True and a part in the loss."
             )
         self.last = {"loss": loss.detach()}
-        finite = torch.stack([each.to(loss.device) for each in self._learned]).all()
+        finite = torch.stack([each.to(loss.device) for each in self._learned])
         for group in self.param_groups:
-            group.update(tracker.skips(self.tracker, finite))
+            group.update(tracker.skips(self.tracker, (~finite).float().mean()))
             group["step"] += 1
         self._draw(self._fusion)
         return loss

@@ -2,7 +2,8 @@
 
 A tracker is a dict of scalars: ``delta``, the moving average of residuals; ``variance``, that of
 their squared deviations from it; ``count``, the number of finite residuals so far; ``skipped``, of
-those that were not finite, and ``skipped_in_a_row``, of those since the last finite one.
+the updates that were not made, by the share of weights for which they were not, and
+``skipped_in_a_row``, of those made for no weight since the last one that was for some.
 """
 
 from __future__ import annotations
@@ -61,15 +62,15 @@ def judge(
         rounding = 16 * torch.finfo(residual.dtype).eps * residual.abs()
         advantage = (advantage / spread).where(spread > rounding, 0)
     after = {name: value.where(finite, before[name]) for name, value in after.items()}
-    return advantage.where(finite, 0), after | skips(before, finite)
+    return advantage.where(finite, 0), after | skips(before, (~finite).float())
 
 
-def skips(tracker: Tracker, finite: Tensor) -> Tracker:
-    """The tracker's counts of skipped updates after one more, skipped unless ``finite``."""
-    skipped = (~finite).to(torch.float32)
+def skips(tracker: Tracker, share: Tensor) -> Tracker:
+    """The tracker's counts after an update that was skipped for a share of weights, in [0, 1]."""
+    before = {name: tracker[name].to(share.device) for name in ("skipped", "skipped_in_a_row")}
     return {
-        "skipped": tracker["skipped"].to(finite.device) + skipped,
-        "skipped_in_a_row": (tracker["skipped_in_a_row"].to(finite.device) + 1) * skipped,
+        "skipped": before["skipped"] + share,
+        "skipped_in_a_row": (before["skipped_in_a_row"] + 1) * (share == 1),
     }
 
 
