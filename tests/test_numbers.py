@@ -115,8 +115,8 @@ def test_a_fit_without_any_finite_loss_ends_naming_step_batch_and_cause(
     with pytest.raises(RuntimeError) as info:
         fit(module, callback, folder=tmp_path, max_steps=300, validate=False)
     assert str(info.value) == (
-        f"No {'loss' if estimator == 'policy' else 'gradient'} was finite in the last 100 updates, so "
-        f"nothing is learned any more: at step 99, batch 3, the loss was {message}"
+        f"{'No loss' if estimator == 'policy' else 'No gradient'} was finite in the last 100 updates, "
+        f"so nothing is learned any more: at step 99, batch 3, the loss was {message}"
     )
     assert same_weights(module, Net())
 
