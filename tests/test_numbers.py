@@ -114,9 +114,10 @@ def test_a_fit_without_any_finite_loss_ends_naming_step_batch_and_cause(
     callback, module = masks(estimator), Bad()
     with pytest.raises(RuntimeError) as info:
         fit(module, callback, folder=tmp_path, max_steps=300, validate=False)
+    what = "No loss" if estimator == "policy" else "No gradient"
     assert str(info.value) == (
-        f"{'No loss' if estimator == 'policy' else 'No gradient'} was finite in the last 100 updates, "
-        f"so nothing is learned any more: at step 99, batch 3, the loss was {message}"
+        f"{what} was finite in the last 100 updates, so nothing is learned any more: at step 99, "
+        f"batch 3, the loss was {message}"
     )
     assert same_weights(module, Net())
 
