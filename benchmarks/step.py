@@ -62,6 +62,21 @@ def ours(weights: list[nn.Parameter], **how: Any) -> Step:
     return lambda: optimizer.step(lambda: losses[0], losses[1])
 
 
+def from_gradients(weights: list[nn.Parameter], *, fused: bool) -> Step:
+    """Straight-through, given gradients: a copy of each is part of what is timed."""
+    named = [(str(number), weight) for number, weight in enumerate(weights)]
+    optimizer = MaskPro(named, estimator="straight_through", fused=fused)
+    gradients = [torch.randn_like(weight) for weight in weights]
+    loss = torch.tensor(0.5, device=weights[0].device)
+
+    def step() -> None:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+        optimizer.step(lambda: loss)
+
+    return step
+
+
 ROWS: dict[str, Callable[[list[nn.Parameter]], Step]] = {
     "published": lambda weights: Published(weights).step,
     "eager": lambda weights: ours(weights, fused=False),
@@ -70,6 +85,8 @@ ROWS: dict[str, Callable[[list[nn.Parameter]], Step]] = {
     "fused lean bf16": lambda weights: ours(
         weights, fused=True, memory="lean", logits_dtype="bfloat16"
     ),
+    "eager gradients": lambda weights: from_gradients(weights, fused=False),
+    "fused gradients": lambda weights: from_gradients(weights, fused=True),
 }
 
 
@@ -115,11 +132,13 @@ def forget_peak(device: torch.device) -> int:
     return torch.cuda.memory_allocated()
 
 
-def least_bytes(row: str, element: int) -> float:
+def least_bytes(row: str, element: float) -> float:
     """Bytes per weight that a step for 2:4 has to read or write, each once, were the rest free."""
-    logits = 2 * (2 if "bf16" in row else 4)
+    logits: float = 2 * (2 if "bf16" in row else 4)
     if "lean" in row:  # weight, pruned weights and masks are exchanged
         return logits + 2 * (element + element / 2 + 1 / 4)
+    if "gradients" in row:  # turned in their memory, moved along, and then the draw
+        logits, element = 2.5 * logits, element * 7 / 3
     return logits + 2 * 1 + 3 * element  # the dense weight is read, the other written and fetched
 
 
