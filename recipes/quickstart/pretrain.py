@@ -148,7 +148,7 @@ def measure(module: Pretraining, texts: list[str], tokens: Tensor) -> Split:
 def greedy_sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
     """Returns the most likely continuation of `PROMPT`, the prompt included."""
     prompt = tokenizer(PROMPT, return_tensors="pt")
-    ids = model.generate(**prompt, max_new_tokens=80)  # type: ignore[misc]
+    ids = model.generate(**prompt, max_new_tokens=80)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
