@@ -133,7 +133,7 @@ class Learner(ABC):
 
 
 class MaskProLearner(Learner):
-    """:class:`MaskPro` as the callback drives it: rate and sharpness change linearly.
+    """:class:`MaskPro` as the callback drives it: the rate falls linearly to 0.
 
     Args:
         bench: Its model and data.

@@ -27,7 +27,8 @@ from modules import (
 from optimizer_cases import one_weight
 from torch import Tensor, nn
 
-from maskpro_lightning import MaskProCallback
+from maskpro_lightning import MaskProCallback, NMPattern
+from maskpro_lightning.initial.logits import graded
 from maskpro_lightning.optim.rule import Estimator
 
 NAN, INFINITE = math.nan, math.inf
@@ -57,7 +58,11 @@ def skipped(callback: MaskProCallback) -> float:
 def unmoved(callback: MaskProCallback) -> dict[str, Tensor]:
     assert callback.optimizer is not None
     scale = callback.optimizer.param_groups[0]["logit_scale"]
-    return {name: scale * mask for name, mask in learned(callback, "initial").items()}
+    weights = dict(Net().named_parameters())
+    return {
+        name: graded(weights[name], mask, NMPattern(2, 4), -1, scale)
+        for name, mask in learned(callback, "initial").items()
+    }
 
 
 # --- losses that are not finite -----------------------------------------------------------------

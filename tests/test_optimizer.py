@@ -66,7 +66,8 @@ def test_the_initial_mask_is_the_one_given_and_the_first_mode(
     optimizer.begin({"w": given})
     assert torch.equal(optimizer.masks("initial")["w"], given)
     assert torch.equal(optimizer.masks("mode")["w"], given)
-    assert torch.equal(optimizer.logits()["w"], 0.1 * given)
+    gap = optimizer.logits()["w"][given].min() - optimizer.logits()["w"][~given].max()
+    assert 0 < gap < 0.1
 
 
 @every_case

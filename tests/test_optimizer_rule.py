@@ -236,7 +236,7 @@ def test_it_learns_most_of_the_way_from_a_random_mask_to_the_best(seed: int) -> 
 @pytest.mark.parametrize("steps", [100, 1000])
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8"])
 def test_chance_alone_hardly_changes_a_mask_however_long_the_fit(pattern: str, steps: int) -> None:
-    # 4 sd of a binomial around 0.3 %, what the rule's docstring promises at most, of 4096 groups.
+    # 4 sd of a binomial around 1 %, what the rule's docstring promises at most, of 4096 groups.
     nm = NMPattern.parse(pattern)
     weight = nn.Parameter(random(64, 64 * nm.m))
     optimizer = one_weight(weight, pattern, lr=policy_lr(nm, 4.0, steps))
@@ -247,7 +247,7 @@ def test_chance_alone_hardly_changes_a_mask_however_long_the_fit(pattern: str, s
         step(optimizer, float(loss))
         scheduler.step()
     changed = grouped(optimizer.masks("mode")["w"] != optimizer.masks("initial")["w"], pattern, -1)
-    assert changed.any(-1).float().mean() <= 0.003 + 4 * math.sqrt(0.003 / 4096)
+    assert changed.any(-1).float().mean() <= 0.01 + 4 * math.sqrt(0.01 / 4096)
 
 
 def test_evidence_changes_masks_at_the_step_size_of_a_long_fit() -> None:

@@ -77,8 +77,8 @@ class MaskProCallback(pl.Callback):
         lr_scheduler: Makes a learning rate scheduler, stepped every training step, from the
             optimizer; as in ``LightningCLI``. By default the rate falls to 0, linearly, over the
             fit; with the published rule, or where the fit has no end, it is constant.
-        logit_scale: Initial logit of a kept weight, see :class:`MaskPro`.
-        sharpness: How much draws sharpen while the rate falls, see :class:`MaskPro`.
+        logit_scale: How far apart logits start, see :class:`MaskPro`.
+        sharpness: How much sharper draws become while the rate falls, see :class:`MaskPro`.
         momentum: Decay of the tracker of residuals.
         normalize: Scale residuals by their running spread; False is the published rule.
         seed: Seed of all draws.
@@ -117,7 +117,7 @@ class MaskProCallback(pl.Callback):
         lr: float | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         logit_scale: float | None = None,
-        sharpness: float | None = None,
+        sharpness: float = 1.0,
         momentum: float = 0.99,
         normalize: bool = True,
         seed: int = 0,

@@ -14,6 +14,7 @@ columns of a block, ``G`` groups, ``M`` group size.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -33,10 +34,7 @@ def magnitude(weight: Tensor, pattern: NMPattern, input_dim: int = -1) -> Tensor
         ValueError: the weight holds NaN.
     """
     mask = torch.empty_like(weight, dtype=torch.bool)
-    groups = pattern.group(weight, input_dim)
-    rows = max(1, _GROUPS_AT_ONCE // max(1, groups[0].numel() // pattern.m))
-    parts = zip(groups.split(rows), pattern.group(mask, input_dim).split(rows), strict=True)
-    for values_GM, kept_GM in parts:
+    for values_GM, kept_GM in blocks(pattern, input_dim, weight, mask):
         kept_GM.copy_(_top(values_GM.abs(), pattern))
     return mask
 
@@ -154,6 +152,13 @@ def sparsegpt(
         weight_CKR[:, right] -= factor_CKK[:, here, right].mT @ error_CBR
     updated = weight_CKR.where(kept_CKR, 0).mT.to(weight.dtype)
     return laid_out(kept_CKR.mT, weight, input_dim), laid_out(updated, weight, input_dim)
+
+
+def blocks(pattern: NMPattern, input_dim: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Go through tensors of one shape in blocks of groups, a view (..., M) of each."""
+    views = [pattern.group(tensor, input_dim) for tensor in tensors]
+    rows = max(1, _GROUPS_AT_ONCE // max(1, views[0][0].numel() // pattern.m))
+    return zip(*(view.split(rows) for view in views), strict=True)
 
 
 def rows_of(weight: Tensor, statistic_CK: Tensor, pattern: NMPattern, input_dim: int) -> Tensor:

@@ -105,15 +105,13 @@ class LeanWeight:
     def state(
         weight: Tensor,
         mask: Tensor,
-        logit_scale: float,
-        logits_dtype: torch.dtype,
+        logits: Tensor,
         pattern: NMPattern,
         input_dim: int,
     ) -> dict[str, Tensor]:
-        """The state of a weight whose initial mask, bool in its shape, has logits of one size."""
-        logits = mask.to(weight.device, logits_dtype).mul_(logit_scale)
+        """The state of a weight with its initial mask, bool, and logits, both in its shape."""
         state = _empty(weight, logits, pattern, input_dim)
-        for _, kept, masks in _blocks(pattern, input_dim, mask.to(weight.device), state["masks"]):
+        for _, kept, masks in _blocks(pattern, input_dim, mask, state["masks"]):
             initial_M = [flag.int() for flag in kept.unbind(-1)]
             masks.copy_(masks_of(initial_M, initial_M))
         return state

@@ -88,14 +88,11 @@ class MaskedWeight:
     masks: Tensor
 
     @staticmethod
-    def state(
-        weight: Tensor, mask: Tensor, logit_scale: float, logits_dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """The state of a weight whose initial mask, bool and padded, has logits of one size."""
-        mask = mask.to(weight.device)
+    def state(weight: Tensor, mask: Tensor, logits: Tensor) -> dict[str, Tensor]:
+        """The state of a weight with its initial mask, bool, and logits, both padded."""
         return {
             "dense": weight.detach().clone(),
-            "logits": mask.to(logits_dtype).mul_(logit_scale),
+            "logits": logits,
             "masks": mask.to(torch.uint8).mul_(INITIAL | DRAWN | BEST),
         }
 

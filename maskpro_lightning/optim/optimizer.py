@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from maskpro_lightning.initial import initializers
+from maskpro_lightning.initial.logits import graded
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim import gradients, saved_state, tracker
 from maskpro_lightning.optim.fusion import Fusion
@@ -75,17 +76,20 @@ class MaskPro(Optimizer):
             baseline is known); "straight_through" from gradients, a forward and a backward pass,
             and gets further on the same compute.
         lr: Step size of the logits, in units of logits; ``DEFAULTS`` holds what applies to each
-            estimator where this, ``logit_scale`` or ``sharpness`` is None. :func:`policy_lr` knows
-            a better one for "policy" where the number of steps is known.
-        logit_scale: Initial logit of a kept weight, in units of logits; the others start at 0.
-            The larger, the less is explored: the initial mask of a 2:4 group is drawn with
-            probability 0.98 at 5 and 0.9999 at 10.
-        sharpness: Masks are drawn from softmax(k * logits), where k rises from 1 to this value as
+            estimator where this or ``logit_scale`` is None. :func:`policy_lr` knows a better one
+            for "policy" where the number of steps is known.
+        logit_scale: How far apart the logits of a kept and of a pruned weight start where the
+            choice between them was typical, in units of logits; it is less where it was a close
+            one, and more where it was easy, see :func:`graded`. The larger, the less is explored:
+            the initial mask of a 2:4 group whose gaps are all alike is drawn with probability 0.98
+            at 5 and 0.9999 at 10.
+        sharpness: Masks are drawn from softmax(k * logits), where k goes from 1 to this value as
             a learning rate scheduler takes ``lr`` to 0; without a scheduler it stays 1.
         momentum: Decay of the tracker of residuals, alpha in [0, 1).
         normalize: Divide the advantage by its running spread, so that one ``lr`` fits models and
             losses of any size. False is the published rule (for Llama-2 7B: lr 50, logit_scale
-            10), whose lr has to be found for each model.
+            10), whose lr has to be found for each model, and whose kept weights all start at
+            ``logit_scale``, the others at 0.
         seed: Seed of the draws.
         exploration: "shared": all ranks evaluate the same mask, each on its data; the closure's
             loss has to be the mean over them. "per_replica": each copy of the model evaluates a
@@ -118,7 +122,7 @@ class MaskPro(Optimizer):
         estimator: Estimator = "policy",
         lr: float | None = None,
         logit_scale: float | None = None,
-        sharpness: float | None = None,
+        sharpness: float = 1.0,
         momentum: float = 0.99,
         normalize: bool = True,
         seed: int = 0,
@@ -143,7 +147,6 @@ class MaskPro(Optimizer):
             )
         lr = DEFAULTS[estimator]["lr"] if lr is None else lr
         logit_scale = DEFAULTS[estimator]["logit_scale"] if logit_scale is None else logit_scale
-        sharpness = DEFAULTS[estimator]["sharpness"] if sharpness is None else sharpness
         defaults = {
             "pattern": str(NMPattern.parse(pattern)),
             "input_dim": -1,
@@ -211,9 +214,10 @@ class MaskPro(Optimizer):
             group, parameter = known[name]
             layout = self.layouts[parameter]
             admission.check_mask(name, mask, layout.shape)
-            mask = whole_of(mask)
+            mask = whole_of(mask).to(parameter.device)
             layout.pattern.check(mask, layout.input_dim, f"the mask of {name!r}")
-            state[parameter] = self._states.new(parameter, mask, group["logit_scale"])
+            logits = self._initial_logits(group, parameter, mask)
+            state[parameter] = self._states.new(parameter, mask, logits)
         # At once, so that an error on the way, such as no memory, leaves nothing begun.
         for parameter, tensors in state.items():
             self.state[parameter] = self._states.keep(parameter, tensors)
@@ -545,6 +549,13 @@ class MaskPro(Optimizer):
         for name, (parameter, layout) in zip(self.names, self.layouts.items(), strict=True):
             weight = self.whole(parameter)
             yield name, initializers.magnitude(weight, layout.pattern, layout.input_dim)
+
+    def _initial_logits(self, group: dict[str, Any], parameter: Tensor, mask: Tensor) -> Tensor:
+        """Logits of a whole weight; those of the published rule have one size."""
+        scale, layout = group["logit_scale"], self.layouts[parameter]
+        if not group["normalize"]:
+            return mask.float().mul_(scale)
+        return graded(self.whole(parameter), mask, layout.pattern, layout.input_dim, scale)
 
     def _cuda_devices(self) -> list[torch.device]:
         return list({p.device for _, _, p in self._parameters() if p.device.type == "cuda"})

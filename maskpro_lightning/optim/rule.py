@@ -15,15 +15,15 @@ Exploration = Literal["shared", "per_replica"]
 Memory = Literal["plain", "lean"]
 LogitsDtype = Literal["float32", "bfloat16"]
 
-#: Step size, initial logit and final sharpness by estimator, where they are not given.
+#: Step size and distance of initial logits by estimator, where they are not given.
 DEFAULTS: dict[Estimator, dict[str, float]] = {
-    "policy": {"lr": 0.1, "logit_scale": 4.0, "sharpness": 1.0},
-    "straight_through": {"lr": 0.1, "logit_scale": 3.0, "sharpness": 4.0},
+    "policy": {"lr": 0.1, "logit_scale": 4.0},
+    "straight_through": {"lr": 0.1, "logit_scale": 3.0},
 }
 
-# Standard deviations of a random walk between an initial mask and a change of mind. The walk widens
-# as a gap closes, so that of seven nearly two are left: chance flips about 0.1 % of the groups.
-_WALK_MARGIN = 7.0
+# Standard deviations of a random walk between a typical choice and a change of mind. The walk
+# widens as a gap closes, and close calls start nearer: chance flips about 1 % of the groups.
+_WALK_MARGIN = 24.0
 
 
 def policy_lr(pattern: NMPattern, logit_scale: float, steps: int) -> float:

@@ -80,10 +80,12 @@ class States:
         if self._model is not None:
             settle(self._model)
 
-    def new(self, parameter: Tensor, mask: Tensor, logit_scale: float) -> dict[str, Tensor]:
-        """The tensors of a weight that starts from a mask of the whole weight."""
+    def new(self, parameter: Tensor, mask: Tensor, logits: Tensor) -> dict[str, Tensor]:
+        """The tensors of a weight that starts from a mask and logits of the whole weight."""
         layout = self.layouts[parameter]
-        about = local(parameter), layout.take(mask), logit_scale, self._logits_dtype
+        # A copy where it is a part, which would else keep the whole in memory.
+        logits = layout.take(logits).to(self._logits_dtype, copy=bool(layout.across))
+        about = local(parameter), layout.take(mask), logits
         if self.lean:
             return LeanWeight.state(*about, layout.pattern, layout.input_dim)
         return MaskedWeight.state(*about)
