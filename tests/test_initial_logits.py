@@ -21,7 +21,9 @@ PATTERNS = [NMPattern(1, 4), NMPattern(2, 4), NMPattern(4, 8), NMPattern(8, 16)]
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     scale=st.sampled_from([0.5, 4.0, 10.0]),
 )
-def test_the_given_mask_is_the_most_likely_one(pattern, seed, input_dim, dtype, scale) -> None:
+def test_the_given_mask_is_the_most_likely_one(
+    pattern: NMPattern, seed: int, input_dim: int, dtype: torch.dtype, scale: float
+) -> None:
     weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(seed)).to(dtype)
     mask = random(weight, pattern, input_dim, key=(seed, 0))
     logits = graded(weight, mask, pattern, input_dim, scale)
