@@ -151,11 +151,11 @@ class MaskProLearner(Learner):
         for target in bench.targets:
             target.parameter.requires_grad_(not self._policy)
         groups = parameter_groups(bench.targets)
-        self._optimizer = MaskPro(groups, bench.pattern, seed=bench.seed, **rule)
-        self._optimizer.begin(masks)
+        self.optimizer = MaskPro(groups, bench.pattern, seed=bench.seed, **rule)
+        self.optimizer.begin(masks)
         # The published rule keeps its rate.
         fall = 1 / steps if rule.get("normalize", True) else 0
-        self._scheduler = LambdaLR(self._optimizer, lambda step: max(0.0, 1 - fall * step))
+        self._scheduler = LambdaLR(self.optimizer, lambda step: max(0.0, 1 - fall * step))
 
     def step(self, number: int) -> int:
         cost = self._from_loss(number) if self._policy else self._from_gradients(number)
@@ -163,15 +163,15 @@ class MaskProLearner(Learner):
         return cost
 
     def masks(self) -> dict[str, Tensor]:
-        return self._optimizer.masks("mode")
+        return self.optimizer.masks("mode")
 
     @torch.no_grad()
     def _from_loss(self, number: int) -> int:
         new = number not in self._baselines
         if new:
-            with self._optimizer.applied("initial"):
+            with self.optimizer.applied("initial"):
                 self._baselines[number] = self._bench.loss(number)
-        self._optimizer.step(partial(self._bench.loss, number), self._baselines[number])
+        self.optimizer.step(partial(self._bench.loss, number), self._baselines[number])
         self.bytes = self._held()
         return 1 + new
 
@@ -188,13 +188,13 @@ class MaskProLearner(Learner):
         handles = [
             t.parameter.register_post_accumulate_grad_hook(look) for t in self._bench.targets
         ]
-        self._optimizer.step(closure)
+        self.optimizer.step(closure)
         for handle in handles:
             handle.remove()
         return 3
 
     def _held(self) -> int:
-        state = [t for held in self._optimizer.state.values() for t in held.values()]
+        state = [t for held in self.optimizer.state.values() for t in held.values()]
         gradients = [target.parameter.grad for target in self._bench.targets]
         return sum(t.numel() * t.element_size() for t in (*state, *gradients) if t is not None)
 

@@ -98,19 +98,17 @@ def test_memory_is_what_each_learner_holds(quality: ModuleType, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("quality")
-def test_a_larger_rate_of_the_policy_changes_more(
+def test_a_changed_default_changes_what_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import policy_rate
+    import defaults
 
-    command = ["--factors", "0", "1", "50", "--forwards", "40", "--output", str(tmp_path)]
-    with pytest.raises(ValueError, match=r"lr is 0\.0, but 0 < lr"):
-        policy_rate.main(command)
-    policy_rate.main([*command[:1], *command[2:]])
-    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
-    changed = [float(row[3]) for row in rows]
-    assert len(changed) == 2
-    assert changed[0] < changed[1]
+    rows = ["straight-through", "straight-through, logits of one size", "policy", "policy, lr x 4"]
+    defaults.main(["--rows", *rows, "--forwards", "130", "--output", str(tmp_path)])
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    found = {cells[1].strip(): [cell.strip() for cell in cells[2:5]] for cells in lines}
+    assert list(found) == rows
+    assert len({tuple(cells) for cells in found.values()}) == len(rows)
 
 
 @pytest.mark.usefixtures("quality")

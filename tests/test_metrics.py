@@ -101,7 +101,7 @@ def trained() -> MaskPro:
         }
         for name, shape in weights.items()
     ]
-    optimizer = MaskPro(groups, lr=1.0, logit_scale=1.0)
+    optimizer = MaskPro(groups, lr=1.0, logit_scale=1.1)
     for residual in (1.0, -2.0, 3.0):
         step(optimizer, residual)
     return optimizer
@@ -153,7 +153,8 @@ def test_nothing_has_changed_before_the_first_step() -> None:
 @pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(5, 10)], ids=str)
 def test_entropy_is_that_of_the_sharpened_draws(pattern: NMPattern) -> None:
     weight = nn.Parameter(random(20, 2 * pattern.m))
-    optimizer = MaskPro([("w", weight)], pattern, sharpness=4.0, logit_scale=1.0)
+    rule = {"sharpness": 4.0, "logit_scale": 1.0, "normalize": False}
+    optimizer = MaskPro([("w", weight)], pattern, **rule)
     optimizer.begin()
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # as a scheduler leaves it at the end, when draws are sharpest

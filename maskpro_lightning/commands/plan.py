@@ -95,11 +95,12 @@ def plan(
             model, targets, units, lambda p: share(p, devices) * p.element_size()
         )
     for target in targets:
-        weight, logits = target.parameter, getattr(torch, logits_dtype)
+        weight = target.parameter
         # Lean weights are whole, so their groups are, too.
         size = weight.shape if memory == "lean" else (share(weight, devices),)
         part = torch.empty(size, dtype=weight.dtype, device="meta")
-        about = part, torch.empty(size, dtype=torch.bool, device="meta"), 1.0, logits
+        mask = torch.empty(size, dtype=torch.bool, device="meta")
+        about = part, mask, mask.to(getattr(torch, logits_dtype))
         if memory == "lean":
             kept = LeanWeight.state(*about, NMPattern.parse(pattern), target.input_dim)
         else:
