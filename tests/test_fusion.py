@@ -78,7 +78,7 @@ def trained(dense: Tensor, pattern: str = "2:4", input_dim: int = -1, **rule: An
             -1,
             torch.float32,
             {"estimator": "straight_through", "memory": "lean"},
-            2,  # a move along gradients, and a draw
+            3,  # a direction, a move along it, and a draw
             id="gradients lean",
         ),
     ],

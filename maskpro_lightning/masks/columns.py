@@ -72,6 +72,50 @@ def score(logits: Columns, kept: Columns, n: int) -> list[Tensor]:
     return [gain - share * total for gain, share in zip(gains, shares, strict=True)]
 
 
+def inclusion_gradient(logits: Columns, values: Columns, n: int) -> list[Tensor]:
+    """The exact gradient of sum_j values_j P(j kept) with respect to the logits, M columns.
+
+    See ``inclusion``, whose walk over sets this is, written out.
+
+    Args:
+        logits: M real columns.
+        values: M real columns, what keeping each weight is worth.
+        n: 1 or 2.
+    """
+    first = _highest(logits, 1)
+    weights = [(x - first).exp() for x in logits]
+    shares = _shares(weights)
+    if n == 1:
+        worth = _dot(shares, values)
+        return [p * (c - worth) for p, c in zip(shares, values, strict=True)]
+    # Once the first of them is drawn, the others count from the second on, however far behind.
+    second = _highest(logits, 2)
+    behind = [(x - second).clamp(max=0).exp() for x in logits]
+    later: list[list[Tensor]] = [[] for _ in values]
+    worths = []
+    for i, (x, value) in enumerate(zip(logits, values, strict=True)):
+        leads = _flag(x > second)
+        others = [j for j in range(len(values)) if j != i]
+        follow = _shares([weights[j] + leads * (behind[j] - weights[j]) for j in others])
+        after = _dot(follow, [values[j] for j in others])
+        worths.append(value + after)
+        for j, share in zip(others, follow, strict=True):
+            later[j].append(shares[i] * share * (values[j] - after))
+    worth = _dot(shares, worths)
+    return [
+        _sum([p * (c - worth), *moves]) for p, c, moves in zip(shares, worths, later, strict=True)
+    ]
+
+
+def _shares(weights: Columns) -> list[Tensor]:
+    scale = 1 / _sum(weights)
+    return [weight * scale for weight in weights]
+
+
+def _dot(one: Columns, other: Columns) -> Tensor:
+    return _sum([a * b for a, b in zip(one, other, strict=True)])
+
+
 def _against_the_rest(logits: Columns, kept: Columns) -> tuple[list[Tensor], list[Tensor]]:
     """w_i / q for the kept weights and for those outside, whose sum is q; else zero."""
     # Multiplications, since selecting costs several times as much on a CPU.

@@ -32,6 +32,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from maskpro_lightning.masks import columns
 from maskpro_lightning.masks.pattern import NMPattern
 
 # Up to so many sets are walked over; beyond, the quadrature is faster.
@@ -71,6 +72,9 @@ def gradient(logits_GM: Tensor, values_GM: Tensor, pattern: NMPattern) -> Tensor
         pattern: The pattern.
     """
     logits_MG, values_MG = _groups_last(logits_GM), _groups_last(values_GM)
+    if pattern.n <= 2 and _walks(pattern):
+        columns_M = columns.inclusion_gradient(logits_MG, values_MG, pattern.n)
+        return _groups_first(torch.stack(columns_M), logits_GM)
     gradient_of = _walk_gradient if _walks(pattern) else _race_gradient
     return _groups_first(gradient_of(logits_MG, values_MG, pattern), logits_GM)
 

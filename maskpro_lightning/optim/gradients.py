@@ -43,7 +43,7 @@ def learn(
         Whether the gradient is finite, a bool scalar.
     """
     sharpness = sharpness_of(group)
-    (square,) = sums([layout], [masked.direction(gradient, sharpness)])
+    (square,) = sums([layout], [masked.direction(gradient, sharpness, fusion)])
     size = (square / math.prod(layout.shape)).sqrt()
     finite = size.isfinite()
     scale = (group["lr"] * share / size).where(finite & (size > 0), 0)

@@ -23,8 +23,8 @@ from maskpro_lightning.optim.masked_weight import (
     Draw,
     Groups,
     Version,
-    along_logits,
     columns_of,
+    direct_block,
     move_block,
 )
 from maskpro_lightning.optim.transition import (
@@ -137,15 +137,15 @@ class LeanWeight:
         along_score = None if change is None else change[0]
         self.held.become("drawn", partial(self._advance, draw, along_score, fusion))
 
-    def direction(self, gradient: Tensor, sharpness: float) -> Tensor:
+    def direction(self, gradient: Tensor, sharpness: float, fusion: Fusion) -> Tensor:
         """See :meth:`MaskedWeight.direction`."""
         self.held.settle()
         total = torch.zeros((), device=gradient.device)
-        for _, values, logits, weight, pruned, masks in self._blocks(
+        for groups_G, values, logits, weight, pruned, masks in self._blocks(
             gradient, self.logits, self.weight, self.pruned, self.masks, share=GRADIENT_SHARE
         ):
             dense = self._dense(weight, pruned, logits, masks)
-            values.copy_(along_logits(values, dense, logits, sharpness, self.pattern))
+            direct_block(fusion, self.pattern, groups_G, values, dense, logits, sharpness)
             total += values.float().square().sum()
         return total
 

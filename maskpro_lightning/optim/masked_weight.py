@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from maskpro_lightning.masks import distribution, inclusion, philox
+from maskpro_lightning.masks import distribution, philox
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.fusion import Fusion
 from maskpro_lightning.optim.together import Block, Together
-from maskpro_lightning.optim.transition import BEST, DRAWN, INITIAL, PREVIOUS, moved
+from maskpro_lightning.optim.transition import BEST, DRAWN, INITIAL, PREVIOUS, directed, moved
 from maskpro_lightning.optim.words import integers_of, logits_of, logits_to, words_of
 from maskpro_lightning.weights.layout import Layout
 
@@ -191,19 +191,16 @@ class MaskedWeight:
         noise_GM = philox.exponential(self._key(draw), step, groups_G, self.layout.pattern.m)
         return distribution.sample(logits_GM * draw.sharpness, noise_GM, self.layout.pattern)
 
-    def direction(self, gradient: Tensor, sharpness: float) -> Tensor:
+    def direction(self, gradient: Tensor, sharpness: float, fusion: Fusion) -> Tensor:
         """Turn a gradient, in its memory, into that of the expected loss in the logits.
-
-        To first order: with c the gradient with respect to the mask (weight gradient times dense
-        weight), it becomes the gradient of sum_j c_j P(j kept).
 
         Returns:
             The sum of its squares, a scalar.
         """
         total = torch.zeros((), device=gradient.device)
         blocks = self.layout.blocks(gradient, self.dense, self.logits, share=GRADIENT_SHARE)
-        for _, (values, dense, logits) in blocks:
-            values.copy_(along_logits(values, dense, logits, sharpness, self.layout.pattern))
+        for groups_G, (values, dense, logits) in blocks:
+            direct_block(fusion, self.layout.pattern, groups_G, values, dense, logits, sharpness)
             total += values.float().square().sum()
         return total
 
@@ -261,13 +258,20 @@ def move_block(
     logits_to(logits).copy_(found)
 
 
-def along_logits(
-    values: Tensor, dense: Tensor, logits: Tensor, sharpness: float, pattern: NMPattern
-) -> Tensor:
-    """The gradient of the expected loss in a block's logits, (..., M), from that in its weights."""
-    worth_GM = columns_of(values).float() * columns_of(dense).float()
-    direction_GM = inclusion.gradient(columns_of(logits).float() * sharpness, worth_GM, pattern)
-    return direction_GM.view_as(values)
+def direct_block(
+    fusion: Fusion,
+    pattern: NMPattern,
+    groups_G: Tensor,
+    values: Tensor,
+    dense: Tensor,
+    logits: Tensor,
+    sharpness: float,
+) -> None:
+    """Turn a block's gradient in place, see :func:`directed`."""
+    groups = groups_G.view(logits.shape[:-1])
+    about = values, dense, logits_of(logits), sharpness
+    (found,) = fusion(directed, pattern, groups, *about)
+    values.copy_(found)
 
 
 def columns_of(block: Tensor) -> Tensor:

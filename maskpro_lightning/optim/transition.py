@@ -16,7 +16,7 @@ from operator import mul
 import torch
 from torch import Tensor
 
-from maskpro_lightning.masks import columns, distribution, philox
+from maskpro_lightning.masks import columns, distribution, inclusion, philox
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.words import (
     are_low,
@@ -122,6 +122,39 @@ def lean_transition(
         masks_of(initial_M, next_M),
         1 - stays,
     )
+
+
+def directed(
+    pattern: NMPattern,
+    groups: Tensor,
+    gradient: Tensor,
+    dense: Tensor,
+    logits: Tensor,
+    sharpness: float | Tensor,
+) -> tuple[Tensor]:
+    """The gradient of the expected loss in a block's logits, from that in its weights.
+
+    To first order: with c the gradient with respect to the mask (that in the weights times the
+    dense weights), that of sum_j c_j P(j kept).
+
+    Args:
+        pattern: The pattern.
+        groups: int64 (...), the groups' numbers, for their shape.
+        gradient: (..., M).
+        dense: The dense weights, (..., M).
+        logits: As for :func:`transition`.
+        sharpness: Masks are drawn from softmax(sharpness * logits).
+
+    Returns:
+        float32 (..., M).
+    """
+    pairs = zip(gradient.unbind(-1), dense.unbind(-1), strict=True)
+    worth_M = [slope.float() * weight.float() for slope, weight in pairs]
+    logits_M = [logit * sharpness for logit in logits_in(logits, pattern.m)]
+    if pattern.n <= 2:
+        return (torch.stack(columns.inclusion_gradient(logits_M, worth_M, pattern.n), dim=-1),)
+    logits_GM, worth_GM = torch.stack(logits_M, dim=-1), torch.stack(worth_M, dim=-1)
+    return (inclusion.gradient(logits_GM, worth_GM, pattern),)
 
 
 def moved(
