@@ -73,7 +73,7 @@ def gradient(logits_GM: Tensor, values_GM: Tensor, pattern: NMPattern) -> Tensor
     """
     logits_MG, values_MG = _groups_last(logits_GM), _groups_last(values_GM)
     if pattern.n <= 2 and _walks(pattern):
-        columns_M = columns.inclusion_gradient(logits_MG, values_MG, pattern.n)
+        columns_M = columns.inclusion_gradient(logits_MG.unbind(), values_MG.unbind(), pattern.n)
         return _groups_first(torch.stack(columns_M), logits_GM)
     gradient_of = _walk_gradient if _walks(pattern) else _race_gradient
     return _groups_first(gradient_of(logits_MG, values_MG, pattern), logits_GM)
