@@ -70,10 +70,9 @@ def run(bench: methods.Workbench, row: str, forwards: int) -> tuple[float, float
     one_size, factor = rule.pop("one_size", False), rule.pop("factor", 1.0)
     with bench.restored():
         masks, spent = bench.one_shot(INITIAL[estimator])
-        left = forwards - spent
-        steps = left // 3
-        if estimator == "policy":
-            steps = max(left // 2, left - len(bench.case.training))
+        policy = estimator == "policy"
+        steps = methods.steps_within(forwards - spent, bench, policy=policy)
+        if policy:
             rule["lr"] = policy_lr(PATTERN, rule["logit_scale"], steps)
         rule["lr"] *= factor
         learner = methods.MaskProLearner(bench, masks, steps, estimator=estimator, **rule)

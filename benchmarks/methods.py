@@ -246,10 +246,8 @@ def learner(
     Raises:
         ValueError: they are too few for one step.
     """
-    steps = forwards // 3
-    if method in ("published", "policy", "policy_from_sparsegpt"):
-        # A batch that is seen for the first time costs two forward passes.
-        steps = max(forwards // 2, forwards - len(bench.case.training))
+    policy = method in ("published", "policy", "policy_from_sparsegpt")
+    steps = steps_within(forwards, bench, policy=policy)
     if steps < 1:
         raise ValueError(f"{forwards} forward-equivalents are left for {method}: give more.")
     if method == "categorical":
@@ -262,6 +260,14 @@ def learner(
     else:
         rule["lr"] = policy_lr(bench.pattern, DEFAULTS["policy"]["logit_scale"], steps)
     return MaskProLearner(bench, masks, steps, **rule), steps
+
+
+def steps_within(forwards: int, bench: Workbench, *, policy: bool) -> int:
+    """How many steps of a learner take at most so many forward-equivalents."""
+    if not policy:
+        return forwards // 3
+    # A batch that is seen for the first time costs two forward passes.
+    return max(forwards // 2, forwards - len(bench.case.training))
 
 
 def share_changed(masks: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:

@@ -51,11 +51,11 @@ def test_the_oracle() -> None:
 
 
 def test_a_mask_that_weights_speak_against_is_held_with_little_conviction() -> None:
-    weight = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    mask = torch.tensor([[True, True, False, False]])
-    logits = graded(weight, mask, NMPattern(2, 4), -1, 2.0)
-    assert ((logits - 1).abs() < 1.001).all()
-    assert (logits > 1).equal(mask)
+    weight = torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
+    mask = torch.tensor([True, True, False, False]).repeat(2, 1)
+    against, for_it = graded(weight, mask, NMPattern(2, 4), -1, 2.0)
+    assert against.tolist() == pytest.approx([1.2, 1.2, 0.8, 0.8])
+    assert ((for_it - 1).abs() > 1).all()
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, torch.nan, torch.inf])

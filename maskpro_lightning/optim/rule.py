@@ -36,7 +36,7 @@ def policy_lr(pattern: NMPattern, logit_scale: float, steps: int) -> float:
 
     Args:
         pattern: The pattern.
-        logit_scale: The gap at the start, in units of logits.
+        logit_scale: The typical gap at the start, in units of logits.
         steps: T.
     """
     information = distribution.gap_information(pattern, logit_scale)
