@@ -16,12 +16,12 @@ from typing import Any
 import cases
 import methods
 import torch
+from maskpro_lightning.optim.rule import DEFAULTS, Estimator, policy_lr
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from maskpro_lightning import NMPattern
-from maskpro_lightning.optim.rule import DEFAULTS, Estimator, policy_lr
 
 PATTERN = NMPattern(2, 4)
 INITIAL: dict[Estimator, str] = {"straight_through": "sparsegpt", "policy": "reconstruction"}

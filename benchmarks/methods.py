@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from cases import Case
 from categorical import CategoricalMasks
+from maskpro_lightning.optim.rule import DEFAULTS, policy_lr
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -24,7 +25,6 @@ from maskpro_lightning import MaskPro, NMPattern, find_targets, parameter_groups
 from maskpro_lightning.initial.calibration import initial_masks
 from maskpro_lightning.initial.initializers import sparsegpt
 from maskpro_lightning.initial.statistics import InputStatistics
-from maskpro_lightning.optim.rule import DEFAULTS, policy_lr
 
 #: Calibration batches of every method, and how often each goes through them.
 CALIBRATION_BATCHES = 16

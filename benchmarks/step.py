@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from maskpro_lightning import MaskPro
+from maskpro_lightning import MaskPro, Policy
 
 Step = Callable[[], object]
 _LAYER = 2**24
@@ -54,7 +54,7 @@ class Published:
 
 def ours(weights: list[nn.Parameter], **how: Any) -> Step:
     named = [(str(number), weight) for number, weight in enumerate(weights)]
-    optimizer = MaskPro(named, lr=0.1, **how)
+    optimizer = MaskPro(named, estimator=Policy(lr=0.1), **how)
     losses = (
         torch.tensor(0.5, device=weights[0].device),
         torch.tensor(0.2, device=weights[0].device),

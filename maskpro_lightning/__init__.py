@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from maskpro_lightning.fit.callback import MaskProCallback
     from maskpro_lightning.fit.distillation import Distillation
     from maskpro_lightning.masks.pattern import NMPattern
+    from maskpro_lightning.optim.estimators import Policy, StraightThrough
     from maskpro_lightning.optim.optimizer import MaskPro
     from maskpro_lightning.weights.targets import find_targets, parameter_groups
 
@@ -20,6 +21,8 @@ __all__ = [
     "MaskPro",
     "MaskProCallback",
     "NMPattern",
+    "Policy",
+    "StraightThrough",
     "export_sparse",
     "find_targets",
     "load_compressed",
@@ -33,6 +36,8 @@ _HOMES = {
     "MaskPro": "optim.optimizer",
     "MaskProCallback": "fit.callback",
     "NMPattern": "masks.pattern",
+    "Policy": "optim.estimators",
+    "StraightThrough": "optim.estimators",
     "export_sparse": "files.export",
     "find_targets": "weights.targets",
     "load_compressed": "files.compressed",

@@ -214,11 +214,11 @@ def _plan() -> None:
         find_targets(cli.model, callback.pattern, callback.include, callback.exclude, on_meta=True),
         devices=cli.config["devices"],
         strategy=cli.config["strategy"],
-        estimator=callback.rule["estimator"],
+        estimator=callback.estimator.name,
         rows=None if None in shape else math.prod(size or 0 for size in shape),
         pattern=callback.pattern,
-        memory=callback.how["memory"],
-        logits_dtype=callback.how["logits_dtype"],
+        memory=callback.memory,
+        logits_dtype=callback.logits_dtype,
     )
     parts = {**found.state, "largest unit, gathered": found.gathered}
     parts |= {} if found.activations is None else {"activations (estimate)": found.activations}

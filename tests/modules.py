@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 import lightning.pytorch as pl
@@ -16,8 +17,8 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from maskpro_lightning import MaskProCallback, find_targets
+from maskpro_lightning.optim.estimators import EstimatorName
 from maskpro_lightning.optim.masked_weight import Version
-from maskpro_lightning.optim.rule import Estimator
 
 ROWS, BATCH, WIDTH = 32, 8, 16
 # So large that a mask whose residuals are not all zero has moved after a few steps.
@@ -30,7 +31,7 @@ ROUNDING = {"policy": 2**-20, "straight_through": WIDTH * 2**-20}
 CERTAIN = 50.0
 
 
-every_estimator = pytest.mark.parametrize("estimator", get_args(Estimator))
+every_estimator = pytest.mark.parametrize("estimator", get_args(EstimatorName))
 
 
 class Net(pl.LightningModule):
@@ -73,15 +74,15 @@ class Watched(Net):
     def __init__(self, callback: MaskProCallback) -> None:
         super().__init__()
         self.callback = [callback]  # in a list, as a copy of the module shall leave it alone
-        self.trained: list[set[str]] = []
-        self.validated: list[set[str]] = []
+        # Not lists of the module's own, to which an extra pass would add nothing.
+        self.seen: Mapping[str, list[set[str]]] = MappingProxyType({"trained": [], "validated": []})
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.trained.append(versions_held(self, self.callback[0]))
+        self.seen["trained"].append(versions_held(self, self.callback[0]))
         return self.loss(batch)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.validated.append(versions_held(self, self.callback[0]))
+        self.seen["validated"].append(versions_held(self, self.callback[0]))
 
 
 def linear(width: int, seed: int) -> nn.Linear:

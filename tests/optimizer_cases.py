@@ -8,6 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from rules import mask_optimizer
 from torch import Tensor, nn
 
 from maskpro_lightning import MaskPro, NMPattern
@@ -32,7 +33,7 @@ Shape = tuple[int, ...]
 def one_weight(weight: Tensor, pattern: str = "2:4", input_dim: int = -1, **rule: Any) -> MaskPro:
     """A MaskPro of one weight named "w"."""
     group = {"params": [("w", weight)], "input_dim": input_dim}
-    return MaskPro([group], pattern, **rule)
+    return mask_optimizer([group], pattern, **rule)
 
 
 def step(optimizer: MaskPro, loss: float, baseline: float = 0.0) -> None:

@@ -27,31 +27,32 @@ from modules import (
     loader,
     quiet_trainer,
 )
+from rules import mask_callback
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DistributedSampler
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optim.rule import Estimator
+from maskpro_lightning.optim.estimators import EstimatorName
 
-LR: dict[Estimator, float] = {"policy": FAST, "straight_through": 0.1}
+LR: dict[EstimatorName, float] = {"policy": FAST, "straight_through": 0.1}
 
 
-def masks(estimator: Estimator = "policy") -> MaskProCallback:
+def masks(estimator: EstimatorName = "policy") -> MaskProCallback:
     """Steps that change, and so small that rounding errors stay small over sixteen of them."""
 
     def scheduler(optimizer: Optimizer) -> LinearLR:
         return LinearLR(optimizer, 1, 0.1, total_iters=16)
 
-    return MaskProCallback(
-        estimator=estimator, lr=LR[estimator], normalize=False, lr_scheduler=scheduler
+    return mask_callback(
+        estimator=estimator, lr=LR[estimator], published=True, lr_scheduler=scheduler
     )
 
 
 def fit_ranks(
     folder: Path,
     ranks: int,
-    estimator: Estimator,
+    estimator: EstimatorName,
     epochs: int,
     ckpt_path: Path | None = None,
     module: Net | None = None,
@@ -80,7 +81,7 @@ def fit_ranks(
 
 def resume(folder: Path, ranks: int) -> None:
     told: dict[str, Any] = {}
-    for estimator in get_args(Estimator):
+    for estimator in get_args(EstimatorName):
         runs = folder / estimator
         whole = fit_ranks(runs / "whole", ranks, estimator, epochs=4)
         half = fit_ranks(runs / "half", ranks, estimator, epochs=2)
@@ -96,7 +97,7 @@ KILLED_STEPS = 24
 
 def short_fit(folder: Path, ckpt_path: Path | None = None) -> dict[str, Any]:
     """A fit that saves every step."""
-    callback, module = MaskProCallback(lr=FAST), Net()
+    callback, module = mask_callback(lr=FAST), Net()
     save = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = quiet_trainer(folder, callback, save, max_steps=KILLED_STEPS, val_check_interval=3)
     data = ResumableLoader(dataset(), batch_size=BATCH)
@@ -148,7 +149,7 @@ def mlflow(
     folder: Path, ranks: int, tracking_uri: str | None = None, strategy: str = "ddp"
 ) -> None:
     logger = MLFlowLogger("ranks", tracking_uri=tracking_uri or f"sqlite:///{folder}/mlflow.db")
-    callback, save = MaskProCallback(lr=FAST), ModelCheckpoint()
+    callback, save = mask_callback(lr=FAST), ModelCheckpoint()
     trainer = quiet_trainer(
         folder,
         *(callback, save),

@@ -6,7 +6,6 @@ lies in ``FOLDER/TASK-RANKS-RANK.pt``, by the name of the case.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
@@ -14,7 +13,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,6 +27,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies import fsdp as lightning_fsdp
 from live_bytes import LiveBytes
 from modules import quiet_trainer
+from rules import mask_callback, mask_optimizer
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -59,7 +58,7 @@ from maskpro_lightning import (
     parameter_groups,
 )
 from maskpro_lightning.files import streaming
-from maskpro_lightning.optim.rule import Estimator
+from maskpro_lightning.optim.estimators import EstimatorName
 from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.weights import layout
 
@@ -190,19 +189,19 @@ class Run:
     """A few steps of one strategy, watched from outside."""
 
     def __init__(
-        self, strategy: str, ranks: int, estimator: Estimator = "policy", **rule: Any
+        self, strategy: str, ranks: int, estimator: EstimatorName = "policy", **rule: Any
     ) -> None:
         wrap, copies = STRATEGIES[strategy]
         self.model = wrap(Model(6 if estimator == "policy" else 8), ranks)
         rule = {
             "lr": LR if estimator == "policy" else 0.1,
-            "normalize": False,
+            "published": True,
             "logit_scale": 1.0,
         } | rule
-        self.optimizer = MaskPro(weights(self.model), estimator=estimator, model=self.model, **rule)
+        self.optimizer = mask_optimizer(
+            weights(self.model), estimator=estimator, model=self.model, **rule
+        )
         self._estimator = estimator
-        self._apart = rule.get("exploration") == "per_replica"
-        self.own: list[Tensor] = []  # baseline and loss of each step, of this rank alone
         parts, part = ranks // copies(ranks), dist.get_rank() // copies(ranks)
         self._x = oracle.random(8, 4, 2, 2, seed=20).chunk(parts)[part]
         self._y = oracle.random(8, 3, seed=21).chunk(parts)[part]
@@ -211,9 +210,6 @@ class Run:
 
     def loss(self) -> Tensor:
         loss = mse_loss(self.model(self._x), self._y)
-        if self._apart:
-            self.own.append(loss)
-            return loss
         if self._estimator == "straight_through":
             loss.backward()
         mean = loss.detach().clone()
@@ -413,8 +409,8 @@ def fit_masks(
         for i in range(SAVED_STEP)
     ]
     own = [tuple(tensor.chunk(parts)[part] for tensor in batch) for batch in batches]
-    rule = {"lr": LR, "normalize": False, "logit_scale": 1.0, "baseline_cache": 0} | rule
-    masks = MaskProCallback(**rule)
+    rule = {"lr": LR, "published": True, "logit_scale": 1.0, "baseline_cache": 0} | rule
+    masks = mask_callback(**rule)
     save = ModelCheckpoint(folder, "{step}", every_n_train_steps=SAVED_STEP, save_top_k=-1)
     trainer = quiet_trainer(
         folder,
@@ -433,7 +429,7 @@ def fit_masks(
         if (name, ranks) in LOGGED and ckpt_path is None
         else False,
     )
-    module = Fitted(wrap, 6 if masks.rule["estimator"] == "policy" else 8)
+    module = Fitted(wrap, 6 if masks.estimator.name == "policy" else 8)
     data = DataLoader(own, batch_size=None)
     # Lightning's own context for whole state dicts makes PyTorch crash without a GPU.
     with mock.patch.object(lightning_fsdp, "_get_full_state_dict_context", _whole_on_cpu):
@@ -506,50 +502,11 @@ def learn(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
     for lesson, rule in LESSONS.items():
         name = "ddp" if ranks == 1 else "fsdp2 sharded"
         yield lesson, fit_masks(name, ranks, folder / f"{lesson}-{ranks}", **rule)
-    for estimator in get_args(Estimator) if ranks == 2 else ():
+    for estimator in get_args(EstimatorName) if ranks == 2 else ():
         for fused in (False, True):
             run = Run("fsdp2", ranks, estimator, fused=fused)
             run.train(STEPS)
             yield f"{estimator} fused={fused}", run.told()
-
-
-def explore(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
-    """A mask for each replica."""
-    apart: dict[str, Any] = {"exploration": "per_replica", "normalize": True, "momentum": 0.9}
-    run = Run("ddp", ranks, lr=1.0, **apart)
-    run.optimizer.begin()
-    steps = []
-    for _ in range(3):
-        before = {"state": deepcopy(run.optimizer.state_dict()), "told": run.told()}
-        run.train(1)
-        steps.append(before | {"losses": run.own[-2:], "after": run.told()})
-    yield "steps", steps
-    for name in ("ddp", "fsdp2", "hsdp2"):
-        if applies(name, ranks):
-            run = Run(name, ranks, lr=1.0, **apart)
-            run.train(STEPS)
-            yield name, run.told()
-    shared = Run("ddp", ranks, lr=1.0, **apart | {"exploration": "shared"})
-    shared.train(STEPS)
-    yield "shared", shared.told()
-    rule = apart | {"lr": 1.0}
-    yield "whole", fit_masks("ddp", ranks, folder / f"apart-{ranks}", **rule)
-    path = folder / f"apart-{ranks}" / f"step={SAVED_STEP}.ckpt"
-    yield "resumed", fit_masks("ddp", ranks, folder / "resumed", path, **rule)
-    yield "drift", list(_drift())
-
-
-def _drift() -> Iterator[str]:
-    """What comes of losses that differ between ranks, and of one that does not."""
-    logging.getLogger("maskpro_lightning").setLevel(logging.DEBUG)
-    for loss in (1.0, 1.0 + dist.get_rank()):
-        optimizer = MaskPro([("w", nn.Parameter(oracle.random(4, 8)))], normalize=False)
-        try:
-            optimizer.step(lambda loss=loss: torch.tensor(loss), torch.tensor(0.0))
-            yield ""
-        except RuntimeError as error:
-            yield str(error)
-    logging.getLogger("maskpro_lightning").setLevel(logging.NOTSET)
 
 
 # --- exports --------------------------------------------------------------------------------------
@@ -623,7 +580,7 @@ def _on_a_copy(tensor: Tensor, **kwargs: Any) -> None:
 
 
 def _mask(model: nn.Module) -> None:
-    optimizer = MaskPro(parameter_groups(find_targets(model, "2:4")), model=model)
+    optimizer = mask_optimizer(parameter_groups(find_targets(model, "2:4")), model=model)
     optimizer.begin()
     optimizer.write("mode")
 
@@ -655,7 +612,6 @@ TASKS = {
     "core": core,
     "fit": fit,
     "resume": resume,
-    "explore": explore,
     "export": export,
     "learn": learn,
 }

@@ -11,11 +11,11 @@ import pytest
 import tiny_models
 import torch
 from modules import FAST, assert_learned, assert_masked, every_estimator, fit, learned
+from rules import mask_callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optim.rule import Estimator
+from maskpro_lightning.optim.estimators import EstimatorName
 
 
 class Classifier(pl.LightningModule):
@@ -67,7 +67,7 @@ def test_every_architecture_learns_masks(
     make: Callable[[], nn.Module],
     data: Callable[[], tuple[Tensor, ...]],
     layers: int,
-    estimator: Estimator,
+    estimator: EstimatorName,
     tmp_path: Path,
 ) -> None:
     torch.manual_seed(0)
@@ -76,7 +76,7 @@ def test_every_architecture_learns_masks(
     dense.load_state_dict(module.state_dict())
     rows = list(zip(*data(), strict=True))
     batches = DataLoader(rows, batch_size=8)
-    callback = MaskProCallback(estimator=estimator, lr=FAST, logit_scale=2)
+    callback = mask_callback(estimator=estimator, lr=FAST, logit_scale=2)
     trainer = fit(module, callback, folder=tmp_path, data=batches, validate=False, max_epochs=4)
     assert trainer.global_step == 16
     assert len(learned(callback)) == layers

@@ -13,10 +13,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from modules import Net, fit, same_weights
+from rules import mask_callback, mask_optimizer
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from maskpro_lightning import MaskPro, MaskProCallback, NMPattern, find_targets, save_masks
+from maskpro_lightning import NMPattern, find_targets, save_masks
 
 Call = Callable[[Path], Any]
 Edit = Callable[[dict[str, Any]], Any]
@@ -33,7 +34,7 @@ def add(name: str, call: Call, error: type[Exception], message: str) -> None:
 for n, m in [(4, 2), (2, 0), (0, 4), (4, 4)]:
     add(
         f"pattern {n}:{m}",
-        lambda _, n=n, m=m: MaskProCallback(f"{n}:{m}"),
+        lambda _, n=n, m=m: mask_callback(f"{n}:{m}"),
         ValueError,
         f"The pattern {n}:{m} keeps {n} of every {m} weights, but 1 <= N < M must hold: write "
         f'"2:4" to keep two of four.',
@@ -41,7 +42,7 @@ for n, m in [(4, 2), (2, 0), (0, 4), (4, 4)]:
 for text in ["", "2/4", "a:b", "2:4:8", "-1:4", "2.0:4", "9999999999:4"]:
     add(
         f"pattern {text!r}",
-        lambda _, text=text: MaskProCallback(text),
+        lambda _, text=text: mask_callback(text),
         ValueError,
         f"{text!r} is not an N:M pattern: write kept weights, a colon and the group size, such as "
         f'"2:4".',
@@ -49,7 +50,7 @@ for text in ["", "2/4", "a:b", "2:4:8", "-1:4", "2.0:4", "9999999999:4"]:
 for thing in [None, 2, (2, 4)]:
     add(
         f"pattern {thing!r}",
-        lambda _, thing=thing: MaskProCallback(thing),
+        lambda _, thing=thing: mask_callback(thing),
         TypeError,
         f'A pattern is a string like "2:4", got {thing!r}.',
     )
@@ -66,14 +67,13 @@ for thing in [2.0, True]:
 
 
 def with_rule(name: str, value: Any) -> Call:
-    return lambda _: MaskProCallback(**{name: value})
+    return lambda _: mask_callback(**{name: value})
 
 
 NAN, INFINITE = float("nan"), float("inf")
 for name, values in {
     "lr": (0.0, -1.0, NAN, INFINITE, 2e6),
     "logit_scale": (0.0, -4.0, NAN),
-    "sharpness": (0.0, INFINITE),
 }.items():
     for value in values:
         message = f"{name} is {value}, but 0 < {name} <= 1e+06 must hold."
@@ -89,7 +89,7 @@ add(
     "estimator",
     with_rule("estimator", "adam"),
     ValueError,
-    "estimator is one of policy, straight_through; got 'adam'.",
+    "estimator is one of straight_through, policy; got 'adam'.",
 )
 for method in ("largest", ""):
     add(
@@ -205,11 +205,11 @@ def weight(*shape: int, **kwargs: Any) -> nn.Parameter:
 
 
 def optimizer(*params: Any, **kwargs: Any) -> Call:
-    return lambda _: MaskPro(list(params), **kwargs)
+    return lambda _: mask_optimizer(list(params), **kwargs)
 
 
 def stepped(loss: Any) -> Call:
-    return lambda _: MaskPro([("w", weight(4, 4))]).step(lambda: loss)
+    return lambda _: mask_optimizer([("w", weight(4, 4))]).step(lambda: loss)
 
 
 SHARED = weight(4, 4)
@@ -266,7 +266,7 @@ for loss, what in [(None, "NoneType"), (1.0, "float"), (torch.ones(3), "shape (3
 
 
 def raised_lr(_: Path) -> None:
-    made = MaskPro([("w", weight(4, 4))])
+    made = mask_optimizer([("w", weight(4, 4))])
     made.begin()
     made.param_groups[0]["lr"] = NAN
     made.step(lambda: torch.tensor(1.0))
@@ -285,12 +285,14 @@ add(
 
 def started(init: Any, module: pl.LightningModule | None = None, **kwargs: Any) -> Call:
     return lambda folder: fit(
-        module or Net(), MaskProCallback(init=init, **kwargs), folder=folder, max_steps=1
+        module or Net(), mask_callback(init=init, **kwargs), folder=folder, max_steps=1
     )
 
 
 def masks(edit: Edit = lambda masks: None) -> dict[str, Any]:
-    made = MaskPro([(target.name, target.parameter) for target in find_targets(Net(), "2:4")])
+    made = mask_optimizer(
+        [(target.name, target.parameter) for target in find_targets(Net(), "2:4")]
+    )
     made.begin()
     found: dict[str, Any] = made.masks()
     edit(found)
@@ -365,8 +367,8 @@ add(
     "a loss without a gradient",
     started("magnitude", WithoutGradient(), estimator="straight_through"),
     RuntimeError,
-    "The loss of WithoutGradient has no gradient: let the masked weights require one "
-    "(requires_grad=True), or choose estimator='policy'.",
+    "The loss of WithoutGradient has no gradient, which estimator='straight_through' learns from: "
+    "choose estimator='policy'.",
 )
 
 
@@ -377,7 +379,7 @@ add(
 def checkpoint() -> dict[str, Any]:
     """What a fit of one step saved."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = fit(Net(), MaskProCallback(), folder=Path(folder), max_steps=1)
+        trainer = fit(Net(), mask_callback(), folder=Path(folder), max_steps=1)
         trainer.save_checkpoint(Path(folder, "a.ckpt"))
         found: dict[str, Any] = torch.load(Path(folder, "a.ckpt"), weights_only=True)
         return found
@@ -388,7 +390,7 @@ def resumed(edit: Edit = lambda saved: None, pattern: str = "2:4", **kwargs: Any
         saved = copy.deepcopy(checkpoint())
         edit(saved)
         torch.save(saved, folder / "edited.ckpt")
-        callback = MaskProCallback(pattern, **kwargs)
+        callback = mask_callback(pattern, **kwargs)
         path = folder / "edited.ckpt"
         fit(Net(), callback, folder=folder, ckpt_path=path, max_steps=2)
 
@@ -447,7 +449,7 @@ add(
     "resumed: newer",
     resumed(lambda s: ours(s).update(format=99)),
     ValueError,
-    "This checkpoint holds format 99 of MaskProCallback, and this version reads up to 1: pip "
+    "This checkpoint holds format 99 of MaskProCallback, and this version reads up to 2: pip "
     "install --upgrade maskpro-lightning.",
 )
 add(
@@ -475,7 +477,7 @@ for name, edit, reason in [
     ("lr", lambda s: group(s).update(lr=NAN), "lr is nan"),
     ("step", lambda s: group(s).update(step=-1), "step is -1"),
     ("tracker", lambda s: group(s).update(delta=torch.tensor(NAN)), "delta is tensor(nan)"),
-    ("kind", lambda s: group(s).update(momentum="0.9"), "momentum is '0.9'"),
+    ("kind", lambda s: group(s).update(tracker_momentum="0.9"), "tracker_momentum is '0.9'"),
     ("lack", lambda s: group(s).pop("seed"), "seed is None"),
 ]:
     add(f"resumed: damaged {name}", resumed(edit), ValueError, DAMAGED.format(reason))
@@ -512,14 +514,14 @@ def test_two_optimizers_are_no_matter_since_neither_is_used(tmp_path: Path) -> N
         def configure_optimizers(self) -> Any:
             return [torch.optim.SGD(layer.parameters(), lr=1.0) for layer in self.net[::2]]
 
-    callback = MaskProCallback()
+    callback = mask_callback()
     fit(Two(), callback, folder=tmp_path, max_steps=1)
     assert callback.optimizer is not None
 
 
 def test_nothing_is_touched_by_a_checkpoint_that_is_refused(tmp_path: Path) -> None:
     module = Net()
-    made = MaskPro([(t.name, t.parameter) for t in find_targets(module, "2:4")])
+    made = mask_optimizer([(t.name, t.parameter) for t in find_targets(module, "2:4")])
     saved = copy.deepcopy(checkpoint()["optimizer_states"][0])
     saved["state"][1]["logits"].fill_(NAN)
     with pytest.raises(ValueError, match=r"logits of 'net\.2\.weight' are not all below 1e\+20"):

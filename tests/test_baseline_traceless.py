@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, BinaryPrecision
 
-from maskpro_lightning.fit.baseline import fresh_batches, notices_random_numbers, traceless
+from maskpro_lightning.fit.traceless import fresh_batches, notices_random_numbers, traceless
 
 # --- without a trace ----------------------------------------------------------------------------
 

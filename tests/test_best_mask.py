@@ -12,9 +12,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from modules import FAST, Net, equal, fit, identical, learned, loader, logits, same_bits
+from rules import mask_callback, mask_optimizer
 from torch import Tensor, nn
 
-from maskpro_lightning import MaskPro, MaskProCallback, load_masks
+from maskpro_lightning import MaskProCallback, load_masks
 
 
 class Told(Net):
@@ -45,7 +46,7 @@ def told_fit(
     folder: Path, *losses: float, **kwargs: Any
 ) -> tuple[Told, MaskProCallback, list[dict[str, Tensor]]]:
     """Three epochs after a validation of the initial mask; masks change in each."""
-    module, callback = Told(*losses), MaskProCallback(lr=FAST, **kwargs)
+    module, callback = Told(*losses), mask_callback(lr=FAST, **kwargs)
     keeps = Keeps(callback)
     end = ModelCheckpoint(folder)
     fit(module, callback, keeps, end, folder=folder, max_epochs=3, logger=CSVLogger(folder))
@@ -95,7 +96,7 @@ def test_a_higher_value_can_be_the_better_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("monitor", [None, "no_such_metric"])
 def test_without_the_metric_the_last_mask_is_deployed(monitor: str | None, tmp_path: Path) -> None:
-    module, callback = Told(1.0, 2.0, 3.0, 4.0), MaskProCallback(lr=FAST, monitor=monitor)
+    module, callback = Told(1.0, 2.0, 3.0, 4.0), mask_callback(lr=FAST, monitor=monitor)
     fit(module, callback, folder=tmp_path, max_epochs=3)
     assert equal(held(module), learned(callback))
     # Nothing asks for the initial mask's value; unless it may come, when nobody has seen one.
@@ -105,7 +106,7 @@ def test_without_the_metric_the_last_mask_is_deployed(monitor: str | None, tmp_p
 def test_a_sanity_check_tells_whether_the_initial_mask_is_worth_a_validation(
     tmp_path: Path,
 ) -> None:
-    module, callback = Told(*[0.0] * 5), MaskProCallback(lr=FAST, monitor="no_such_metric")
+    module, callback = Told(*[0.0] * 5), mask_callback(lr=FAST, monitor="no_such_metric")
     fit(module, callback, folder=tmp_path, max_epochs=3, num_sanity_val_steps=1)
     assert len(module.told) == 1
 
@@ -116,22 +117,11 @@ def test_a_checkpoint_holds_what_would_be_deployed_and_the_fit_goes_on(tmp_path:
     state = torch.load(path, weights_only=True)["state_dict"]
     kept = {name: weight != 0 for name, weight in state.items() if weight.dim() > 1}
     assert equal(kept, masks[1])
-    resumed, again = Told(5.0), MaskProCallback(lr=FAST)
+    resumed, again = Told(5.0), mask_callback(lr=FAST)
     fit(resumed, again, folder=tmp_path, max_epochs=4, ckpt_path=path)
     assert equal(held(resumed), masks[1])
     assert not equal(logits(again), logits(callback))  # it has learned on
     assert identical(again._best.value, 1.0)
-
-
-def test_a_fit_that_goes_on_without_a_place_for_masks_deploys_its_last(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    told_fit(tmp_path, 4.0, 1.0, 2.0, 3.0)
-    (path,) = tmp_path.rglob("*.ckpt")
-    resumed, lean = Told(5.0), MaskProCallback(lr=FAST, memory="lean")
-    fit(resumed, lean, folder=tmp_path, max_epochs=4, ckpt_path=path)
-    assert equal(held(resumed), learned(lean))
-    assert "The mask of step 4 is gone, since memory='lean' keeps none" in caplog.text
 
 
 def test_values_of_another_metric_are_not_compared_with(tmp_path: Path) -> None:
@@ -142,25 +132,17 @@ def test_values_of_another_metric_are_not_compared_with(tmp_path: Path) -> None:
         def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
             self.log("distance", 9.0)
 
-    resumed, again = Other(), MaskProCallback(lr=FAST, monitor="distance")
+    resumed, again = Other(), mask_callback(lr=FAST, monitor="distance")
     fit(resumed, again, folder=tmp_path, max_epochs=4, ckpt_path=path)
     assert equal(held(resumed), learned(again))
     assert again._best.value == 9.0
 
 
-def test_lean_memory_keeps_no_earlier_mask_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    module, callback, _ = told_fit(tmp_path, 4.0, 1.0, 2.0, 3.0, memory="lean")
-    assert equal(held(module), learned(callback))
-    assert "The mask of step 4 is gone, since memory='lean' keeps none" in caplog.text
-
-
 def test_the_initial_mask_is_validated_without_a_trace_in_training(tmp_path: Path) -> None:
     fits = []
-    for eval_on_start in (True, False):
+    for monitor in ("not_logged", None):
         torch.manual_seed(0)
-        callback = MaskProCallback(lr=FAST, eval_on_start=eval_on_start)
+        callback = mask_callback(lr=FAST, monitor=monitor)
         fit(Net(), callback, folder=tmp_path, data=loader(shuffle=True), max_epochs=2)
         fits.append(callback)
     assert identical(*(callback.optimizer.state_dict() for callback in fits if callback.optimizer))
@@ -168,7 +150,7 @@ def test_the_initial_mask_is_validated_without_a_trace_in_training(tmp_path: Pat
 
 def test_an_optimizer_without_a_memory_of_its_own_writes_the_initial_mask() -> None:
     weight = nn.Parameter(Net().net[0].weight.detach().clone())
-    optimizer = MaskPro([("w", weight)], lr=FAST, logit_scale=0.5)
+    optimizer = mask_optimizer([("w", weight)], lr=FAST, logit_scale=0.5)
     optimizer.begin()
     assert torch.equal(optimizer.masks("best")["w"], optimizer.masks("initial")["w"])
     for _ in range(5):
@@ -180,13 +162,3 @@ def test_an_optimizer_without_a_memory_of_its_own_writes_the_initial_mask() -> N
         optimizer.step(lambda: weight.square().sum())
     assert torch.equal(optimizer.masks("best")["w"], remembered)
     assert not torch.equal(optimizer.masks("mode")["w"], remembered)
-
-
-def test_lean_memory_refuses_to_remember() -> None:
-    optimizer = MaskPro([("w", nn.Parameter(torch.randn(4, 8)))], memory="lean")
-    optimizer.begin()
-    message = r"^memory='lean' does not keep the best mask: choose memory='plain'\.$"
-    with pytest.raises(ValueError, match=message):
-        optimizer.remember()
-    with pytest.raises(ValueError, match=message):
-        optimizer.write("best")

@@ -27,14 +27,15 @@ from modules import (
     traces,
     versions_held,
 )
+from rules import mask_callback
 from torch import Tensor
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optim.rule import Estimator
+from maskpro_lightning.optim.estimators import EstimatorName
 
 
 def fast(**kwargs: Any) -> MaskProCallback:
-    return MaskProCallback(lr=FAST, **kwargs)
+    return mask_callback(lr=FAST, **kwargs)
 
 
 # --- the weights --------------------------------------------------------------------------------
@@ -48,9 +49,9 @@ def fast(**kwargs: Any) -> MaskProCallback:
     ],
 )
 def test_a_fit_leaves_n_of_m_of_the_dense_weights_and_all_else_as_it_was(
-    estimator: Estimator, pattern: str, tmp_path: Path
+    estimator: EstimatorName, pattern: str, tmp_path: Path
 ) -> None:
-    module, callback = Net(width=80), MaskProCallback(pattern, estimator=estimator, lr=FAST)
+    module, callback = Net(width=80), mask_callback(pattern, estimator=estimator, lr=FAST)
     fit(module, callback, folder=tmp_path, data=loader(width=80), max_epochs=2, limit_val_batches=0)
     assert_masked(module, Net(width=80), pattern)
     assert versions_held(module, callback) == {"mode"}
@@ -76,26 +77,27 @@ def test_excluded_layers_stay_dense(tmp_path: Path) -> None:
 def test_training_sees_drawn_masks_and_validation_the_most_likely_one(tmp_path: Path) -> None:
     callback = fast()
     module = Watched(callback)
-    fit(module, callback, folder=tmp_path, max_epochs=2, num_sanity_val_steps=1)
-    # In the first epoch each batch's baseline is measured, in the second it is remembered.
-    expected = ["initial", "drawn"] * 4 + ["drawn"] * 4
-    for version, seen in zip(expected, module.trained, strict=True):
+    fit(module, callback, folder=tmp_path, max_epochs=3, num_sanity_val_steps=1)
+    # In the first epoch each batch's baseline is measured, in the second it is audited, and from
+    # then on it is remembered.
+    expected = ["initial", "drawn"] * 8 + ["drawn"] * 4
+    for version, seen in zip(expected, module.seen["trained"], strict=True):
         assert version in seen
-    assert module.trained[-1] == {"drawn"}
-    assert module.validated == [{"dense"}] + [{"mode"}] * 4
+    assert module.seen["trained"][-1] == {"drawn"}
+    assert module.seen["validated"] == [{"dense"}] + [{"mode"}] * 6
 
 
 def test_with_gradients_training_sees_drawn_masks_alone(tmp_path: Path) -> None:
     callback = fast(estimator="straight_through")
     module = Watched(callback)
     fit(module, callback, folder=tmp_path, max_epochs=2)
-    assert len(module.trained) == 8
-    assert all("drawn" in seen for seen in module.trained)
-    assert {"drawn"} in module.trained  # late draws are sharp, and may be the mode
-    assert len(module.validated) == 6
-    assert module.validated[:2] == [{"initial", "mode"}] * 2  # before the first step
-    assert all("mode" in seen for seen in module.validated[2:])
-    assert {"mode"} in module.validated
+    assert len(module.seen["trained"]) == 8
+    assert all("drawn" in seen for seen in module.seen["trained"])
+    assert {"drawn"} in module.seen["trained"]  # late draws are sharp, and may be the mode
+    assert len(module.seen["validated"]) == 6
+    assert module.seen["validated"][:2] == [{"initial", "mode"}] * 2  # before the first step
+    assert all("mode" in seen for seen in module.seen["validated"][2:])
+    assert {"mode"} in module.seen["validated"]
 
 
 def test_validation_in_the_midst_of_an_epoch_leaves_training_alone(tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_validation_in_the_midst_of_an_epoch_leaves_training_alone(tmp_path: Pat
 @pytest.mark.parametrize("init", ["sparsegpt", "reconstruction"])
 @every_estimator
 def test_nothing_is_left_on_module_strategy_and_loops(
-    estimator: Estimator, init: str, tmp_path: Path
+    estimator: EstimatorName, init: str, tmp_path: Path
 ) -> None:
     plain, module = Net(), Net()
     callback = fast(init=init, estimator=estimator)

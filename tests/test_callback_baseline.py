@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from modules import CERTAIN, FAST, Net, equal, fit, learned, loader, logits
+from rules import mask_callback
 from torch import Tensor, nn
 from torch.func import functional_call
 from torchmetrics import MeanSquaredError, MetricCollection, R2Score
@@ -85,7 +86,7 @@ class Witness(pl.Callback):
 
 
 def test_the_residual_is_the_drawn_masks_loss_minus_the_initial_ones(tmp_path: Path) -> None:
-    witness = Witness(callback := MaskProCallback(lr=FAST))
+    witness = Witness(callback := mask_callback(lr=FAST))
     logging_fit(tmp_path, Net(), callback, witness)
     assert len(witness.losses) == 12
     for name, expected in {
@@ -100,7 +101,7 @@ def test_the_residual_is_the_drawn_masks_loss_minus_the_initial_ones(tmp_path: P
 
 
 def test_a_batch_is_measured_once_and_then_remembered(tmp_path: Path) -> None:
-    logging_fit(tmp_path, Net(), MaskProCallback())
+    logging_fit(tmp_path, Net(), mask_callback())
     rates = column(tmp_path, "maskpro/baseline_hit_rate")
     expected = [0.0] * 4 + [hits / (4 + hits) for hits in range(1, 9)]
     assert rates == pytest.approx(expected, abs=1e-6)
@@ -108,12 +109,12 @@ def test_a_batch_is_measured_once_and_then_remembered(tmp_path: Path) -> None:
 
 def test_shuffling_into_the_same_batches_is_no_obstacle(tmp_path: Path) -> None:
     data = loader(shuffle=True, batch_size=1)
-    logging_fit(tmp_path, Net(), MaskProCallback(), data=data, max_epochs=2)
+    logging_fit(tmp_path, Net(), mask_callback(), data=data, max_epochs=2)
     assert column(tmp_path, "maskpro/baseline_hit_rate")[-1] == pytest.approx(0.5)
 
 
 def test_a_remembered_baseline_is_the_one_that_would_be_measured(tmp_path: Path) -> None:
-    remembering, measuring = (MaskProCallback(lr=FAST, baseline_cache=size) for size in (99, 0))
+    remembering, measuring = (mask_callback(lr=FAST, baseline_cache=size) for size in (99, 0))
     for callback, name in ((remembering, "remembering"), (measuring, "measuring")):
         logging_fit(tmp_path / name, Net(), callback)
     found, expected = (
@@ -125,7 +126,7 @@ def test_a_remembered_baseline_is_the_one_that_would_be_measured(tmp_path: Path)
 
 
 def test_a_cache_that_is_too_small_forgets_what_it_has_not_seen_for_longest(tmp_path: Path) -> None:
-    logging_fit(tmp_path, Net(), MaskProCallback(baseline_cache=3))
+    logging_fit(tmp_path, Net(), mask_callback(baseline_cache=3))
     assert column(tmp_path, "maskpro/baseline_hit_rate")[-1] == 0
 
 
@@ -152,7 +153,7 @@ def test_with_random_numbers_each_baseline_sees_those_of_its_draw(
     draw: Any, tmp_path: Path
 ) -> None:
     pl.seed_everything(0, verbose=False)
-    logging_fit(tmp_path, Noisy(draw), MaskProCallback(logit_scale=CERTAIN))
+    logging_fit(tmp_path, Noisy(draw), mask_callback(logit_scale=CERTAIN))
     assert column(tmp_path, "maskpro/residual") == [0.0] * 12
     assert len(set(column(tmp_path, "maskpro/baseline"))) == 12
 
@@ -195,7 +196,7 @@ def test_a_fit_whose_masks_stay_logs_what_lightning_logs_of_the_masked_module(
     make: Callable[[], Chatty], cache: int, tmp_path: Path
 ) -> None:
     # The reference has the masks in its weights and an optimizer whose learning rate is zero.
-    callback = MaskProCallback(logit_scale=CERTAIN, baseline_cache=cache, eval_on_start=False)
+    callback = mask_callback(logit_scale=CERTAIN, baseline_cache=cache, monitor=None)
     masked, plain = make(), make()
     pl.seed_everything(0, verbose=False)
     data = loader(shuffle=True)
@@ -221,7 +222,7 @@ def theirs(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def test_every_number_is_logged_under_its_name(tmp_path: Path) -> None:
-    rows = logging_fit(tmp_path, Net(), MaskProCallback(lr=FAST))
+    rows = logging_fit(tmp_path, Net(), mask_callback(lr=FAST))
     names = {name.removeprefix("maskpro/") for name in rows[0] if name.startswith("maskpro/")}
     assert names == PER_STEP | PER_ROW | LAYERS
     for name in PER_STEP | PER_ROW:
@@ -231,7 +232,7 @@ def test_every_number_is_logged_under_its_name(tmp_path: Path) -> None:
 
 
 def test_with_gradients_there_is_no_baseline_to_log(tmp_path: Path) -> None:
-    callback = MaskProCallback(lr=FAST, estimator="straight_through")
+    callback = mask_callback(lr=FAST, estimator="straight_through")
     rows = logging_fit(tmp_path, Net(), callback)
     names = {name.removeprefix("maskpro/") for name in rows[0] if name.startswith("maskpro/")}
     assert names == {"loss", "skipped", "entropy", "changed", "churn"} | LAYERS
@@ -239,7 +240,7 @@ def test_with_gradients_there_is_no_baseline_to_log(tmp_path: Path) -> None:
 
 
 def test_logged_shares_count_the_groups_that_changed(tmp_path: Path) -> None:
-    witness = Witness(callback := MaskProCallback(lr=FAST))
+    witness = Witness(callback := mask_callback(lr=FAST))
     logging_fit(tmp_path, Net(), callback, witness)
     modes, last = learned(callback), learned(callback, "drawn")
 
@@ -259,7 +260,7 @@ def test_logged_shares_count_the_groups_that_changed(tmp_path: Path) -> None:
 
 
 def test_delta_is_the_tracker_and_entropy_falls_from_that_of_the_start(tmp_path: Path) -> None:
-    callback = MaskProCallback(lr=FAST, momentum=0.5)
+    callback = mask_callback(lr=FAST, momentum=0.5)
     logging_fit(tmp_path, Net(), callback)
     delta, residuals = 0.0, column(tmp_path, "maskpro/residual")
     for found, residual in zip(column(tmp_path, "maskpro/delta"), residuals, strict=True):
@@ -269,14 +270,14 @@ def test_delta_is_the_tracker_and_entropy_falls_from_that_of_the_start(tmp_path:
 
 
 def test_numbers_that_cost_are_logged_as_often_as_the_trainer_says(tmp_path: Path) -> None:
-    rows = logging_fit(tmp_path, Net(), MaskProCallback(), log_every_n_steps=3)
+    rows = logging_fit(tmp_path, Net(), mask_callback(), log_every_n_steps=3)
     # Lightning counts steps from zero.
     assert [row["step"] for row in rows if row["maskpro/entropy"]] == ["2", "5", "8", "11"]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_each_update_is_one_row_of_the_history(accumulate: int, tmp_path: Path) -> None:
-    logging_fit(tmp_path, Net(), MaskProCallback(), accumulate_grad_batches=accumulate)
+    logging_fit(tmp_path, Net(), mask_callback(), accumulate_grad_batches=accumulate)
     with (tmp_path / "maskpro" / "history.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file)]
     assert steps == list(range(1, 12 // accumulate + 1))
@@ -288,7 +289,7 @@ def test_a_batch_without_a_loss_adds_no_row_to_the_history(tmp_path: Path) -> No
         def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
             return None if batch_idx == 1 else self.loss(batch)
 
-    logging_fit(tmp_path, Sometimes(), MaskProCallback())
+    logging_fit(tmp_path, Sometimes(), mask_callback())
     with (tmp_path / "maskpro" / "history.csv").open() as file:
         losses = [row["loss"] for row in csv.DictReader(file)]
     assert len(losses) == len(set(losses)) == 9

@@ -24,6 +24,7 @@ from modules import (
     traces,
     versions_held,
 )
+from rules import mask_callback
 from torch import Tensor
 
 from maskpro_lightning import MaskProCallback
@@ -111,7 +112,7 @@ def test_a_step_that_raises_leaves_the_dense_weights_and_no_trace(
 ) -> None:
     plain, module = (Fails(step, RuntimeError("boom")) for _ in range(2))
     expected = traces(failed_fit(tmp_path / "plain", plain, raises=RuntimeError), plain)
-    callback = MaskProCallback(lr=FAST)
+    callback = mask_callback(lr=FAST)
     trainer = failed_fit(tmp_path / "masked", module, callback, raises=RuntimeError)
     assert callback.optimizer is not None
     assert callback.optimizer.begun
@@ -127,7 +128,7 @@ def test_a_callback_that_raises_leaves_the_dense_weights_and_no_trace(
     plain, module = Net(), Net()
     bad = failing_callback(hook, RuntimeError("boom"))
     expected = traces(failed_fit(tmp_path / "plain", plain, bad, raises=RuntimeError), plain)
-    ours = MaskProCallback(lr=FAST)
+    ours = mask_callback(lr=FAST)
     callbacks = (bad, ours) if first else (ours, bad)
     trainer = failed_fit(tmp_path / "masked", module, *callbacks, raises=RuntimeError)
     assert same_weights(module, Net())
@@ -142,7 +143,7 @@ def test_a_callback_that_raises_when_all_is_done_leaves_the_masks_and_no_trace(
     plain, module = Net(), Net()
     bad = failing_callback(hook, RuntimeError("boom"))
     expected = traces(failed_fit(tmp_path / "plain", plain, bad, raises=RuntimeError), plain)
-    ours = MaskProCallback(lr=FAST)
+    ours = mask_callback(lr=FAST)
     callbacks = (bad, ours) if first else (ours, bad)
     trainer = failed_fit(tmp_path / "masked", module, *callbacks, raises=RuntimeError)
     assert_masked(module, Net())
@@ -155,7 +156,7 @@ def test_a_callback_that_raises_when_all_is_done_leaves_the_masks_and_no_trace(
 def test_ctrl_c_leaves_the_dense_weights_and_no_trace(step: str, tmp_path: Path) -> None:
     plain, module = (Fails(step, KeyboardInterrupt()) for _ in range(2))
     expected = traces(failed_fit(tmp_path / "plain", plain, raises=SystemExit), plain)
-    callback = MaskProCallback(lr=FAST)
+    callback = mask_callback(lr=FAST)
     trainer = failed_fit(tmp_path / "masked", module, callback, raises=SystemExit)
     assert same_weights(module, Net())
     assert traces(trainer, module) == expected
@@ -178,7 +179,7 @@ def test_a_sanity_check_that_raises_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_a_trainer_fits_after_a_failure(tmp_path: Path) -> None:
-    module, callback = Fails("training_step", RuntimeError("boom")), MaskProCallback(lr=FAST)
+    module, callback = Fails("training_step", RuntimeError("boom")), mask_callback(lr=FAST)
     trainer = failed_fit(tmp_path, module, callback, raises=RuntimeError)
     module.error = None
     trainer.fit(module, loader(), loader(16))
@@ -194,13 +195,13 @@ def test_a_trainer_fits_after_a_failure(tmp_path: Path) -> None:
 def test_a_checkpoint_on_exception_holds_masks_and_resumes(
     error: BaseException, tmp_path: Path
 ) -> None:
-    module, callback = Fails("training_step", error), MaskProCallback(lr=FAST)
+    module, callback = Fails("training_step", error), mask_callback(lr=FAST)
     save = ModelCheckpoint(tmp_path / "saved", save_on_exception=True)
     with pytest.raises((RuntimeError, SystemExit)):
         fit(module, callback, save, folder=tmp_path, max_steps=6)
     (path,) = (tmp_path / "saved").iterdir()
     assert_masked(Net.load_from_checkpoint(path), Net())
-    resumed, again = Net(), MaskProCallback(lr=FAST)
+    resumed, again = Net(), mask_callback(lr=FAST)
     trainer = fit(resumed, again, save, folder=tmp_path, ckpt_path=path, max_steps=6)
     assert trainer.global_step == 6
     assert again.optimizer is not None
@@ -256,7 +257,7 @@ def test_what_is_not_supported_is_refused_by_name(
     module: type[Net], kwargs: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     refused = module()
-    trainer = quiet_trainer(tmp_path, MaskProCallback(), max_epochs=1, **kwargs)
+    trainer = quiet_trainer(tmp_path, mask_callback(), max_epochs=1, **kwargs)
     with pytest.raises(ValueError, match=message):
         trainer.fit(refused, loader(), loader(16))
     assert same_weights(refused, Net())
@@ -265,13 +266,13 @@ def test_what_is_not_supported_is_refused_by_name(
 
 def test_two_callbacks_of_a_kind_are_refused_by_lightning(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `MaskProC"):
-        quiet_trainer(tmp_path, MaskProCallback(), MaskProCallback())
+        quiet_trainer(tmp_path, mask_callback(), mask_callback())
 
 
 def test_layers_that_the_pattern_does_not_fit_are_named(tmp_path: Path) -> None:
     module = Net()
     with pytest.raises(ValueError, match=r"'net\.0\.weight' has 16 input features, not a multiple"):
-        fit(module, MaskProCallback("2:32"), folder=tmp_path, max_steps=1)
+        fit(module, mask_callback("2:32"), folder=tmp_path, max_steps=1)
     assert "configure_optimizers" not in vars(module)
 
 
@@ -281,16 +282,16 @@ def test_a_checkpoint_on_exception_does_not_hide_the_error(tmp_path: Path) -> No
     save = ModelCheckpoint(tmp_path, save_on_exception=True)
     fit(Net(), save, folder=tmp_path, max_steps=1)  # so that there is something new to save
     with pytest.raises(ValueError, match=r"'net\.0\.weight' has 16 input features"):
-        fit(Net(), MaskProCallback("2:32"), save, folder=tmp_path, max_steps=1)
+        fit(Net(), mask_callback("2:32"), save, folder=tmp_path, max_steps=1)
 
 
 def test_resuming_with_another_pattern_is_refused(tmp_path: Path) -> None:
-    fit(Net(), MaskProCallback(), folder=tmp_path, max_steps=1).save_checkpoint(tmp_path / "a.ckpt")
+    fit(Net(), mask_callback(), folder=tmp_path, max_steps=1).save_checkpoint(tmp_path / "a.ckpt")
     module = Net()
     with pytest.raises(ValueError, match=r"pattern is '2:4' there and '1:4' here"):
         fit(
             module,
-            MaskProCallback("1:4"),
+            mask_callback("1:4"),
             folder=tmp_path,
             ckpt_path=tmp_path / "a.ckpt",
             max_steps=2,

@@ -18,10 +18,9 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from modules import FAST, Net, assert_masked, fit, loader, quiet_trainer
+from rules import mask_callback
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, IterableDataset
-
-from maskpro_lightning import MaskProCallback
 
 # --- learning rates -----------------------------------------------------------------------------
 
@@ -53,7 +52,7 @@ class Stream(IterableDataset[Any]):
         pytest.param(
             {}, {"max_epochs": 1, "accumulate_grad_batches": 2}, [1, 1, 0.5, 0.5], id="accumulated"
         ),
-        pytest.param({"normalize": False}, {"max_steps": 4}, [1] * 4, id="the published rule"),
+        pytest.param({"published": True}, {"max_steps": 4}, [1] * 4, id="the published rule"),
         pytest.param({}, {"max_epochs": -1}, [1] * 6, id="without an end"),
     ],
 )
@@ -61,20 +60,20 @@ def test_the_default_learning_rate_falls_to_zero_over_the_fit(
     rule: dict[str, Any], kwargs: dict[str, Any], expected: list[float], tmp_path: Path
 ) -> None:
     rates = Rates(last=6)
-    fit(Net(), MaskProCallback(lr=1.0, **rule), rates, folder=tmp_path, **kwargs)
+    fit(Net(), mask_callback(lr=1.0, **rule), rates, folder=tmp_path, **kwargs)
     assert rates.seen == pytest.approx(expected)
 
 
 def test_data_of_unknown_length_is_learned_at_a_constant_rate(tmp_path: Path) -> None:
     rates, module = Rates(), Net()
     data = DataLoader(Stream(), batch_size=8)
-    fit(module, MaskProCallback(lr=1.0), rates, folder=tmp_path, data=data, max_epochs=2)
+    fit(module, mask_callback(lr=1.0), rates, folder=tmp_path, data=data, max_epochs=2)
     assert rates.seen == [1.0] * 8
     assert_masked(module, Net())
 
 
 def test_the_learning_rate_follows_its_scheduler_and_monitor(tmp_path: Path) -> None:
-    callback = MaskProCallback(lr=1.0, lr_scheduler=lambda o: LinearLR(o, 1, 0.5, total_iters=4))
+    callback = mask_callback(lr=1.0, lr_scheduler=lambda o: LinearLR(o, 1, 0.5, total_iters=4))
     monitor = LearningRateMonitor()
     logging = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 1}
     fit(Net(), callback, monitor, folder=tmp_path, max_steps=6, **logging)
@@ -87,7 +86,7 @@ def test_the_learning_rate_follows_its_scheduler_and_monitor(tmp_path: Path) -> 
 @pytest.mark.parametrize("loggers", [0, 1, 2])
 def test_any_number_of_loggers_gets_everything(loggers: int, tmp_path: Path) -> None:
     logger = [CSVLogger(tmp_path / str(number)) for number in range(loggers)]
-    callback, module = MaskProCallback(lr=FAST), Net()
+    callback, module = mask_callback(lr=FAST), Net()
     fit(module, callback, folder=tmp_path, max_steps=8, logger=logger, log_every_n_steps=4)
     written = [path.read_text() for path in sorted(tmp_path.rglob("metrics.csv"))]
     assert len(written) == loggers
@@ -103,7 +102,7 @@ def test_a_fit_that_is_not_to_be_logged_leaves_no_files(
     quiet: dict[str, Any], tmp_path: Path
 ) -> None:
     settings = {"max_steps": 3, "log_every_n_steps": 1, "logger": CSVLogger(tmp_path)} | quiet
-    fit(Net(), MaskProCallback(), folder=tmp_path, **settings)
+    fit(Net(), mask_callback(), folder=tmp_path, **settings)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,14 +111,14 @@ def test_a_fit_that_is_not_to_be_logged_leaves_no_files(
 
 def test_early_stopping_watches_the_deployed_mask(tmp_path: Path) -> None:
     stopping = EarlyStopping("held_out_loss", patience=0, min_delta=1e9)
-    trainer = fit(Net(), MaskProCallback(lr=FAST), stopping, folder=tmp_path, max_epochs=9)
+    trainer = fit(Net(), mask_callback(lr=FAST), stopping, folder=tmp_path, max_epochs=9)
     assert trainer.global_step == 8
 
 
 def test_the_best_checkpoint_is_the_one_of_the_best_validation(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, "{step}", monitor="held_out_loss", save_top_k=1)
     every = ModelCheckpoint(tmp_path / "all", "{step}", every_n_train_steps=3, save_top_k=-1)
-    trainer = fit(Net(), MaskProCallback(lr=FAST), best, every, folder=tmp_path, max_epochs=4)
+    trainer = fit(Net(), mask_callback(lr=FAST), best, every, folder=tmp_path, max_epochs=4)
     (score,) = trainer.validate(Net.load_from_checkpoint(best.best_model_path), loader(16))
     assert score["held_out_loss"] == float(best.best_model_score)
     names = sorted(path.name for path in (tmp_path / "all").iterdir())
@@ -127,7 +126,7 @@ def test_the_best_checkpoint_is_the_one_of_the_best_validation(tmp_path: Path) -
 
 
 def test_several_validation_loaders_see_the_same_mask(tmp_path: Path) -> None:
-    module, callback = Net(), MaskProCallback(lr=FAST)
+    module, callback = Net(), mask_callback(lr=FAST)
     trainer = quiet_trainer(tmp_path, callback, max_steps=4)
     trainer.fit(module, loader(), [loader(16), loader(16)])
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -147,7 +146,7 @@ def test_the_progress_bar_has_one_line_of_80_columns_with_the_metric_of_the_user
     console = {"width": 80, "file": shown, "force_terminal": True, "color_system": None}
     bar = RichProgressBar(console_kwargs=console)
     steps: dict[str, Any] = {"max_steps": 8, "log_every_n_steps": 1}
-    fit(Shows(), MaskProCallback(), bar, folder=tmp_path, enable_progress_bar=True, **steps)
+    fit(Shows(), mask_callback(), bar, folder=tmp_path, enable_progress_bar=True, **steps)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", shown.getvalue())
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     assert lines[-1].startswith("Epoch 1")

@@ -21,16 +21,17 @@ from modules import (
     loader,
     same_bits,
 )
+from rules import mask_callback
 from torch import Tensor
 
-from maskpro_lightning import MaskProCallback, NMPattern, load_masks, save_masks
+from maskpro_lightning import NMPattern, load_masks, save_masks
 
 Masks = dict[str, Tensor]
 
 
 def started(folder: Path, module: Net | None = None, **kwargs: Any) -> Masks:
     """The initial masks of a fit of one step."""
-    callback = MaskProCallback(**kwargs)
+    callback = mask_callback(**kwargs)
     fit(module or Net(), callback, folder=folder, max_steps=1)
     return learned(callback, "initial")
 
@@ -114,7 +115,7 @@ def test_given_masks_are_where_the_fit_starts(tmp_path: Path) -> None:
 
 
 def test_the_masks_of_one_fit_start_the_next(tmp_path: Path) -> None:
-    callback, logger = MaskProCallback(lr=FAST), CSVLogger(tmp_path, name="", version="")
+    callback, logger = mask_callback(lr=FAST), CSVLogger(tmp_path, name="", version="")
     fit(Net(), callback, folder=tmp_path, max_steps=6, logger=logger, log_every_n_steps=4)
     path = tmp_path / "maskpro" / "masks.safetensors"
     assert equal(load_masks(path, NMPattern(2, 4)), learned(callback))
@@ -132,7 +133,7 @@ def test_weights_loaded_in_a_hook_are_the_ones_masked(tmp_path: Path) -> None:
             self.net[0].weight.data = oracle.random(16, 16, seed=9)
 
     module = Late()
-    fit(module, MaskProCallback(lr=FAST), folder=tmp_path, max_steps=6)
+    fit(module, mask_callback(lr=FAST), folder=tmp_path, max_steps=6)
     assert_masked(module, Other())
 
 
@@ -167,7 +168,7 @@ def test_calibration_changes_neither_batches_nor_random_numbers(make: Any, tmp_p
     seen = {}
     for init in ("magnitude", "wanda"):
         torch.manual_seed(5)
-        module, callback = Seen(), MaskProCallback(init=init, calibration_batches=3)
+        module, callback = Seen(), mask_callback(init=init, calibration_batches=3)
         fit(module, callback, folder=tmp_path, data=make(), max_epochs=2)
         seen[init] = module
     for one, other in zip(*(module.batches for module in seen.values()), strict=True):
@@ -181,7 +182,7 @@ def test_calibration_takes_the_batches_of_several_loaders(tmp_path: Path) -> Non
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.loss(batch["one"]) + 0 * self.loss(batch["other"])
 
-    callback = MaskProCallback(init="wanda")
+    callback = mask_callback(init="wanda")
     data = {"one": loader(), "other": loader()}
     fit(Pair(), callback, folder=tmp_path, data=data, max_steps=1)
     assert equal(learned(callback, "initial"), wanda(4))
@@ -201,7 +202,7 @@ def test_calibration_passes_batches_through_the_modules_hooks(tmp_path: Path) ->
 
 def test_an_unknown_method_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"init is one of magnitude, wanda, .*; got 'largest'\."):
-        MaskProCallback(init="largest")
+        mask_callback(init="largest")
 
 
 def test_masks_of_other_weights_are_refused_and_the_module_stays_dense(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from modules import Net, assert_masked, every_estimator, fit
 from oracle import random
+from rules import mask_callback
 from torch import Tensor, nn
 
-from maskpro_lightning import Distillation, MaskProCallback
+from maskpro_lightning import Distillation
 from maskpro_lightning.fit.distillation import Teacher
-from maskpro_lightning.optim.rule import Estimator
+from maskpro_lightning.optim.estimators import EstimatorName
 
 
 class Misled(Net):
@@ -121,7 +122,7 @@ def test_an_output_of_another_kind_is_refused() -> None:
 
 @every_estimator
 def test_the_mask_imitates_the_dense_model_whatever_the_labels_say(
-    estimator: Estimator, tmp_path: Path
+    estimator: EstimatorName, tmp_path: Path
 ) -> None:
     inputs, errors = random(256, 16), {}
 
@@ -131,7 +132,7 @@ def test_the_mask_imitates_the_dense_model_whatever_the_labels_say(
 
     for name, distillation in (("labels", None), ("dense outputs", Distillation("net", "mse"))):
         module = Misled()
-        callback = MaskProCallback(
+        callback = mask_callback(
             init="random",
             estimator=estimator,
             lr=0.1,

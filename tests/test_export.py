@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from rules import mask_optimizer
 from safetensors.torch import load_file
 from torch import nn
 from torchmetrics import MeanMetric
 
-from maskpro_lightning import MaskPro, NMPattern, export_sparse, find_targets, parameter_groups
+from maskpro_lightning import NMPattern, export_sparse, find_targets, parameter_groups
 from maskpro_lightning.files import archive, streaming
 from maskpro_lightning.files.export import Format, save_distributions
 from maskpro_lightning.files.grouping import check_sparse
@@ -29,7 +30,7 @@ TWO_OF_FOUR = NMPattern(2, 4)
 
 def masked(model: nn.Module, pattern: str = "2:4", **globs: Any) -> nn.Module:
     """A model as a fit leaves it, under the most likely masks."""
-    optimizer = MaskPro(parameter_groups(find_targets(model, pattern, **globs)), pattern)
+    optimizer = mask_optimizer(parameter_groups(find_targets(model, pattern, **globs)), pattern)
     optimizer.begin()
     optimizer.write("mode")
     return model
@@ -168,7 +169,7 @@ def test_a_kept_weight_may_be_zero_and_nan_counts_as_a_weight() -> None:
 def test_distributions_are_the_logits_in_the_weights_names_and_shapes(tmp_path: Path) -> None:
     model = two_layers()
     groups = parameter_groups(find_targets(model, "2:4"))
-    optimizer = MaskPro(groups, "2:4", seed=3)
+    optimizer = mask_optimizer(groups, "2:4", seed=3)
     optimizer.begin()
     optimizer.step(lambda: torch.tensor(1.0), torch.tensor(0.0))
     save_distributions(optimizer, tmp_path / "logits")

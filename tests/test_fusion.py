@@ -12,6 +12,7 @@ import pytest
 import torch
 from optimizer_cases import assert_holds, drawn_of, logits_of, one_weight, step
 from oracle import random
+from rules import mask_optimizer
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
@@ -113,7 +114,7 @@ def test_layers_of_all_sizes_are_compiled_once_for_each_layout() -> None:
         for name, shape in shapes.items()
     ]
     graphs = counters["stats"]["unique_graphs"]
-    optimizer = MaskPro(groups, fused=True)
+    optimizer = mask_optimizer(groups, fused=True)
     for residual in RESIDUALS:
         step(optimizer, residual)
     assert counters["stats"]["unique_graphs"] <= graphs + 2

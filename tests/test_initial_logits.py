@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rules import mask_optimizer
 
-from maskpro_lightning import MaskPro, NMPattern
+from maskpro_lightning import NMPattern
 from maskpro_lightning.initial.initializers import magnitude, random
 from maskpro_lightning.initial.logits import graded
 
@@ -75,9 +76,9 @@ def test_many_blocks_are_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_published_rule_starts_from_logits_of_one_size() -> None:
     weight = torch.nn.Parameter(torch.randn(4, 8))
-    for normalize in (True, False):
-        optimizer = MaskPro([("w", weight)], normalize=normalize, lr=1.0, logit_scale=10.0)
+    for published in (True, False):
+        optimizer = mask_optimizer([("w", weight)], published=published, lr=1.0, logit_scale=10.0)
         optimizer.begin()
         sizes = set(optimizer.logits()["w"].flatten().tolist())
-        assert (sizes == {0.0, 10.0}) is not normalize
+        assert (sizes == {0.0, 10.0}) is published
         optimizer.write("dense")

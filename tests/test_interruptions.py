@@ -36,10 +36,12 @@ from modules import (
 )
 from optimizer_cases import assert_holds, one_weight, step
 from oracle import random as randoms
+from rules import mask_callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optim.rule import Estimator, Memory
+from maskpro_lightning.optim.estimators import EstimatorName
+from maskpro_lightning.optim.states import Memory
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -91,13 +93,13 @@ def names(owner: Any) -> set[str]:
 @pytest.mark.parametrize("memory", ["plain", "lean"])
 @every_estimator
 def test_a_fit_that_breaks_at_any_operation_leaves_the_module_as_it_was_and_resumes(
-    estimator: Estimator,
+    estimator: EstimatorName,
     memory: Memory,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
     def masks() -> MaskProCallback:
-        return MaskProCallback(lr=FAST, estimator=estimator, memory=memory)
+        return mask_callback(lr=FAST, estimator=estimator, memory=memory)
 
     untouched = Net()
     untouched.net[2].bias.requires_grad_(False)
@@ -167,10 +169,10 @@ class Signalled(Net):
 
 @every_estimator
 def test_a_fit_that_is_terminated_leaves_dense_weights_and_a_checkpoint_that_resumes(
-    estimator: Estimator, tmp_path: Path
+    estimator: EstimatorName, tmp_path: Path
 ) -> None:
     def masks() -> MaskProCallback:
-        return MaskProCallback(lr=FAST, estimator=estimator)
+        return mask_callback(lr=FAST, estimator=estimator)
 
     whole, before = masks(), signal.getsignal(signal.SIGTERM)
     fit_to_the_end(tmp_path / "whole", Net(), whole)
@@ -190,7 +192,7 @@ def test_a_fit_that_is_terminated_leaves_dense_weights_and_a_checkpoint_that_res
 def test_a_job_that_slurm_takes_back_resumes_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = MaskProCallback(lr=FAST)
+    whole = mask_callback(lr=FAST)
     fit_to_the_end(tmp_path / "whole", Net(), whole)
     for name, value in {"JOB_ID": "1", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -198,7 +200,7 @@ def test_a_job_that_slurm_takes_back_resumes_where_it_was(
     monkeypatch.setenv("PATH", str(tmp_path))  # where there is no scontrol to requeue the job
     shared = tmp_path / "job"
     for number in (signal.SIGUSR1, None):
-        callback, data = MaskProCallback(lr=FAST), ResumableLoader(dataset(), batch_size=BATCH)
+        callback, data = mask_callback(lr=FAST), ResumableLoader(dataset(), batch_size=BATCH)
         trainer = quiet_trainer(shared, callback, plugins=[SLURMEnvironment()], max_steps=STEPS)
         trainer.fit(Signalled(after=number), data, loader(16))
         assert (shared / "hpc_ckpt_1.ckpt").exists()
@@ -211,9 +213,9 @@ def test_a_job_that_slurm_takes_back_resumes_where_it_was(
 @pytest.mark.parametrize("fails", [False, True])
 @every_estimator
 def test_module_and_callback_copy_pickle_and_fit_again(
-    estimator: Estimator, fails: bool, tmp_path: Path
+    estimator: EstimatorName, fails: bool, tmp_path: Path
 ) -> None:
-    module, callback = Net(), MaskProCallback(lr=FAST, estimator=estimator)
+    module, callback = Net(), mask_callback(lr=FAST, estimator=estimator)
     if fails:
         with pytest.raises(Broken), Breaks(800):
             fit(module, callback, folder=tmp_path, max_steps=STEPS)
@@ -222,7 +224,7 @@ def test_module_and_callback_copy_pickle_and_fit_again(
     for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
         assert not any("trainer" in name for name in vars(twin))
         assert equal(logits(twin), logits(callback))
-        assert twin.optimizer._holds == ("dense" if fails else "mode")
+        assert twin.optimizer.holds == ("dense" if fails else "mode")
     pickled = pickle.loads(pickle.dumps(module))
     fit(module, copy.deepcopy(callback), folder=tmp_path, max_steps=STEPS)
     fit(pickled, pickle.loads(pickle.dumps(callback)), folder=tmp_path, max_steps=STEPS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from maskpro_lightning import MaskPro, NMPattern
+from maskpro_lightning import MaskPro
 from maskpro_lightning.optim.masked_weight import Version
 from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.weights import layout
 
-VERSIONS: list[Version] = ["dense", "initial", "drawn", "mode"]
+VERSIONS: list[Version] = ["dense", "initial", "drawn", "mode", "best"]
 RESIDUALS = [1.0, -0.5, 2.0, 0.25]
 RULE: dict[str, Any] = {"lr": 0.5, "logit_scale": 0.5, "momentum": 0.5}
 
@@ -47,7 +46,7 @@ def seen(optimizer: MaskPro) -> dict[str, Tensor]:
         optimizer.write(version)
         held = bits(weight)
         assert torch.equal(found.setdefault(version, held), held)
-    found["redrawn"] = torch.stack([groups.redrawn for groups in optimizer.groups()]).sum()
+    found["redrawn"] = optimizer.redrawn()["w"]
     return found
 
 
@@ -120,10 +119,9 @@ def test_an_exception_between_any_two_blocks_loses_no_weight(
         for version in ("dense", "mode", "initial", "dense"):
             optimizer.write(version)
             assert_holds(weight, dense, optimizer.masks(version)["w"])
-        if memory == "lean" and action == "step":  # it has been finished, and once
+        if action == "step":  # it has been finished, and once
             assert_same(seen(optimizer), seen(twin))
-    blocks = 3  # of 3 groups each
-    assert interruptions == (blocks if memory == "lean" or action == "step" else 0)
+    assert interruptions == 3  # blocks, of 3 groups each
 
 
 def interrupted(number: int, then: bool) -> Callable[..., None]:
@@ -163,29 +161,6 @@ def test_each_form_resumes_the_other_to_the_bit(before: Any, after: Any, version
     for residual in RESIDUALS[2:]:
         step(interrupted, residual)
     assert_same(seen(interrupted), seen(uninterrupted))
-
-
-def test_masks_of_their_own_and_lean_memory_are_refused() -> None:
-    message = (
-        "exploration='per_replica' needs what memory='lean' does not keep: choose memory='plain' "
-        "or exploration='shared'."
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        one_weight(nn.Parameter(random(4, 8)), memory="lean", exploration="per_replica")
-
-
-def test_shards_and_lean_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def flat(*_: Any) -> list[layout.Layout]:
-        whole = layout.Layout.of(torch.empty(4, 8), NMPattern.parse("2:4"), -1)
-        return [layout.Layout.run(whole, 0, 16, ())]
-
-    monkeypatch.setattr("maskpro_lightning.optim.states.layouts", flat)
-    message = (
-        "'w' is sharded, but memory='lean' exchanges whole weights: choose memory='plain', whose "
-        "state is sharded like the weights."
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        one_weight(nn.Parameter(random(4, 8)), memory="lean")
 
 
 @pytest.mark.parametrize("memory", ["plain", "lean"])
@@ -247,7 +222,7 @@ def is_tensor(leaf: Any) -> bool:
 @pytest.mark.parametrize("estimator", ["policy", "straight_through"])
 @pytest.mark.parametrize(
     ("memory", "logits_dtype", "each"),
-    [("plain", "float32", 9.0), ("lean", "float32", 7.25), ("lean", "bfloat16", 5.25)],
+    [("plain", "float32", 8.25), ("lean", "float32", 7.25), ("lean", "bfloat16", 5.25)],
 )
 def test_nothing_as_large_as_a_layer_is_made_on_the_way(
     monkeypatch: pytest.MonkeyPatch, estimator: Any, memory: Any, logits_dtype: Any, each: float

@@ -17,11 +17,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from modules import FAST, Net, every_estimator, fit, identical, loader
 from optimizer_cases import one_weight
+from rules import mask_callback
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optim.rule import Estimator
+from maskpro_lightning.optim.estimators import EstimatorName
 from maskpro_lightning.tracking.journal import Journal
 from maskpro_lightning.tracking.runs import Run
 
@@ -70,7 +70,7 @@ def test_a_fit_that_has_filled_its_caches_grows_no_more(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    callback, objects = MaskProCallback(baseline_cache=50), Objects(200, 2000)
+    callback, objects = mask_callback(baseline_cache=50), Objects(200, 2000)
     data = DataLoader(Fresh(), batch_size=None)
     fit(Net(), callback, objects, folder=tmp_path, data=data, validate=False, max_steps=2000)
     assert len(callback._baselines._losses) == 50
@@ -100,11 +100,11 @@ def test_a_journal_keeps_no_more_rows_and_bytes_than_its_bound(tmp_path: Path) -
 
 
 def run(
-    folder: Path, estimator: Estimator, **kwargs: Any
+    folder: Path, estimator: EstimatorName, **kwargs: Any
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """A run's checkpoint and its files."""
     pl.seed_everything(1, verbose=False)
-    callback = MaskProCallback(lr=FAST, estimator=estimator, **kwargs)
+    callback = mask_callback(lr=FAST, estimator=estimator, **kwargs)
     fit(
         Net(nn.Dropout(0.1)),
         callback,
@@ -124,7 +124,7 @@ def run(
 @pytest.mark.parametrize("init", ["magnitude", "sparsegpt", "random"])
 @every_estimator
 def test_the_same_seed_gives_the_same_bytes(
-    estimator: Estimator, init: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    estimator: EstimatorName, init: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda run: {})
     runs = [run(tmp_path / name, estimator, init=init) for name in "ab"]

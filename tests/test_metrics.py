@@ -9,6 +9,7 @@ import pytest
 import torch
 from optimizer_cases import step
 from oracle import random
+from rules import mask_optimizer
 from torch import Tensor, nn
 
 from maskpro_lightning import MaskPro, NMPattern
@@ -101,7 +102,7 @@ def trained() -> MaskPro:
         }
         for name, shape in weights.items()
     ]
-    optimizer = MaskPro(groups, lr=1.0, logit_scale=1.1)
+    optimizer = mask_optimizer(groups, lr=1.0, logit_scale=1.1)
     for residual in (1.0, -2.0, 3.0):
         step(optimizer, residual)
     return optimizer
@@ -145,22 +146,19 @@ def test_the_statistics_of_all_count_every_group_alike() -> None:
 
 
 def test_nothing_has_changed_before_the_first_step() -> None:
-    optimizer = MaskPro([("w", nn.Parameter(random(64, 8)))], logit_scale=1.0)
+    optimizer = mask_optimizer([("w", nn.Parameter(random(64, 8)))], logit_scale=1.0)
     optimizer.begin()
     assert mask_metrics(optimizer)["w"]["changed"] == 0
 
 
 @pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(5, 10)], ids=str)
-def test_entropy_is_that_of_the_sharpened_draws(pattern: NMPattern) -> None:
+def test_entropy_is_that_of_the_draws(pattern: NMPattern) -> None:
     weight = nn.Parameter(random(20, 2 * pattern.m))
-    rule = {"sharpness": 4.0, "logit_scale": 1.0, "normalize": False}
-    optimizer = MaskPro([("w", weight)], pattern, **rule)
-    optimizer.begin()
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0  # as a scheduler leaves it at the end, when draws are sharpest
-    step(optimizer, 1.0)
+    rule = {"logit_scale": 4.0, "published": True}
+    optimizer = mask_optimizer([("w", weight)], pattern, **rule)
+    step(optimizer, 0.0)
     # All groups have the same logits up to their order, and so the same entropy.
-    expected = float(oracle_entropies(4 * optimizer.logits()["w"][:1, : pattern.m], pattern))
+    expected = float(oracle_entropies(optimizer.logits()["w"][:1, : pattern.m], pattern))
     assert mask_metrics(optimizer)["w"]["entropy"] == pytest.approx(expected, rel=0.2)
 
 
@@ -205,7 +203,7 @@ def test_histograms_count_groups_by_certainty_and_by_what_the_initial_mask_keeps
 
 def test_certain_groups_and_groups_of_zeros_have_a_bin_too() -> None:
     weight = nn.Parameter(torch.zeros(1, 8))
-    optimizer = MaskPro([("w", weight)], logit_scale=60.0)
+    optimizer = mask_optimizer([("w", weight)], logit_scale=60.0)
     optimizer.begin()
     last = histograms(optimizer)["w"][-1]
     assert last == {"bin": BINS - 1, "confidence": 2, "retained": 2, "changed": 0}

@@ -16,8 +16,9 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from modules import FAST, Net, fit, learned, loader, quiet_trainer, versions_held
+from rules import mask_callback
 
-from maskpro_lightning import MaskProCallback, NMPattern, load_masks
+from maskpro_lightning import NMPattern, load_masks
 
 # MLflow on SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -74,7 +75,7 @@ def logged_fit(folder: Path, logger: Any, *callbacks: pl.Callback, **kwargs: Any
 
 
 def test_one_run_holds_parameters_metrics_and_files(store: Store, tmp_path: Path) -> None:
-    callback = MaskProCallback("2:4", lr=FAST, init="random", seed=3)
+    callback = mask_callback("2:4", lr=FAST, init="random", seed=3)
     save = ModelCheckpoint(tmp_path, every_n_train_steps=4)
     logged_fit(tmp_path, store.logger("one"), callback, save)
     run = store.only_run("one")
@@ -83,13 +84,11 @@ def test_one_run_holds_parameters_metrics_and_files(store: Store, tmp_path: Path
         "maskpro/pattern": "2:4",
         "maskpro/init": "random",
         "maskpro/estimator": "policy",
-        "maskpro/sharpness": "1.0",
         "maskpro/lr": "3.0",
         "maskpro/logit_scale": "4.0",
         "maskpro/momentum": "0.99",
-        "maskpro/normalize": "True",
+        "maskpro/published": "False",
         "maskpro/seed": "3",
-        "maskpro/exploration": "shared",
         "maskpro/layers": "2",
         "maskpro/masked_weights": "512",
         "maskpro/masked_share": "0.9412",
@@ -108,7 +107,7 @@ def test_one_run_holds_parameters_metrics_and_files(store: Store, tmp_path: Path
 
 
 def test_distributions_are_not_kept_unless_asked_for(store: Store, tmp_path: Path) -> None:
-    callback = MaskProCallback(log_distributions=False)
+    callback = mask_callback(log_distributions=False)
     save = ModelCheckpoint(tmp_path, every_n_train_steps=4)
     logged_fit(tmp_path, store.logger("lean"), callback, save)
     assert store.artifacts(store.only_run("lean")) == FILES | FIGURES
@@ -124,10 +123,10 @@ def test_a_resumed_fit_goes_on_in_its_run_with_the_parameters_it_had(
 
     statuses: set[str] = set()
     save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
-    logged_fit(tmp_path, store.logger("resumed"), MaskProCallback(lr=0.5), save, max_steps=4)
+    logged_fit(tmp_path, store.logger("resumed"), mask_callback(lr=0.5), save, max_steps=4)
     run_id = store.only_run("resumed").info.run_id
     logger = store.logger("resumed", run_id=run_id)
-    again, path = MaskProCallback(lr=0.25), tmp_path / "step=4.ckpt"
+    again, path = mask_callback(lr=0.25), tmp_path / "step=4.ckpt"
     logged_fit(tmp_path, logger, again, save, Status(), ckpt_path=path)
     run = store.only_run("resumed")
     assert (statuses, run.info.status) == ({"RUNNING"}, "FINISHED")
@@ -144,7 +143,7 @@ def test_a_fit_that_fails_leaves_a_failed_run(store: Store, tmp_path: Path) -> N
             raise RuntimeError("boom")
 
     with pytest.raises(RuntimeError, match="boom"):
-        logged_fit(tmp_path, store.logger("failed"), MaskProCallback(), Fails())
+        logged_fit(tmp_path, store.logger("failed"), mask_callback(), Fails())
     assert store.only_run("failed").info.status == "FAILED"
 
 
@@ -159,7 +158,7 @@ def test_a_fit_outlives_its_mlflow_server(
             if trainer.global_step == 3:
                 monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
 
-    trainer = logged_fit(tmp_path, store.logger("gone"), MaskProCallback(lr=FAST), Unplugs())
+    trainer = logged_fit(tmp_path, store.logger("gone"), mask_callback(lr=FAST), Unplugs())
     assert trainer.global_step == 8
     assert store.steps(store.only_run("gone"), "maskpro/entropy") == [1]
     assert told(caplog) == [
@@ -221,7 +220,7 @@ def test_a_logger_that_fails_is_told_once_and_left_alone(
     bad, calls = broken(tmp_path, method)
     sound = CSVLogger(tmp_path, name="sound", version="")
     save = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=4)
-    trainer = logged_fit(tmp_path, [bad, sound], MaskProCallback(lr=FAST), save)
+    trainer = logged_fit(tmp_path, [bad, sound], mask_callback(lr=FAST), save)
     assert trainer.global_step == 8
     assert calls == [method]
     (message,) = told(caplog)
@@ -236,7 +235,7 @@ def test_a_logger_that_fails_is_told_once_and_left_alone(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_logger_that_fails_ends_the_fit_if_asked_to(method: str, tmp_path: Path) -> None:
-    module, callback = Net(), MaskProCallback(lr=FAST, on_logger_error="raise")
+    module, callback = Net(), mask_callback(lr=FAST, on_logger_error="raise")
     save = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=4)
     logger, _ = broken(tmp_path, method)
     trainer = quiet_trainer(
@@ -254,5 +253,5 @@ def test_a_logger_that_fails_ends_the_fit_if_asked_to(method: str, tmp_path: Pat
 def test_nothing_is_left_on_loggers(on_error: Any, tmp_path: Path) -> None:
     loggers = [CSVLogger(tmp_path, name=str(number)) for number in range(2)]
     before = [sorted(vars(logger)) for logger in loggers]
-    logged_fit(tmp_path, loggers, MaskProCallback(on_logger_error=on_error))
+    logged_fit(tmp_path, loggers, mask_callback(on_logger_error=on_error))
     assert [sorted(vars(logger)) for logger in loggers] == before

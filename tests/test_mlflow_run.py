@@ -20,9 +20,9 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 from modules import FAST, Net, loader, quiet_trainer
+from rules import mask_callback
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from maskpro_lightning import MaskProCallback
 from maskpro_lightning.catalog import resolve
 from maskpro_lightning.cli import main
 from maskpro_lightning.modules.language import TextData
@@ -240,7 +240,7 @@ def test_any_module_is_logged_as_a_model_of_pytorch(
         artifact_location=(tmp_path / "artifacts").as_uri(),
     )
     module = Net()
-    quiet_trainer(tmp_path, MaskProCallback(lr=FAST), max_steps=2).fit(module, loader())
+    quiet_trainer(tmp_path, mask_callback(lr=FAST), max_steps=2).fit(module, loader())
     # As after mlflow.set_experiment, with which no run of another experiment can be started.
     monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", "another")
     uri = log_model(logger, module)
@@ -268,7 +268,7 @@ def test_a_run_without_psutil_goes_on_without_system_metrics(
     logger = Logger("bare", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     # Where it makes the database, an older MLflow replaces the root's handlers.
     monkeypatch.setattr(logging.getLogger("maskpro_lightning"), "handlers", [caplog.handler])
-    trainer = quiet_trainer(tmp_path, MaskProCallback(lr=FAST), max_steps=2, logger=logger)
+    trainer = quiet_trainer(tmp_path, mask_callback(lr=FAST), max_steps=2, logger=logger)
     trainer.fit(Net(), loader())
     assert "without system metrics: pip install psutil." in caplog.text
     assert MlflowClient(logger._tracking_uri).get_run(logger.run_id).info.status == "FINISHED"

@@ -27,6 +27,7 @@ from modules import (
     quiet_trainer,
     same_weights,
 )
+from rules import mask_callback
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
@@ -34,18 +35,18 @@ from torchmetrics import MeanSquaredError
 
 from maskpro_lightning import MaskProCallback, NMPattern
 from maskpro_lightning.initial.logits import graded
-from maskpro_lightning.optim.rule import Estimator
+from maskpro_lightning.optim.estimators import EstimatorName
 
 
 def run(
     module: pl.LightningModule,
     folder: Path,
     *callbacks: pl.Callback,
-    estimator: Estimator = "policy",
+    estimator: EstimatorName = "policy",
     **kwargs: Any,
 ) -> tuple[pl.Trainer, MaskProCallback]:
     """Two epochs of four batches, unless told otherwise, after which every layer has learned."""
-    callback = MaskProCallback(estimator=estimator, lr=FAST)
+    callback = mask_callback(estimator=estimator, lr=FAST)
     trainer = fit(module, callback, *callbacks, folder=folder, **{"max_epochs": 2} | kwargs)
     assert_learned(callback)
     return trainer, callback
@@ -187,7 +188,7 @@ MODULES: dict[str, Callable[[], Net]] = {
 @every_estimator
 @pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
 def test_every_kind_of_module_learns_masks(
-    make: Callable[[], Net], estimator: Estimator, tmp_path: Path
+    make: Callable[[], Net], estimator: EstimatorName, tmp_path: Path
 ) -> None:
     module, dense = make(), make()
     dense.configure_model()
@@ -204,7 +205,7 @@ def test_without_a_backward_pass_nothing_needs_gradients(tmp_path: Path) -> None
 
 
 def test_a_weight_without_a_gradient_keeps_its_logits(tmp_path: Path) -> None:
-    module, callback = Net(), MaskProCallback(estimator="straight_through", lr=FAST)
+    module, callback = Net(), mask_callback(estimator="straight_through", lr=FAST)
     module.net[0].requires_grad_(False)
     fit(module, callback, folder=tmp_path, max_epochs=2)
     dense, initial = dict(Net().named_parameters()), learned(callback, "initial")
@@ -226,7 +227,7 @@ def test_gradients_of_frozen_modules_are_asked_for_by_name(tmp_path: Path) -> No
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @every_estimator
 def test_batches_without_a_loss_are_steps_without_an_update(
-    estimator: Estimator, tmp_path: Path
+    estimator: EstimatorName, tmp_path: Path
 ) -> None:
     module = Sometimes()
     trainer, callback = run(module, tmp_path, estimator=estimator)
@@ -236,7 +237,7 @@ def test_batches_without_a_loss_are_steps_without_an_update(
 
 
 @every_estimator
-def test_losses_that_are_not_numbers_move_nothing(estimator: Estimator, tmp_path: Path) -> None:
+def test_losses_that_are_not_numbers_move_nothing(estimator: EstimatorName, tmp_path: Path) -> None:
     class Moves(pl.Callback):
         def on_train_batch_start(self, *_: Any) -> None:
             self.before = {name: values.clone() for name, values in logits(callback).items()}
@@ -244,7 +245,7 @@ def test_losses_that_are_not_numbers_move_nothing(estimator: Estimator, tmp_path
         def on_train_batch_end(self, *_: Any) -> None:
             moved.append(not equal(self.before, logits(callback)))
 
-    module, callback = NotANumber(), MaskProCallback(estimator=estimator, lr=FAST)
+    module, callback = NotANumber(), mask_callback(estimator=estimator, lr=FAST)
     moved: list[bool] = []
     fit(module, callback, Moves(), folder=tmp_path, max_epochs=2)
     # Of the policy's first residual nobody can say whether it is high or low.
@@ -287,7 +288,7 @@ TRAINERS: dict[str, tuple[dict[str, Any], int]] = {
 @every_estimator
 @pytest.mark.parametrize(("kwargs", "steps"), TRAINERS.values(), ids=TRAINERS)
 def test_every_kind_of_trainer_learns_masks(
-    kwargs: dict[str, Any], steps: int, estimator: Estimator, tmp_path: Path
+    kwargs: dict[str, Any], steps: int, estimator: EstimatorName, tmp_path: Path
 ) -> None:
     module = Net()
     trainer, callback = run(module, tmp_path, estimator=estimator, **kwargs)
@@ -300,7 +301,7 @@ def test_every_kind_of_trainer_learns_masks(
     ("precision", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64)]
 )
 def test_weights_of_other_precisions_are_kept_to_the_bit(
-    precision: Any, dtype: torch.dtype, estimator: Estimator, tmp_path: Path
+    precision: Any, dtype: torch.dtype, estimator: EstimatorName, tmp_path: Path
 ) -> None:
     module = Net()
     trainer, callback = run(module, tmp_path, estimator=estimator, precision=precision)
@@ -312,8 +313,8 @@ def test_weights_of_other_precisions_are_kept_to_the_bit(
 
 def test_accumulated_batches_teach_what_one_large_batch_does(tmp_path: Path) -> None:
     # The published rule, whose step is proportional to the residual: rounding stays rounding.
-    rule = {"lr": FAST, "normalize": False}
-    small, large = MaskProCallback(**rule), MaskProCallback(**rule)
+    rule = {"lr": FAST, "published": True}
+    small, large = mask_callback(**rule), mask_callback(**rule)
     sizes = {"max_epochs": 2, "limit_val_batches": 0}
     data = loader(48, batch_size=8)
     fit(Net(), small, folder=tmp_path, data=data, accumulate_grad_batches=3, **sizes)
@@ -329,7 +330,7 @@ def test_accumulated_batches_teach_what_one_large_batch_does(tmp_path: Path) -> 
 def test_accumulated_gradients_move_by_their_share_of_the_rate(tmp_path: Path) -> None:
     """Each is divided by its own size, so that three alike together do what one does."""
     rate = 1e-3  # so that logits hardly move between gradients, which depend on them
-    once, thrice = (MaskProCallback(estimator="straight_through", lr=rate) for _ in range(2))
+    once, thrice = (mask_callback(estimator="straight_through", lr=rate) for _ in range(2))
     same = DataLoader([batch for batch in loader() for _ in range(3)], batch_size=None)
     sizes = {"max_epochs": 2, "limit_val_batches": 0}
     fit(Net(), once, folder=tmp_path, data=loader(), **sizes)
@@ -369,7 +370,7 @@ def test_gradients_of_masked_weights_are_gone_when_a_backward_pass_is_over(
         module = Counts()
         for layer in (module.net[0], module.net[2]):
             layer.bias.requires_grad_(not frozen)
-        callback = MaskProCallback(estimator="straight_through", lr=0.1)
+        callback = mask_callback(estimator="straight_through", lr=0.1)
         sizes = {"max_epochs": 2, "devices": 1, "use_distributed_sampler": False}
         trainer = quiet_trainer(tmp_path, callback, strategy=kind, **sizes)
         # Lightning leaves behind what tells later processes that they are ranks.

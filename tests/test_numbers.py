@@ -25,11 +25,12 @@ from modules import (
     same_weights,
 )
 from optimizer_cases import one_weight
+from rules import mask_callback
 from torch import Tensor, nn
 
 from maskpro_lightning import MaskProCallback, NMPattern
 from maskpro_lightning.initial.logits import graded
-from maskpro_lightning.optim.rule import Estimator
+from maskpro_lightning.optim.estimators import EstimatorName
 
 NAN, INFINITE = math.nan, math.inf
 
@@ -46,8 +47,8 @@ class Spoiled(Net):
         return super().training_step(batch, batch_idx) + bad
 
 
-def masks(estimator: Estimator = "policy", **kwargs: Any) -> MaskProCallback:
-    return MaskProCallback(estimator=estimator, lr=FAST, baseline_cache=0, **kwargs)
+def masks(estimator: EstimatorName = "policy", **kwargs: Any) -> MaskProCallback:
+    return mask_callback(estimator=estimator, lr=FAST, baseline_cache=0, **kwargs)
 
 
 def skipped(callback: MaskProCallback) -> float:
@@ -71,7 +72,7 @@ def unmoved(callback: MaskProCallback) -> dict[str, Tensor]:
 @pytest.mark.parametrize("bad", [NAN, INFINITE, -INFINITE])
 @every_estimator
 def test_updates_without_a_finite_loss_are_skipped_counted_and_logged(
-    estimator: Estimator, bad: float, tmp_path: Path
+    estimator: EstimatorName, bad: float, tmp_path: Path
 ) -> None:
     callback, module = masks(estimator), Spoiled(lambda step: step in (1, 4), bad)
     logger = CSVLogger(tmp_path, name="", version="")
@@ -87,7 +88,7 @@ def test_updates_without_a_finite_loss_are_skipped_counted_and_logged(
 
 
 @every_estimator
-def test_a_step_that_is_skipped_moves_no_logit(estimator: Estimator, tmp_path: Path) -> None:
+def test_a_step_that_is_skipped_moves_no_logit(estimator: EstimatorName, tmp_path: Path) -> None:
     callback = masks(estimator)
     fit(Spoiled(lambda _: True), callback, folder=tmp_path, max_steps=8)
     assert skipped(callback) == 8
@@ -108,12 +109,12 @@ BOTH, ONE = "{} under the drawn mask and {} under the initial one.", "{} under t
     ],
 )
 def test_a_fit_without_any_finite_loss_ends_naming_step_batch_and_cause(
-    estimator: Estimator, where: set[str], message: str, tmp_path: Path
+    estimator: EstimatorName, where: set[str], message: str, tmp_path: Path
 ) -> None:
     class Bad(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             assert callback.optimizer is not None
-            bad = callback.optimizer._holds in where
+            bad = callback.optimizer.holds in where
             return 1 + 0 * super().training_step(batch, batch_idx) * (NAN if bad else 1)
 
     callback, module = masks(estimator), Bad()
@@ -172,14 +173,14 @@ def test_a_loss_without_a_masked_weight_has_no_gradient_to_learn_from(tmp_path: 
 # --- sizes out of all bounds --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("published", [True, False])
 @pytest.mark.parametrize("size", [9e17, 1e30])
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "3:8", "9:16"])
 def test_logits_stay_finite_however_large_losses_and_steps_are(
-    pattern: str, size: float, normalize: bool
+    pattern: str, size: float, published: bool
 ) -> None:
     weight = nn.Parameter(oracle.random(4, 16))
-    rule = {"lr": 1e6, "normalize": normalize, "logit_scale": 1e6, "sharpness": 1e6}
+    rule = {"lr": 1e6, "published": published, "logit_scale": 1e6}
     optimizer = one_weight(weight, pattern, **rule)
     for number, residual in enumerate(oracle.random(30, seed=1).tolist()):
         optimizer.step(lambda r=residual: torch.tensor(r * size), torch.tensor(0.0))

@@ -26,8 +26,8 @@ from torch.optim.lr_scheduler import LinearLR
 
 from maskpro_lightning import MaskPro, NMPattern
 from maskpro_lightning.masks import distribution
+from maskpro_lightning.optim.estimators import policy_lr
 from maskpro_lightning.optim.masked_weight import Version
-from maskpro_lightning.optim.rule import policy_lr
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -40,7 +40,7 @@ def assert_moves_as_published(
 ) -> None:
     """One step is pi - lr (r - delta) grad log P, and delta an average that r enters after it."""
     pi, drawn = logits_of(optimizer).double(), drawn_of(optimizer)
-    alpha, delta = optimizer.param_groups[0]["momentum"], float(optimizer.tracker["delta"])
+    alpha, delta = optimizer.param_groups[0]["tracker_momentum"], float(optimizer.tracker["delta"])
     step(optimizer, loss=4.0 + residual, baseline=4.0)
     rows, kept = (grouped(tensor, pattern, input_dim) for tensor in (pi, drawn))
     rows.sub_(lr * (residual - delta) * oracle.score(rows, kept))
@@ -56,7 +56,7 @@ def assert_moves_as_published(
 @every_case
 def test_a_published_step_is_the_papers_update(pattern: str, shape: Shape, input_dim: int) -> None:
     weight, lr = nn.Parameter(random(*shape)), 0.5
-    rule = {"lr": lr, "momentum": 0.75, "normalize": False, "logit_scale": 2.0}
+    rule = {"lr": lr, "momentum": 0.75, "published": True, "logit_scale": 2.0}
     optimizer = one_weight(weight, pattern, input_dim, **rule)
     optimizer.begin()
     for residual in (2.5, -1.0, 0.5):
@@ -64,7 +64,7 @@ def test_a_published_step_is_the_papers_update(pattern: str, shape: Shape, input
 
 
 def test_a_scheduler_sets_the_step_size() -> None:
-    optimizer = one_weight(nn.Parameter(random(8, 8)), lr=1.0, normalize=False)
+    optimizer = one_weight(nn.Parameter(random(8, 8)), lr=1.0, published=True)
     optimizer.begin()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
     for lr in (1.0, 0.5, 0.25):
@@ -198,13 +198,13 @@ def test_identical_masks_leave_no_residual_under_dropout() -> None:
     assert len(losses) == 3
 
 
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("published", [True, False])
 @pytest.mark.parametrize("place", ["loss", "baseline"])
 # The square of 1e30 is not finite in float32.
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_a_loss_that_is_not_finite_teaches_nothing(bad: float, place: str, normalize: bool) -> None:
+def test_a_loss_that_is_not_finite_teaches_nothing(bad: float, place: str, published: bool) -> None:
     weight = nn.Parameter(random(8, 8))
-    optimizer = one_weight(weight, normalize=normalize)
+    optimizer = one_weight(weight, published=published)
     for residual in (1.0, 2.0):
         step(optimizer, residual)
     logits, tracker = logits_of(optimizer), optimizer.tracker

@@ -18,8 +18,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from rules import mask_optimizer
 
-from maskpro_lightning import MaskPro
 from maskpro_lightning.tracking import plots
 from maskpro_lightning.tracking.journal import Journal
 from maskpro_lightning.tracking.loggers import Tracking
@@ -467,7 +467,7 @@ def test_drawing_leaves_pyplot_and_settings_alone() -> None:
 
 def test_the_history_that_a_journal_wrote_is_read_back_and_drawn_in_full(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)))
-    optimizer = MaskPro([("fc.weight", weight)])
+    optimizer = mask_optimizer([("fc.weight", weight)])
     journal, rows = Journal(), []
     journal.open(tmp_path, keeps=True, writes=True)
     for step in range(1, 6):

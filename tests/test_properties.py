@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizer_cases import assert_holds, bits
+from rules import mask_optimizer
 from torch import Tensor, nn
 
 from maskpro_lightning import MaskPro
-from maskpro_lightning.optim.rule import Estimator
+from maskpro_lightning.optim.estimators import EstimatorName
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ class Case:
 
     def optimizer(self, weight: nn.Parameter) -> MaskPro:
         group = {"params": [("w", weight)], "input_dim": self.input_dim}
-        return MaskPro([group], f"{self.n}:{self.m}", **self.rule)
+        return mask_optimizer([group], f"{self.n}:{self.m}", **self.rule)
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     m = draw(st.integers(2, 9))
-    estimator: Estimator = draw(st.sampled_from(["policy", "straight_through"]))
+    estimator: EstimatorName = draw(st.sampled_from(["policy", "straight_through"]))
     n = draw(st.integers(1, min(m - 1, 2 if estimator == "straight_through" else m)))
     shape = [draw(st.integers(1, 3)) for _ in range(draw(st.integers(2, 4)))]
     dim = draw(st.integers(-len(shape), len(shape) - 1))
@@ -61,7 +62,7 @@ def cases(draw: st.DrawFn) -> Case:
     rule = {
         "estimator": estimator,
         "seed": draw(st.integers(0, 2**64)),
-        "normalize": draw(st.booleans()),
+        "published": draw(st.booleans()),
         "lr": draw(st.sampled_from([1e-3, 1.0, 1e6])),
         "momentum": draw(st.sampled_from([0.0, 0.5, 0.99])),
     }

@@ -233,7 +233,7 @@ def test_a_recipe_prints_its_configuration(
 def test_the_papers_recipe_is_the_papers() -> None:
     recipe = yaml.safe_load((RECIPES / "llama2_7b_c4.yaml").read_text())
     rule = recipe["trainer"]["callbacks"][-1]["init_args"]
-    published = {"estimator": "policy", "normalize": False, "lr": 50, "logit_scale": 10}
+    published = {"estimator": "policy", "published": True, "lr": 50, "logit_scale": 10}
     assert rule | published == rule
     data = recipe["data"]["init_args"]
     assert (data["train_sequences"], data["length"], data["batch_size"]) == (512, 128, 32)

@@ -30,10 +30,11 @@ from modules import (
     learned,
     logits,
 )
+from rules import mask_callback
 from torch import nn
 
 from maskpro_lightning import MaskProCallback
-from maskpro_lightning.optim.rule import Estimator
+from maskpro_lightning.optim.estimators import EstimatorName
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -43,8 +44,8 @@ pytestmark = [
 STEPS = 12
 
 
-def masks(estimator: Estimator = "policy") -> MaskProCallback:
-    return MaskProCallback(estimator=estimator, lr=FAST)
+def masks(estimator: EstimatorName = "policy") -> MaskProCallback:
+    return mask_callback(estimator=estimator, lr=FAST)
 
 
 # --- one rank -----------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 
 @pytest.mark.slow
 @every_estimator
-def test_all_ranks_learn_the_same_masks(ranks: Ranks, estimator: Estimator) -> None:
+def test_all_ranks_learn_the_same_masks(ranks: Ranks, estimator: EstimatorName) -> None:
     one, other = (rank[estimator] for rank in ranks[1])
     for name in ("whole", "half", "resumed"):
         for what in ("logits", "initial", "drawn", "mode", "weights", "optimizer"):
@@ -194,7 +195,7 @@ def test_all_ranks_learn_the_same_masks(ranks: Ranks, estimator: Estimator) -> N
 @pytest.mark.slow
 @every_estimator
 def test_a_resumed_fit_on_two_ranks_is_the_uninterrupted_one(
-    ranks: Ranks, estimator: Estimator
+    ranks: Ranks, estimator: EstimatorName
 ) -> None:
     for rank in ranks[1]:
         fits = rank[estimator]
@@ -205,7 +206,7 @@ def test_a_resumed_fit_on_two_ranks_is_the_uninterrupted_one(
 @pytest.mark.slow
 @every_estimator
 def test_two_ranks_learn_from_half_batches_what_one_learns_from_whole_ones(
-    ranks: Ranks, estimator: Estimator, tmp_path: Path
+    ranks: Ranks, estimator: EstimatorName, tmp_path: Path
 ) -> None:
     module, callback = Net(), process_fit.masks(estimator)
     fit(module, callback, folder=tmp_path, max_epochs=4)
@@ -218,7 +219,7 @@ def test_two_ranks_learn_from_half_batches_what_one_learns_from_whole_ones(
 @pytest.mark.slow
 @every_estimator
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(
-    ranks: Ranks, estimator: Estimator
+    ranks: Ranks, estimator: EstimatorName
 ) -> None:
     one, other = (rank[estimator]["bad"] for rank in ranks[1])
     assert identical(one["optimizer"], other["optimizer"])
@@ -232,7 +233,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(
 @pytest.mark.slow
 @every_estimator
 def test_a_checkpoint_of_two_ranks_resumes_on_one(
-    ranks: Ranks, estimator: Estimator, tmp_path: Path
+    ranks: Ranks, estimator: EstimatorName, tmp_path: Path
 ) -> None:
     folder, (rank, _) = ranks
     path = folder / estimator / "half" / "checkpoints" / "epoch=1.ckpt"
@@ -244,7 +245,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one(
 
 
 def assert_close(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], estimator: Estimator
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], estimator: EstimatorName
 ) -> None:
     """Equal up to rounding in each of 16 updates."""
     for name, values in expected.items():

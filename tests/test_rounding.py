@@ -9,9 +9,9 @@ import pytest
 import torch
 from optimizer_cases import Regression, logits_of, one_weight, step
 from oracle import random
+from rules import mask_optimizer
 from torch import Tensor, nn
 
-from maskpro_lightning import MaskPro
 from maskpro_lightning.masks import philox
 
 LOW: dict[str, Any] = {"logits_dtype": "bfloat16"}
@@ -19,7 +19,7 @@ LOW: dict[str, Any] = {"logits_dtype": "bfloat16"}
 
 def moved(weight: Tensor, rule: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Logits before and after a step that is too small for bfloat16 at their size."""
-    optimizer = one_weight(nn.Parameter(weight), lr=2e-3, logit_scale=1.0, normalize=False, **rule)
+    optimizer = one_weight(nn.Parameter(weight), lr=2e-3, logit_scale=1.0, published=True, **rule)
     optimizer.begin()
     before = logits_of(optimizer).float()
     step(optimizer, 1.0)
@@ -62,7 +62,7 @@ def test_it_learns_as_far(dtype: Any) -> None:
     shares = []
     for seed in range(3):
         task = Regression(seed)
-        optimizer = MaskPro(
+        optimizer = mask_optimizer(
             [("w", task.weight)], estimator="straight_through", logits_dtype=dtype, seed=seed
         )
         optimizer.begin({"w": task.random_mask})

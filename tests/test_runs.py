@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger
 from modules import FAST, Net, fit
+from rules import mask_callback
 
 from maskpro_lightning import MaskProCallback
 from maskpro_lightning.tracking.metrics import BINS, histograms
@@ -103,7 +104,7 @@ def test_any_bytes_are_numbers_or_refused(
 
 
 def logged(folder: Path, module: pl.LightningModule, **kwargs: Any) -> tuple[Run, MaskProCallback]:
-    callback = MaskProCallback("2:4", lr=FAST)
+    callback = mask_callback("2:4", lr=FAST)
     logger = CSVLogger(folder, name="", version="")
     fit(module, callback, folder=folder, logger=logger, max_steps=8, log_every_n_steps=2, **kwargs)
     return read_run(folder), callback
@@ -136,7 +137,7 @@ def test_a_fit_leaves_what_its_figures_are_drawn_from(tmp_path: Path) -> None:
 def test_the_history_ends_with_the_fit(
     every: int, steps: int, rows: list[int], tmp_path: Path
 ) -> None:
-    callback, logger = MaskProCallback("2:4", lr=FAST), CSVLogger(tmp_path, name="", version="")
+    callback, logger = mask_callback("2:4", lr=FAST), CSVLogger(tmp_path, name="", version="")
     fit(Net(), callback, folder=tmp_path, logger=logger, max_steps=steps, log_every_n_steps=every)
     history = read_run(tmp_path).history
     assert [row["step"] for row in history] == rows
@@ -153,6 +154,6 @@ def test_a_fit_without_any_loss_has_no_history(tmp_path: Path) -> None:
             return None
 
     logger = CSVLogger(tmp_path, name="", version="")
-    fit(Skips(), MaskProCallback(), folder=tmp_path, logger=logger, max_steps=8, max_epochs=1)
+    fit(Skips(), mask_callback(), folder=tmp_path, logger=logger, max_steps=8, max_epochs=1)
     with pytest.raises(ValueError, match=r"holds no history\.csv"):
         read_run(tmp_path)

@@ -29,11 +29,11 @@ from modules import (
     same_weights,
     traces,
 )
+from rules import mask_callback
 from test_cli import tiny_options
 from test_mlflow import FIGURES, FILES, Store, told
 from test_mlflow_run import free_port, serving
 
-from maskpro_lightning import MaskProCallback
 from maskpro_lightning.cli import main
 from maskpro_lightning.tracking.delivery import send
 from maskpro_lightning.tracking.runs import UNSENT
@@ -102,7 +102,7 @@ def run_folder(root: Path) -> Path:
 def test_a_fit_whose_server_is_down_at_the_start_learns_the_same(
     down: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    alone, callback, module = MaskProCallback(lr=FAST), MaskProCallback(lr=FAST), Configured()
+    alone, callback, module = mask_callback(lr=FAST), mask_callback(lr=FAST), Configured()
     logged_fit(tmp_path / "alone", False, alone)
     logger, save = MLFlowLogger("late", run_name="a/b", tracking_uri=down), ModelCheckpoint()
     trainer = logged_fit(tmp_path, logger, callback, save, module=module)
@@ -131,7 +131,7 @@ def test_a_fit_without_its_server_leaves_nothing_behind_on_the_trainer(
             raise RuntimeError("boom")
 
     def failed(hook: str, logger: Any) -> list[object]:
-        callbacks, module = [Fails(hook), MaskProCallback(lr=FAST)], Net()
+        callbacks, module = [Fails(hook), mask_callback(lr=FAST)], Net()
         trainer = quiet_trainer(tmp_path / hook, *callbacks, logger=logger, max_steps=4)
         with pytest.raises(RuntimeError, match="boom"):
             trainer.fit(module, loader(), loader(16))
@@ -158,7 +158,7 @@ def test_a_server_that_is_down_at_the_start_ends_the_fit_if_asked_to(
         assert same_weights(module, Net())
         return traces(trainer, module)
 
-    assert failed(MaskProCallback(on_logger_error="raise")) == failed()
+    assert failed(mask_callback(on_logger_error="raise")) == failed()
     assert not list(tmp_path.iterdir())
 
 
@@ -173,12 +173,12 @@ def test_a_logger_beside_one_that_is_away_gets_all_and_has_the_folder(
     folders: list[str | None] = []
     sound = CSVLogger(tmp_path, name="sound", version="")
     loggers = [sound, MLFlowLogger("late", tracking_uri=down)]
-    trainer = logged_fit(tmp_path, loggers, MaskProCallback(lr=FAST), Asks())
+    trainer = logged_fit(tmp_path, loggers, mask_callback(lr=FAST), Asks())
     assert trainer.loggers == loggers
     assert folders == [sound.log_dir, None]
     assert (tmp_path / "sound" / "maskpro" / UNSENT).exists()
     assert not list(tmp_path.glob("unsent"))
-    logged_fit(tmp_path, CSVLogger(tmp_path, name="alone", version=""), MaskProCallback(lr=FAST))
+    logged_fit(tmp_path, CSVLogger(tmp_path, name="alone", version=""), mask_callback(lr=FAST))
     texts = [(tmp_path / name / "metrics.csv").read_text() for name in ("sound", "alone")]
     assert texts[0] == texts[1]
     assert "maskpro/entropy" in texts[0]
@@ -202,7 +202,7 @@ def test_any_logger_may_be_away_and_is_asked_for_what_it_may_have(tmp_path: Path
             self.logger.log_metrics({"told": "a word", "own": torch.tensor(2.0)}, step=batch_idx)
             return super().training_step(batch, batch_idx)
 
-    logged_fit(tmp_path, Away(tmp_path), Early(), MaskProCallback(lr=FAST), module=Draws())
+    logged_fit(tmp_path, Away(tmp_path), Early(), mask_callback(lr=FAST), module=Draws())
     text = (run_folder(tmp_path) / UNSENT).read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     assert {row["logger"] for row in rows} == {"Away"}
@@ -220,7 +220,7 @@ def test_the_next_fit_finds_the_server_that_is_back(
     logger = store.logger("back")
     client = logger._mlflow_client
     logger._mlflow_client = MLFlowLogger(tracking_uri=down)._mlflow_client
-    trainer = logged_fit(tmp_path, logger, MaskProCallback(lr=FAST))
+    trainer = logged_fit(tmp_path, logger, mask_callback(lr=FAST))
     logger._mlflow_client = client
     trainer.fit_loop.epoch_loop.max_steps = 12
     trainer.fit(Configured(), loader(), loader(16))
@@ -268,7 +268,7 @@ def test_in_the_other_lightning_too(down: str, tmp_path: Path) -> None:
         training_step, configure_optimizers = Net.training_step, Net.configure_optimizers
         loss = Net.loss
 
-    logger, callback = OtherLogger("late", tracking_uri=down), MaskProCallback(lr=FAST)
+    logger, callback = OtherLogger("late", tracking_uri=down), mask_callback(lr=FAST)
     trainer = other.Trainer(
         accelerator="cpu",
         devices=1,
@@ -295,7 +295,7 @@ def test_what_was_kept_is_sent_and_the_run_is_as_if_nothing_had_happened(
     for name, uri in (("live", store.uri), ("late", down)):
         logger = MLFlowLogger(name, tracking_uri=uri, artifact_location=str(tmp_path / "files"))
         pl.seed_everything(0, verbose=False)
-        logged_fit(tmp_path / name, logger, MaskProCallback(lr=FAST))
+        logged_fit(tmp_path / name, logger, mask_callback(lr=FAST))
     folder = run_folder(tmp_path / "late")
     run_id = send(folder, store.uri, experiment="late")
     assert send(folder, store.uri, run_id) == run_id  # again does no harm

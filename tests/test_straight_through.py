@@ -11,11 +11,11 @@ import pytest
 import torch
 from optimizer_cases import CASES, Regression, Shape, drawn_of, grouped, logits_of, one_weight
 from oracle import random
+from rules import mask_optimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, OneCycleLR
 
 from maskpro_lightning import MaskPro
-from maskpro_lightning.masks.philox import exponential, key_of
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -124,7 +124,7 @@ def test_a_gradient_without_direction_teaches_nothing(bad: float) -> None:
 
 def test_an_update_counts_as_skipped_by_the_share_of_weights_that_skip_it() -> None:
     weights = {name: nn.Parameter(random(4, 8, seed=n)) for n, name in enumerate("abcd")}
-    optimizer = MaskPro(weights.items(), estimator="straight_through")
+    optimizer = mask_optimizer(weights.items(), estimator="straight_through")
     optimizer.begin()
     before = {name: logits.clone() for name, logits in optimizer.logits().items()}
     units = dict(zip("abcd", (1.0, float("nan"), 1.0, 1.0), strict=True))
@@ -147,7 +147,7 @@ def test_logits_that_move_while_the_most_likely_mask_is_written_lose_no_weight(m
     optimizer = straight_through(weight, lr=10.0, logit_scale=0.1, memory=memory)
     optimizer.begin()
     optimizer.write("mode")
-    with optimizer.learning():
+    with optimizer.taking_gradients():
         assert torch.equal(weight.detach(), dense * drawn_of(optimizer))
         loss = backward((weight * random(8, 8, seed=1)).sum()).detach()
     optimizer.step(lambda: loss)
@@ -177,8 +177,8 @@ def test_a_weight_without_gradient_is_refused_by_name(reason: str) -> None:
     weight, other = nn.Parameter(random(4, 8)), nn.Parameter(random(4, 8))
     optimizer = straight_through(weight.requires_grad_(reason != "frozen"))
     message = (
-        "No gradient has reached any masked weight: the closure has to call loss.backward(), and "
-        "weights need requires_grad=True and a part in the loss."
+        "No gradient has reached any masked weight: loss.backward() has to be called, and weights "
+        "need requires_grad=True and a part in the loss."
     )
     closure = {
         "no backward": weight.sum,
@@ -191,7 +191,7 @@ def test_a_weight_without_gradient_is_refused_by_name(reason: str) -> None:
 
 def test_a_weight_without_a_part_in_one_loss_waits_for_the_next() -> None:
     weight, other = nn.Parameter(random(4, 8)), nn.Parameter(random(4, 8, seed=1))
-    optimizer = MaskPro({"w": weight, "o": other}.items(), estimator="straight_through")
+    optimizer = mask_optimizer({"w": weight, "o": other}.items(), estimator="straight_through")
     optimizer.begin()
     before = {name: logits.clone() for name, logits in optimizer.logits().items()}
     optimizer.step(lambda: backward(other.square().sum()))
@@ -217,7 +217,7 @@ def test_each_of_several_backward_passes_moves_by_its_share() -> None:
 
 def test_no_two_gradients_are_in_memory_at_once() -> None:
     layers = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(6)])
-    optimizer = MaskPro(layers.named_parameters(), estimator="straight_through")
+    optimizer = mask_optimizer(layers.named_parameters(), estimator="straight_through")
     optimizer.begin()
     alive: list[int] = []
     for layer in layers:
@@ -259,33 +259,6 @@ def test_a_backward_pass_that_fails_leaves_no_hook_and_no_gradient_counted() -> 
     weight.grad = None
     with pytest.raises(RuntimeError, match="No gradient has reached"):
         optimizer.step(lambda: torch.tensor(1.0))
-
-
-# --- sharpening ---------------------------------------------------------------------------------
-
-
-def noise_of(optimizer: MaskPro, rows: int) -> Tensor:
-    """Gumbel noise of the last draw of a weight with two groups of four in each row."""
-    step = torch.tensor(optimizer.param_groups[0]["step"])
-    return -exponential(key_of(0, "w"), step, torch.arange(2 * rows), 4).log().reshape(rows, 8)
-
-
-@pytest.mark.parametrize("estimator", ["policy", "straight_through"])
-def test_draws_sharpen_while_the_rate_falls(estimator: str) -> None:
-    weight, steps, sharpness = nn.Parameter(random(64, 8)), 4, 5.0
-    optimizer = one_weight(weight, estimator=estimator, sharpness=sharpness, logit_scale=0.5)
-    optimizer.begin()
-    scheduler = LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    scores = []
-    for k in (1.0, *(1 + (sharpness - 1) * done / steps for done in range(steps))):
-        pi, noise = logits_of(optimizer), noise_of(optimizer, 64)
-        expected = [oracle.top(row, 2) for row in (k * pi + noise).view(-1, 4).tolist()]
-        assert drawn_of(optimizer).view(-1, 4).tolist() == expected
-        scores.append([oracle.top(row, 2) for row in (pi + noise).view(-1, 4).tolist()])
-        if len(scores) > 1:
-            scheduler.step()
-        learn_from(optimizer, weight, random(64, 8))
-    assert scores[-1] != expected  # sharp or not matters
 
 
 def test_a_rate_that_rises_does_not_turn_the_draws_round() -> None:

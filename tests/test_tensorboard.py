@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from modules import FAST, Net, fit
+from rules import mask_callback
 from test_mlflow import FIGURES
-
-from maskpro_lightning import MaskProCallback
 
 # Reads what it is to show; tensorboardX, with which Lightning would write too, cannot.
 pytest.importorskip("tensorboard")
@@ -30,7 +29,7 @@ def shown(folder: Path, plugin: str) -> dict[str, list[Any]]:
 
 
 def test_numbers_and_figures_arrive(tmp_path: Path) -> None:
-    callback, logger = MaskProCallback(lr=FAST), TensorBoardLogger(tmp_path, name="", version="")
+    callback, logger = mask_callback(lr=FAST), TensorBoardLogger(tmp_path, name="", version="")
     fit(Net(), callback, folder=tmp_path, logger=logger, max_steps=8, log_every_n_steps=2)
     numbers, figures = shown(tmp_path, "scalars"), shown(tmp_path, "images")
     for name in ("loss", "entropy", "changed"):

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from oracle import random
+from rules import mask_optimizer
 from torch import Tensor, nn
 
-from maskpro_lightning import MaskPro
 from maskpro_lightning.optim import together
 
 SHAPES = {"a": (8, 16), "b": (24, 8), "c": (1, 12), "d": (6, 8, 3, 3), "e": (5, 16), "f": (8, 16)}
@@ -27,7 +27,7 @@ def learned(rule: dict[str, Any]) -> dict[str, Tensor]:
             ("ef", {"input_dim": -1, "lr": 0.7}),
         )
     ]
-    optimizer = MaskPro(groups, lr=0.3, logit_scale=1.0, fused=False, **rule)
+    optimizer = mask_optimizer(groups, lr=0.3, logit_scale=1.0, fused=False, **rule)
 
     def loss(residual: float) -> Tensor:
         for number, weight in enumerate(weights.values()):

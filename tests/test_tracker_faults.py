@@ -30,10 +30,11 @@ from modules import (
     same_weights,
 )
 from rich.console import Console
+from rules import mask_callback, mask_optimizer
 from test_mlflow import FIGURES, FILES, Store, told
 from torch import nn
 
-from maskpro_lightning import MaskPro, MaskProCallback, NMPattern, save_masks
+from maskpro_lightning import MaskProCallback, NMPattern, save_masks
 from maskpro_lightning.cli import SaveConfig, _tell_mlflow, main
 from maskpro_lightning.files.export import save_distributions
 from maskpro_lightning.tracking.credentials import without_credentials
@@ -85,10 +86,10 @@ def test_what_a_dead_server_missed_is_sent_later(
                 for name in ("log_batch", "log_artifact", "set_terminated", "get_run"):
                     patch.setattr(MlflowClient, name, refuse)
 
-    logged_fit(tmp_path / "whole", store.logger("whole"), MaskProCallback(lr=FAST))
+    logged_fit(tmp_path / "whole", store.logger("whole"), mask_callback(lr=FAST))
     with monkeypatch.context() as patch:
         logger = store.logger("dead")
-        logged_fit(tmp_path, logger, MaskProCallback(lr=FAST), Unplugs())
+        logged_fit(tmp_path, logger, mask_callback(lr=FAST), Unplugs())
     run = store.only_run("dead")
     assert store.artifacts(run) == set()
     assert max(step for _, step, _ in points(store, "dead")) == 1
@@ -109,7 +110,7 @@ def test_a_run_without_a_server_is_sent_to_one_from_the_command_line(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger = CSVLogger(tmp_path, name="alone", version="")
-    logged_fit(tmp_path, logger, MaskProCallback(lr=FAST, seed=4))
+    logged_fit(tmp_path, logger, mask_callback(lr=FAST, seed=4))
     folder = tmp_path / "alone" / "maskpro"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["maskpro"])
@@ -171,7 +172,7 @@ def test_a_full_disk_costs_no_fit_and_is_told_once(
     else:
         folder.mkdir(parents=True)
         (folder / full.replace("history.csv", ".history.csv.partial")).symlink_to("/dev/full")
-    callback, logger = MaskProCallback(lr=FAST), CSVLogger(tmp_path, name="run", version="")
+    callback, logger = mask_callback(lr=FAST), CSVLogger(tmp_path, name="run", version="")
     save = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=-1)
     module = Net()
     fit(module, callback, save, folder=tmp_path, logger=logger, max_steps=8, log_every_n_steps=2)
@@ -187,7 +188,7 @@ def test_a_full_disk_ends_the_fit_if_asked_to(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "maskpro"
     folder.mkdir(parents=True)
     (folder / ".history.csv.partial").symlink_to("/dev/full")
-    module, callback = Net(), MaskProCallback(lr=FAST, on_logger_error="raise")
+    module, callback = Net(), mask_callback(lr=FAST, on_logger_error="raise")
     logger = CSVLogger(tmp_path, name="run", version="")
     trainer = quiet_trainer(tmp_path, callback, logger=logger, max_steps=4, log_every_n_steps=2)
     with pytest.raises(OSError, match="No space left on device"):
@@ -232,7 +233,7 @@ def test_no_secret_is_logged_printed_or_written(
     uri = "https://me:s3cr3t@host:5000"
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "s3cr3t-password")
     caplog.set_level(logging.DEBUG)
-    trainer = logged_fit(tmp_path, Broken(tmp_path), MaskProCallback())
+    trainer = logged_fit(tmp_path, Broken(tmp_path), mask_callback())
     config = SaveConfig(SimpleNamespace(dump=lambda *_, **__: f"tracking_uri: {uri}"), None)
     config.save_config(trainer, None, "fit")
     mlflow = MLFlowLogger("secret", tracking_uri=uri)
@@ -260,14 +261,14 @@ def test_layers_may_be_named_like_paths(
             for number, name in enumerate(("/etc", "a//b")):
                 self.net.add_module(name, linear(16, number))
 
-    fit(Odd(), MaskProCallback(), folder=tmp_path, logger=store.logger("odd"), max_steps=4)
+    fit(Odd(), mask_callback(), folder=tmp_path, logger=store.logger("odd"), max_steps=4)
     assert told(caplog) == []
     assert "maskpro/entropy/net..etc.weight" in store.only_run("odd").data.metrics
 
 
 def test_no_name_of_a_weight_leaves_the_folder(tmp_path: Path) -> None:
     weights = {name: nn.Parameter(torch.ones(4, 4)) for name in ("../../x", "/tmp/y", "..")}
-    optimizer = MaskPro(weights.items())
+    optimizer = mask_optimizer(weights.items())
     optimizer.begin()
     folder = tmp_path / "a" / "b" / "c"
     folder.mkdir(parents=True)

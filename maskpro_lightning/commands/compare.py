@@ -15,8 +15,8 @@ import lightning.pytorch as pl
 from rich.table import Table
 from tqdm import tqdm
 
-from maskpro_lightning.fit.baseline import traceless
 from maskpro_lightning.fit.callback import MaskProCallback
+from maskpro_lightning.fit.traceless import traceless
 from maskpro_lightning.initial import calibration
 from maskpro_lightning.optim.optimizer import MaskPro
 from maskpro_lightning.weights.targets import Target, find_targets, parameter_groups
@@ -71,7 +71,7 @@ def compare(
                 method,
                 targets,
                 callback.pattern,
-                seed=callback.rule["seed"],
+                seed=callback.seed,
                 batches=partial(_calibrate, trainer, module, data, callback.calibration_batches),
             )
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from maskpro_lightning.masks.pattern import NMPattern
-from maskpro_lightning.optim.lean_weight import LeanWeight
+from maskpro_lightning.optim.estimators import EstimatorName
 from maskpro_lightning.optim.masked_weight import MaskedWeight
-from maskpro_lightning.optim.rule import Estimator, LogitsDtype, Memory
+from maskpro_lightning.optim.states import LogitsDtype, Memory
+from maskpro_lightning.weights.layout import Layout
 from maskpro_lightning.weights.targets import Target
 
 Strategy = Literal["ddp", "fsdp1", "fsdp2"]
@@ -53,7 +54,7 @@ def plan(
     *,
     devices: int,
     strategy: Strategy = "fsdp2",
-    estimator: Estimator = "policy",
+    estimator: EstimatorName = "straight_through",
     rows: int | None = None,
     pattern: str | NMPattern = "2:4",
     memory: Memory = "plain",
@@ -74,17 +75,12 @@ def plan(
         logits_dtype: "float32" or "bfloat16".
 
     Raises:
-        ValueError: an unknown strategy, less than one device, or shards with "lean".
+        ValueError: an unknown strategy, or less than one device.
     """
     if strategy not in get_args(Strategy) or devices < 1:
         raise ValueError(
             f"There is no plan for {strategy!r} on {devices} devices: strategy is one of "
             f"{', '.join(get_args(Strategy))}, and devices at least 1."
-        )
-    if memory == "lean" and strategy != "ddp" and devices > 1:
-        raise ValueError(
-            f"memory='lean' exchanges whole weights, but {strategy} shards them over {devices} "
-            f"ranks: plan with memory='plain', or with strategy='ddp'."
         )
     share = {"ddp": _all, "fsdp1": _run, "fsdp2": _rows}[strategy]
     weights = [*model.parameters(), *model.buffers()]
@@ -95,22 +91,30 @@ def plan(
             model, targets, units, lambda p: share(p, devices) * p.element_size()
         )
     for target in targets:
-        weight = target.parameter
-        # Lean weights are whole, so their groups are, too.
-        size = weight.shape if memory == "lean" else (share(weight, devices),)
-        part = torch.empty(size, dtype=weight.dtype, device="meta")
-        mask = torch.empty(size, dtype=torch.bool, device="meta")
-        about = part, mask, mask.to(getattr(torch, logits_dtype))
-        if memory == "lean":
-            kept = LeanWeight.state(*about, NMPattern.parse(pattern), target.input_dim)
-        else:
-            kept = MaskedWeight.state(*about)
+        layout = _part(target, NMPattern.parse(pattern), strategy, devices)
+        weight = torch.empty(layout.size, dtype=target.parameter.dtype, device="meta")
+        mask = torch.empty(layout.padded_size, dtype=torch.bool, device="meta")
+        logits = mask.to(getattr(torch, logits_dtype))
+        lean = memory == "lean" and not layout.cut
+        kept = MaskedWeight.state(layout, weight, mask, mask, logits, lean=lean)
+        kept.pop("redrawn")  # a number for each of many groups
         for name, value in kept.items():
             state[name] = state.get(name, 0) + value.numel() * value.element_size()
     whole = max((_bytes(unit.parameters()) for unit in _units(model)), default=0)
     forwards = {"policy": 2, "straight_through": 3}[estimator]
     seen = None if rows is None else _activations(model, rows, estimator)
     return Plan(state, 0 if strategy == "ddp" or devices == 1 else whole, seen, forwards)
+
+
+def _part(target: Target, pattern: NMPattern, strategy: Strategy, devices: int) -> Layout:
+    """Where the largest part of a weight lies that a rank may have."""
+    whole = Layout.of(target.parameter, pattern, target.input_dim)
+    if devices == 1 or strategy == "ddp":
+        return whole
+    if strategy == "fsdp1":
+        return Layout.run(whole, 0, _run(target.parameter, devices), ())
+    rows = math.ceil(whole.shape[0] / devices)
+    return replace(whole, size=(rows, *whole.shape[1:]))
 
 
 def _gradients(
@@ -155,7 +159,7 @@ def _bytes(tensors: Iterator[nn.Parameter]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _activations(model: nn.Module, rows: int, estimator: Estimator) -> int:
+def _activations(model: nn.Module, rows: int, estimator: EstimatorName) -> int:
     """Estimate from the weights' shapes what is alive at once, in bytes.
 
     Without gradients that is the widest block, or the loss; with them all inputs and outputs of

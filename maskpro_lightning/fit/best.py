@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from maskpro_lightning.optim.masked_weight import Version
 from maskpro_lightning.optim.optimizer import MaskPro
@@ -18,12 +19,14 @@ MonitorMode = Literal["min", "max"]
 
 
 class BestMask:
-    """Remembers the most likely mask of the best validation.
+    """Remembers the most likely mask of the best validation, and the buffers of that moment.
+
+    Buffers, such as BatchNorm's running statistics, belong to the mask that they were gathered
+    under: what was measured is the two together.
 
     Args:
         monitor: The metric that validations are compared by; None compares nothing.
         mode: Whether a lower or a higher one is better.
-        keeps: Whether the optimizer has a place for a mask; or else a better one is only told of.
 
     Attributes:
         value: The best value so far, or None.
@@ -31,22 +34,25 @@ class BestMask:
         expected: Whether validations may log the metric.
     """
 
-    def __init__(self, monitor: str | None, mode: MonitorMode, *, keeps: bool) -> None:
+    def __init__(self, monitor: str | None, mode: MonitorMode) -> None:
         self.monitor, self._sign = monitor, {"min": 1, "max": -1}[mode]
-        self._keeps = keeps
         self.value: float | None = None
         self.step = 0
         self.expected = monitor is not None
         self._last: float | None = None
-        self._kept = keeps
+        self._logged: list[str] = []
+        self._buffers: dict[str, Tensor] = {}
 
-    def expect(self, trainer: Any) -> None:
+    def expect(self, logged: Mapping[str, Any]) -> None:
         """Learn from the sanity check whether validations log the metric."""
-        self.expected = self.monitor in trainer.callback_metrics
+        self.expected = self.monitor in logged
 
-    def judge(self, trainer: Any, optimizer: MaskPro) -> None:
+    def judge(
+        self, logged: Mapping[str, Any], trainer: Any, module: nn.Module, optimizer: MaskPro
+    ) -> None:
         """Look at what a validation has logged; a collective call."""
-        metric = trainer.callback_metrics.get(self.monitor)
+        self._logged = list(logged)
+        metric = None if self.monitor is None else logged.get(self.monitor)
         if metric is None:
             return
         metric = torch.as_tensor(metric, device=trainer.strategy.root_device).float()
@@ -56,41 +62,74 @@ class BestMask:
         better = self.value is None or self._sign * last < self._sign * self.value
         if better and math.isfinite(last):
             self.value, self.step = last, trainer.global_step
-            self._kept = self._keeps
-            if self._keeps:
-                optimizer.remember()
+            self._buffers = {name: value.clone() for name, value in module.named_buffers()}
+            optimizer.remember()
 
     @property
     def version(self) -> Version:
         """What to deploy if the fit ended now."""
-        return "best" if self._worse and self._kept else "mode"
+        return "best" if self._worse else "mode"
 
     @property
     def _worse(self) -> bool:
         """Whether the last validation was not the best one; also if it was not finite."""
         return self.value is not None and self._last != self.value
 
-    def tell(self) -> None:
-        """Say so if later masks were worse than an earlier one."""
+    @torch.no_grad()
+    def put_buffers(self, module: nn.Module) -> None:
+        """Give a module the buffers that belong to the mask to deploy."""
+        if self._worse:
+            for name, buffer in module.named_buffers():
+                if name in self._buffers:
+                    buffer.copy_(self._buffers[name])
+
+    def with_buffers(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A module's state dict with the buffers that belong to the mask to deploy."""
         if not self._worse:
-            return
-        which = "the initial mask" if self.step == 0 else f"the mask of step {self.step}"
-        done = "is deployed" if self._kept else "is gone, since memory='lean' keeps none"
-        _log.warning(
-            f"{which.capitalize()} {done}: its {self.monitor} was {self.value:.4g}, that of the "
-            f"last validation {self._last:.4g}."
-        )
+            return state
+        return {
+            name: self._buffers[name].to(value.device) if name in self._buffers else value
+            for name, value in state.items()
+        }
 
-    def state_dict(self) -> dict[str, Any]:
-        numbers = {"value": self.value, "step": self.step, "last": self._last, "kept": self._kept}
-        return numbers | {"monitor": self.monitor}
+    def tell(self) -> None:
+        """Say so if later masks were worse than an earlier one, or if nothing was compared."""
+        if self._worse:
+            which = "the initial mask" if self.step == 0 else f"the mask of step {self.step}"
+            _log.warning(
+                f"{which.capitalize()} is deployed: its {self.monitor} was {self.value:.4g}, that "
+                f"of the last validation {self._last:.4g}."
+            )
+        elif self._logged and self.value is None and self.monitor is not None:
+            _log.warning(
+                f"The last mask is deployed, since no validation logged {self.monitor!r}, by which "
+                f"masks are compared: set monitor to one of {', '.join(map(repr, self._logged))}."
+            )
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue, unless by another metric."""
+    def state_dict(self, module: nn.Module | None) -> dict[str, Any]:
+        """The numbers; and where a checkpoint's weights are not the last ones, those buffers."""
+        numbers = {"value": self.value, "step": self.step, "last": self._last}
+        state = numbers | {"monitor": self.monitor}
+        if self._worse and module is not None and self._buffers:
+            last = {name: value.clone() for name, value in module.named_buffers()}
+            state |= {"buffers": {"best": self._buffers, "last": last}}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any], module: nn.Module) -> None:
+        """Continue, unless by another metric; the module gets the buffers of the last step."""
+        buffers = state.get("buffers", {})
+        for name, buffer in module.named_buffers():
+            if name in buffers.get("last", {}):
+                buffer.copy_(buffers["last"][name])
         if state["monitor"] != self.monitor:
             return
         self.value, self._last = (
             None if state[name] is None else float(state[name]) for name in ("value", "last")
         )
         self.step = int(state["step"])
-        self._kept = self._keeps and bool(state["kept"])
+        self._buffers = {
+            name: value.to(buffer.device)
+            for name, buffer in module.named_buffers()
+            if (value := buffers.get("best", {}).get(name)) is not None
+        }

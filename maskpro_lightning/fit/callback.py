@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from maskpro_lightning.fit import start, strategies
-from maskpro_lightning.fit.baseline import BaselineCache, traceless
+from maskpro_lightning.fit import neighbours, start, strategies
+from maskpro_lightning.fit.baseline import BaselineCache
 from maskpro_lightning.fit.best import BestMask, MonitorMode
 from maskpro_lightning.fit.distillation import Distillation
 from maskpro_lightning.fit.passes import Passes
 from maskpro_lightning.fit.patches import Patches
 from maskpro_lightning.fit.start import Init
+from maskpro_lightning.fit.traceless import traceless
 from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.optim.estimators import Estimator, EstimatorName, Policy, estimator_of
 from maskpro_lightning.optim.optimizer import MaskPro
-from maskpro_lightning.optim.rule import Estimator, Exploration, LogitsDtype, Memory, policy_lr
+from maskpro_lightning.optim.states import LogitsDtype, Memory
 from maskpro_lightning.tracking.journal import Journal
 from maskpro_lightning.tracking.loggers import OnError, Tracking
 from maskpro_lightning.tracking.metrics import mask_metrics
@@ -48,18 +50,18 @@ Trainer = Any
 # often, since reading a number waits for the device; so it can be nearly twice as many.
 _PATIENCE = 100
 # Of what a checkpoint holds of the callback.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class MaskProCallback(pl.Callback):
     """Learn N:M masks during ``Trainer.fit``, leaving the weights as they are.
 
     For the length of the fit the callback takes the place of the module's optimizer: each training
-    step evaluates a drawn mask instead of computing gradients, and :class:`MaskPro` moves the
-    logits. Validation sees the most likely mask. Afterwards the module holds that mask, or an
-    earlier one that did better in validation: exactly N of every M, the kept weights bit for bit
-    the original ones. What a checkpoint would deploy is what it holds as weights. If the fit fails,
-    the module holds the dense weights again.
+    step evaluates a drawn mask, and :class:`MaskPro` moves the logits. Validation sees the most
+    likely mask. Afterwards the module holds that mask, or an earlier one that did better in
+    validation: exactly N of every M, the kept weights bit for bit the original ones. What a
+    checkpoint would deploy is what it holds as weights. If the fit fails, the module holds the
+    dense weights again.
 
     Args:
         pattern: Weights kept of every M along the input dimension, such as "2:4".
@@ -70,32 +72,21 @@ class MaskProCallback(pl.Callback):
             (ours, or MaskLLM's ``.npz``), or masks by parameter name.
         calibration_batches: Training batches that "wanda", "sparsegpt" and "reconstruction" look
             at.
-        estimator: "policy" learns from the loss alone, without a backward pass;
-            "straight_through" from gradients, and gets further on the same compute.
-        lr: Step size of the logits, see :class:`MaskPro`. By default that of the policy depends on
-            the length of the fit, see :func:`policy_lr`.
+        estimator: "straight_through" learns from gradients. "policy", the paper's, learns from the
+            loss alone, without a backward pass, and gets much less far. Or a
+            :class:`StraightThrough` or :class:`Policy` with numbers of your own.
         lr_scheduler: Makes a learning rate scheduler, stepped every training step, from the
             optimizer; as in ``LightningCLI``. By default the rate falls to 0, linearly, over the
             fit; with the published rule, or where the fit has no end, it is constant.
-        logit_scale: How far apart logits start, see :class:`MaskPro`.
-        sharpness: How much sharper draws become while the rate falls, see :class:`MaskPro`.
-        momentum: Decay of the tracker of residuals.
-        normalize: Scale residuals by their running spread; False is the published rule.
         seed: Seed of all draws.
-        exploration: "shared": the ranks evaluate one mask on all their data. "per_replica": each
-            copy of the model evaluates a mask of its own on its own data, and all learn from all,
-            see :class:`MaskPro`; with ``strategy="ddp"`` each rank is one.
-        fused: Compile the step of the masks, see :class:`MaskPro`.
         memory: "lean" keeps no dense copy of the weights, see :class:`MaskPro`.
         logits_dtype: "bfloat16" halves the logits, see :class:`MaskPro`.
-        baseline_cache: Batches whose baseline is remembered; 0 measures it at every step.
         distillation: Learn from the distance to the dense model's own outputs instead of the loss
             of the training step; costs one more forward pass per batch.
         monitor: The metric of validations by which an earlier mask is deployed instead of the last
-            one; where the module does not log it, or this is None, the last one always is. With
-            memory="lean" no earlier mask is kept, and a worse last one only told.
+            one. The initial mask is validated first. Where the module does not log it, or this is
+            None, the last mask is deployed.
         monitor_mode: Whether a lower ("min") or a higher ("max") value is better.
-        eval_on_start: Validate the initial mask before the first step, if there is a ``monitor``.
         log_distributions: Hand the logits to the loggers that keep files at every checkpoint
             (4 bytes per weight).
         on_logger_error: "warn" goes on without a logger that fails, "raise" ends the fit.
@@ -103,6 +94,9 @@ class MaskProCallback(pl.Callback):
     Attributes:
         optimizer: The :class:`MaskPro` of the last fit, with logits and dense weights; None
             before the first.
+
+    Raises:
+        TypeError, ValueError: an argument that is none of its choices, or out of range.
     """
 
     def __init__(
@@ -111,25 +105,16 @@ class MaskProCallback(pl.Callback):
         *,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
-        init: Init = "magnitude",
+        init: Init = "sparsegpt",
         calibration_batches: int = 16,
-        estimator: Estimator = "policy",
-        lr: float | None = None,
+        estimator: Estimator | EstimatorName = "straight_through",
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
-        logit_scale: float | None = None,
-        sharpness: float = 1.0,
-        momentum: float = 0.99,
-        normalize: bool = True,
         seed: int = 0,
-        exploration: Exploration = "shared",
-        fused: bool | None = None,
         memory: Memory = "plain",
         logits_dtype: LogitsDtype = "float32",
-        baseline_cache: int = 2**16,
         distillation: Distillation | None = None,
         monitor: str | None = "val_loss",
         monitor_mode: MonitorMode = "min",
-        eval_on_start: bool = True,
         log_distributions: bool = True,
         on_logger_error: OnError = "warn",
     ) -> None:
@@ -138,59 +123,67 @@ class MaskProCallback(pl.Callback):
         self.include = include
         self.exclude = exclude
         self.init = start.check_init(init)
-        self.baseline_cache = baseline_cache
-        self.distillation = distillation
         self.calibration_batches = calibration_batches
+        self.estimator = estimator_of(estimator)
         self.lr_scheduler = lr_scheduler
-        self.how: dict[str, Any] = {
-            "fused": fused,
-            "memory": memory,
-            "logits_dtype": logits_dtype,
-        }
-        self.rule: dict[str, Any] = {
-            "estimator": estimator,
-            "lr": lr,
-            "logit_scale": logit_scale,
-            "sharpness": sharpness,
-            "momentum": momentum,
-            "normalize": normalize,
-            "seed": seed,
-            "exploration": exploration,
-        }
+        self.seed = seed
+        self.memory, self.logits_dtype = memory, logits_dtype
+        self.distillation = distillation
+        self.monitor, self.monitor_mode = monitor, monitor_mode
         self.log_distributions = log_distributions
         self.on_logger_error = on_logger_error
         self.optimizer: MaskPro | None = None
-        for name, value, least in (
-            ("calibration_batches", calibration_batches, 1),
-            ("baseline_cache", baseline_cache, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} is {value}, but {name} >= {least} must hold.")
+        if calibration_batches < 1:
+            raise ValueError(
+                f"calibration_batches is {calibration_batches}, but calibration_batches >= 1 must "
+                f"hold."
+            )
         for name, given, choices in (
             ("on_logger_error", on_logger_error, get_args(OnError)),
             ("monitor_mode", monitor_mode, get_args(MonitorMode)),
         ):
             if given not in choices:
                 raise ValueError(f"{name} is one of {', '.join(choices)}; got {given!r}.")
-        self.monitor, self.monitor_mode = monitor, monitor_mode
-        self.eval_on_start = eval_on_start
-        self._baselines = BaselineCache(baseline_cache)
-        self._best = self._new_best()
+        # Made for its checks.
+        weight = nn.Parameter(torch.zeros(self.pattern.m, device="cpu"))  # never on "meta"
+        self._new_optimizer([weight], self.estimator, fused=False)
+        self._forget()
+
+    def _new_optimizer(self, params: Any, estimator: Estimator, **kwargs: Any) -> MaskPro:
+        return MaskPro(
+            params,
+            self.pattern,
+            estimator=estimator,
+            seed=self.seed,
+            memory=self.memory,
+            logits_dtype=self.logits_dtype,
+            **kwargs,
+        )
+
+    def _forget(self) -> None:
+        """Begin anew what belongs to one fit."""
+        policy = self.estimator if isinstance(self.estimator, Policy) else None
+        self._baselines = BaselineCache(policy.baseline_cache if policy else 0)
+        self._best = BestMask(self.monitor, self.monitor_mode)
         self._journal = Journal()
         self._failed = False
         self._fitting = False
         self._stepped = False
+        self._logged_before: dict[str, Any] = {}
         self._window: list[Tensor] = []
         self._targets: list[Target] = []
         self._patches = Patches()
         self._backward = ExitStack()
         self._tracking: Tracking | None = None
-        # Made for its checks, and for the defaults that it fills in.
-        weight = nn.Parameter(torch.zeros(self.pattern.m, device="cpu"))  # never on "meta"
-        how = {**self.how, "fused": False}  # where it runs may have a compiler
-        trial = MaskPro([weight], self.pattern, **self.rule, **how)
-        self._lr_given = lr is not None
-        self.rule = {name: trial.defaults[name] for name in self.rule}
+
+    def __repr__(self) -> str:
+        init = self.init if isinstance(self.init, str) else "masks"
+        does = f"{self.pattern} masks from {init} by {self.estimator}"
+        if self.optimizer is None:
+            return f"MaskProCallback({does})"
+        group = self.optimizer.param_groups[0]
+        masked = sum(math.prod(layout.shape) for layout in self.optimizer.layouts.values())
+        return f"MaskProCallback({does}; {masked:,} weights after {group['step']} steps)"
 
     # Entering and leaving the fit
 
@@ -206,28 +199,24 @@ class MaskProCallback(pl.Callback):
         if stage != "fit":
             return
         self._refuse_unsupported(trainer, pl_module)
+        self._forget()
+        self.optimizer = None
         self._tracking = Tracking(trainer, self.on_logger_error)
         self._tracking.folder()  # what loggers miss from now on is kept there
         self._mlflow_run = MLflowRun(trainer, self._tracking)
-        self._baselines = BaselineCache(self.baseline_cache)
-        self._best = self._new_best()
-        self._journal = Journal()
-        self.optimizer = None
         self._trainer, self._module = trainer, pl_module
         self._stand_in(trainer, pl_module)
-        self._failed = False
         self._fitting = True
-
-    def _new_best(self) -> BestMask:
-        keeps = self.how["memory"] == "plain"
-        return BestMask(self.monitor, self.monitor_mode, keeps=keeps)
 
     def _stand_in(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         """Put methods of ours in the place of the module's and the strategy's."""
         put, strategy = self._patches.put, trainer.strategy
+        put(trainer, "callbacks", neighbours.without_rivals(trainer.callbacks))
         put(pl_module, "configure_optimizers", self._configure_optimizers)
         put(pl_module, "optimizer_step", self._optimizer_step)
-        put(pl_module, "lr_scheduler_step", lambda scheduler, metric: scheduler.step())
+        put(pl_module, "lr_scheduler_step", self._lr_scheduler_step)
+        if not self.estimator.needs_gradients:
+            put(pl_module, "backward", lambda *args, **kwargs: None)
         self._passes = Passes(
             trainer,
             pl_module,
@@ -243,21 +232,25 @@ class MaskProCallback(pl.Callback):
         )
         for name, method in patches.items():
             put(strategy, name, method)
-        self._gradients = strategies.Gradients(
-            strategy, self._patches, lambda: [target.parameter for target in self._find_targets()]
-        )
+        self._gradients = strategies.Gradients(strategy, self._patches)
+        self._configure_model_inside = put(pl_module, "configure_model", self._configure_model)
         # Lightning's last call on the way out, after a fit that failed as well.
         self._teardown_inside = put(strategy, "teardown", self._leave)
-        if self._forward_only:
-            put(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward", True)
+
+    def _configure_model(self) -> None:
+        """Stands in for the module's: then choose the weights, before a strategy wraps them."""
+        self._configure_model_inside()
+        if self.estimator.needs_gradients:
+            weights = [target.parameter for target in self._find_targets()]
+            self._gradients.expect(self._module, weights)
 
     def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         keeps = bool(trainer.loggers) and not trainer.fast_dev_run
-        self._journal.open(self._tracking_.folder(), keeps, writes=trainer.is_global_zero)
+        self._journal.open(self._tracker.folder(), keeps, writes=trainer.is_global_zero)
         parameters = self._parameters(pl_module)
-        self._journal.parameters(parameters, self._tracking_)
+        self._journal.parameters(parameters, self._tracker)
         if self._optimizer.begun:
-            self._tracking_.resume()
+            self._tracker.resume()
         self._mlflow_run.begin({f"maskpro.{name}": parameters[name] for name in TAGGED})
 
     def on_train_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
@@ -265,8 +258,8 @@ class MaskProCallback(pl.Callback):
             # The fit was too short for a row, or ends between two.
             self._journal.step(trainer.global_step, self._cheap_numbers() | self._costly_numbers())
         self._best.tell()
-        self._optimizer.write(self._best.version)
-        self._journal.close(self._optimizer, self._best.version, self._tracking_)
+        self._deploy()
+        self._journal.close(self._optimizer, self._best.version, self._tracker)
 
     def on_exception(
         self, trainer: Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -276,24 +269,37 @@ class MaskProCallback(pl.Callback):
         if self._fitting and self.optimizer is not None:
             self.optimizer.write("dense")
 
+    def _deploy(self) -> None:
+        """Leave the module with the mask to deploy, and the buffers that belong to it."""
+        optimizer = self._optimizer
+        if not optimizer.begun:
+            _log.warning(
+                "This fit made no step, so nothing is masked: the module holds its dense weights."
+            )
+        optimizer.write(self._best.version)
+        self._best.put_buffers(self._module)
+
     def _leave(self) -> None:
         """Stands in for the strategy's teardown: everything of the user's is theirs again."""
         self._mlflow_run.end()
-        if self.optimizer is not None:
-            self.optimizer.write("dense" if self._failed else self._best.version)
-        teardown = self._teardown_inside
-        self._patches.undo()
-        self._window.clear()
-        self._backward.close()
-        self._fitting = False
-        # All that leads to the trainer, so that the callback can be copied and pickled.
-        self._tracking = None
-        self._targets = []
-        for name in ("_trainer", "_module", "_passes", "_gradients", "_mlflow_run", "log"):
-            vars(self).pop(name, None)
-        for name in [name for name in vars(self) if name.endswith("_inside")]:
-            del vars(self)[name]
-        teardown()
+        try:
+            if self.optimizer is not None:
+                self.optimizer.write("dense" if self._failed else self._best.version)
+        finally:
+            teardown = self._teardown_inside
+            self._patches.undo()
+            self._window.clear()
+            self._logged_before.clear()
+            self._backward.close()
+            self._fitting = False
+            # All that leads to the trainer, so that the callback can be copied and pickled.
+            self._tracking = None
+            self._targets = []
+            for name in ("_trainer", "_module", "_passes", "_gradients", "_mlflow_run", "log"):
+                vars(self).pop(name, None)
+            for name in [name for name in vars(self) if name.endswith("_inside")]:
+                del vars(self)[name]
+            teardown()
 
     # Training under drawn masks
 
@@ -309,14 +315,14 @@ class MaskProCallback(pl.Callback):
                 self.init,
                 self._targets,
                 self.pattern,
-                seed=self.rule["seed"],
+                seed=self.seed,
                 trainer=trainer,
                 batches=self.calibration_batches,
                 run=self._passes.plain,
                 whole=self._optimizer.whole,
             )
             self._optimizer.begin(masks)
-        if self.eval_on_start and self._best.expected and trainer.enable_validation:
+        if self._best.expected and trainer.enable_validation:
             self._validate(trainer)
 
     def _validate(self, trainer: Trainer) -> None:
@@ -329,21 +335,17 @@ class MaskProCallback(pl.Callback):
         trainer.training = True
         connector._first_loop_iter = first_loop_iter
 
-    @property
-    def _forward_only(self) -> bool:
-        return bool(self.rule["estimator"] == "policy")
-
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the strategy's training step: baseline, then the drawn mask."""
         passes, baseline = self._passes, None
-        with torch.set_grad_enabled(not self._forward_only):
+        with torch.set_grad_enabled(self.estimator.needs_gradients):
             passes.ask_teacher(self._optimizer, *args, **kwargs)
-            if self._forward_only:
+            if not self.estimator.needs_gradients:
                 baseline = passes.baseline(self._optimizer, *args, **kwargs)
             output, loss = passes.evaluate(*args, **kwargs)
         if loss is None:
             return output
-        if not self._forward_only:
+        if self.estimator.needs_gradients:
             self._expect_gradients(loss)
         losses = [loss] if baseline is None else [loss, baseline]
         self._window.append(torch.stack([value.detach().float() for value in losses]))
@@ -352,8 +354,8 @@ class MaskProCallback(pl.Callback):
     def _expect_gradients(self, loss: Tensor) -> None:
         if not loss.requires_grad:
             raise RuntimeError(
-                f"The loss of {type(self._module).__name__} has no gradient: let the masked "
-                f"weights require one (requires_grad=True), or choose estimator='policy'."
+                f"The loss of {type(self._module).__name__} has no gradient, which "
+                f"estimator='straight_through' learns from: choose estimator='policy'."
             )
         finite = loss.detach().isfinite()
         # What is not finite shall teach nothing, and gradients are used before this can be asked.
@@ -362,8 +364,9 @@ class MaskProCallback(pl.Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        passes = trainer.accumulate_grad_batches
-        self._backward.enter_context(self._gradients.learning(self._optimizer, passes))
+        if self.estimator.needs_gradients:
+            passes = trainer.accumulate_grad_batches
+            self._backward.enter_context(self._gradients.taken_by(self._optimizer, passes))
 
     def on_after_backward(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         self._backward.close()
@@ -377,14 +380,14 @@ class MaskProCallback(pl.Callback):
             return
         losses = torch.stack(self._window).mean(0)
         self._window.clear()
-        if not (self._forward_only and self.rule["exploration"] == "per_replica"):
-            losses = self._trainer.strategy.reduce(losses, reduce_op="mean")
-        loss, *baseline = losses
-        self._optimizer.step(lambda: loss, *baseline)  # the gradients have been learned from
+        self._optimizer.learn(*self._trainer.strategy.reduce(losses, reduce_op="mean"))
         self._module.zero_grad()
         self._stepped = True
         if self._optimizer.param_groups[0]["step"] % _PATIENCE == 0:
             self._end_if_nothing_is_finite(batch_idx)
+
+    def _lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step()
 
     def _end_if_nothing_is_finite(self, batch_idx: int) -> None:
         skipped = int(self._optimizer.tracker["skipped_in_a_row"])
@@ -393,7 +396,7 @@ class MaskProCallback(pl.Callback):
         losses = {name: float(value) for name, value in self._optimizer.last.items()}
         what, seen = "No gradient", f"{losses['loss']:g} under the drawn mask"
         remedy = "look at the batches, the loss and the precision"
-        if self._forward_only:
+        if not self.estimator.needs_gradients:
             what = "No loss"
             seen += f" and {losses['baseline']:g} under the initial one"
             if math.isfinite(losses["baseline"]):
@@ -417,20 +420,20 @@ class MaskProCallback(pl.Callback):
         self._stepped = False
         values = self._cheap_numbers()
         self._log(values)
-        if trainer._logger_connector.should_update_logs:
+        if trainer.global_step % trainer.log_every_n_steps == 0:
             found = self._costly_numbers()
             self._log(found)
             self._journal.step(trainer.global_step, values | found)
 
     def _cheap_numbers(self) -> dict[str, Any]:
         values = dict(self._optimizer.last) | {"skipped": self._optimizer.tracker["skipped"]}
-        if self._forward_only:
+        if not self.estimator.needs_gradients:
             values["delta"] = self._optimizer.tracker["delta"]
         return values
 
     def _costly_numbers(self) -> dict[str, Any]:
         found: dict[str, Any] = mask_metrics(self._optimizer)[""]
-        if self._forward_only:
+        if not self.estimator.needs_gradients:
             found["baseline_hit_rate"] = self._baselines.hit_rate
         return found
 
@@ -444,20 +447,24 @@ class MaskProCallback(pl.Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         if self._fitting:
             self._optimizer.write("mode")
+            self._logged_before = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         if not self._fitting:
             return
+        before = self._logged_before
+        found = trainer.callback_metrics.items()
+        # What training has logged is in there, too, but as the same objects.
+        logged = {name: value for name, value in found if before.get(name) is not value}
         if trainer.sanity_checking:
-            self._best.expect(trainer)
+            self._best.expect(logged)
         if self._optimizer.begun:
             layers = mask_metrics(self._optimizer)
             layers.pop("")
             self._journal.layers(layers)
-            logged = trainer._results.metrics(on_step=False)["callback"]
             self._journal.validation(trainer.global_step, logged)
-            self._best.judge(trainer, self._optimizer)
-            self._tracking_.metrics(
+            self._best.judge(logged, trainer, pl_module, self._optimizer)
+            self._tracker.metrics(
                 {
                     # A tracker may take a slash for a folder, and leave it by "..".
                     f"maskpro/{name}/{layer.replace('/', '.')}": value
@@ -474,14 +481,15 @@ class MaskProCallback(pl.Callback):
         with nullcontext() if optimizer is None else optimizer.applied(version):
             state = self._state_dict_inside()
             strategies.part_from(state, [target.parameter for target in self._targets])
-        return state
+        return self._best.with_buffers(state)
 
     def state_dict(self) -> dict[str, Any]:
+        module = vars(self).get("_module")
         return {
             "format": _FORMAT,
             "baselines": self._baselines.state_dict(),
             "journal": self._journal.state_dict(),
-            "best": self._best.state_dict(),
+            "best": self._best.state_dict(module),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -490,8 +498,8 @@ class MaskProCallback(pl.Callback):
             if number <= _FORMAT:
                 self._baselines.load_state_dict(state_dict["baselines"])
                 self._journal.load_state_dict(state_dict["journal"])
-                if "best" in state_dict:  # not in the first checkpoints of this format
-                    self._best.load_state_dict(state_dict["best"])
+                if "best" in state_dict:  # not in the first checkpoints of format 1
+                    self._best.load_state_dict(state_dict["best"], self._module)
         except Exception as error:
             raise ValueError(
                 f"What this checkpoint holds of MaskProCallback is damaged ({error!r}): resume "
@@ -508,7 +516,7 @@ class MaskProCallback(pl.Callback):
     ) -> None:
         begun = self.optimizer is not None and self.optimizer.begun
         if self._fitting and self.log_distributions and begun:
-            self._journal.distributions(self._optimizer, self._tracking_, trainer.global_step)
+            self._journal.distributions(self._optimizer, self._tracker, trainer.global_step)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -526,7 +534,7 @@ class MaskProCallback(pl.Callback):
         return self.optimizer
 
     @property
-    def _tracking_(self) -> Tracking:
+    def _tracker(self) -> Tracking:
         assert self._tracking is not None
         return self._tracking
 
@@ -537,16 +545,16 @@ class MaskProCallback(pl.Callback):
         sharded = strategies.sharded_model(self._trainer.strategy)
         module = self._module if sharded is None else sharded
         self._targets = self._find_targets(module)
-        steps = self._trainer.estimated_stepping_batches
-        falls = self.lr_scheduler is None and self.rule["normalize"] and 0 < steps < math.inf
-        if falls and self._forward_only and not self._lr_given:
-            self.rule["lr"] = policy_lr(self.pattern, self.rule["logit_scale"], int(steps))
+        estimator, steps = self.estimator, self._trainer.estimated_stepping_batches
+        ends = 0 < steps < math.inf
+        if ends and self.lr_scheduler is None:
+            estimator = estimator.for_steps(self.pattern, int(steps))
         groups = parameter_groups(self._targets)
-        self.optimizer = MaskPro(groups, self.pattern, model=sharded, **self.rule, **self.how)
+        self.optimizer = self._new_optimizer(groups, estimator, model=sharded)
         _log.info(describe(module, self._targets, self.pattern))
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(self.optimizer)
-        elif falls:
+        elif ends and estimator.rate_falls:
             # Not LinearLR, whose state holds the length: a fit resumed for longer would stay at 0.
             scheduler = LambdaLR(self.optimizer, lambda step: max(0.0, 1 - step / steps))
         else:
@@ -563,7 +571,9 @@ class MaskProCallback(pl.Callback):
         return {
             "pattern": str(self.pattern),
             "init": self.init if isinstance(self.init, str) else "masks",
-            **self.rule,
+            "estimator": self.estimator.name,
+            **self._optimizer.estimator.rule(),
+            "seed": self.seed,
             "layers": len(self._targets),
             "masked_weights": masked,
             "masked_share": round(masked / total, 4),

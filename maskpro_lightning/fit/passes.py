@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskpro_lightning.fit.baseline import (
-    BaselineCache,
-    fingerprint,
-    notices_random_numbers,
-    traceless,
-)
+from maskpro_lightning.fit.baseline import BaselineCache, fingerprint
 from maskpro_lightning.fit.distillation import Distillation, Teacher
+from maskpro_lightning.fit.traceless import copied, notices_random_numbers, traceless
+from maskpro_lightning.optim.masked_weight import Version
 from maskpro_lightning.optim.optimizer import MaskPro
 from maskpro_lightning.weights.admission import check_loss
+
+_log = logging.getLogger(__name__)
 
 
 class Passes:
@@ -42,11 +43,42 @@ class Passes:
         self._training_step, self._baselines = training_step, baselines
         self._distillation = distillation
         self._teacher: Teacher | None = None
+        # The parameters that the training step itself changes, such as a moving average's.
+        self._moving: list[Tensor] | None = None
 
     def plain(self, *args: Any) -> None:
         """The training step with the weights as they are, without a trace."""
         with traceless(self._trainer, self._module):
             self._training_step(*args)
+
+    @contextmanager
+    def _extra(self, optimizer: MaskPro, version: Version) -> Iterator[None]:
+        """An extra pass under a version of the weights, without a trace."""
+        unmasked = self._unmasked(optimizer)
+        moving = unmasked if self._moving is None else self._moving
+        before = [(parameter, parameter._version) for parameter in unmasked]
+        if self._moving is None:
+            before_first = [parameter.detach().clone() for parameter in unmasked]
+        with optimizer.applied(version), traceless(self._trainer, self._module, moving):
+            yield
+            changed = [p for p, number in before if p._version != number]
+            if self._moving is None:
+                pairs = zip(unmasked, before_first, strict=True)
+                self._moving = [p for p, value in pairs if not torch.equal(p, value)]
+        known = {id(parameter) for parameter in self._moving}
+        if any(id(parameter) not in known for parameter in changed):
+            raise RuntimeError(
+                f"{type(self._module).__name__}.training_step has begun to change parameters of "
+                f"the module, and would do so twice, since each batch is evaluated more than once: "
+                f"change them in on_train_batch_end."
+            )
+
+    def _unmasked(self, optimizer: MaskPro) -> list[Tensor]:
+        """The parameters that are whole here and not masked."""
+        if optimizer.sharded:
+            return []  # they come and go with each pass
+        masked = {id(weight) for weight in optimizer.layouts}
+        return [p for p in self._module.parameters() if id(p) not in masked]
 
     def ask_teacher(self, optimizer: MaskPro, *args: Any, **kwargs: Any) -> None:
         """Let the dense weights put out what is to be distilled, if anything is."""
@@ -54,13 +86,8 @@ class Passes:
             return
         if self._teacher is None:
             self._teacher = Teacher(self._distillation, self._module)
-        with (
-            torch.no_grad(),
-            optimizer.applied("dense"),
-            traceless(self._trainer, self._module),
-            self._teacher.teaching(),
-        ):
-            self._training_step(*args, **kwargs)
+        with torch.no_grad(), self._extra(optimizer, "dense"), self._teacher.teaching():
+            self._training_step(*copied(args), **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
         """The training step with the weights as they are: its output, and what to learn from."""
@@ -76,24 +103,29 @@ class Passes:
 
     def baseline(self, optimizer: MaskPro, batch: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         """The initial mask's loss on a batch, remembered or measured."""
-        strategy = self._trainer.strategy
-        key = fingerprint(batch) if self._baselines.size else None
-        known = self._baselines.get(key)
+        strategy, baselines = self._trainer.strategy, self._baselines
+        key = fingerprint(batch) if baselines.size else None
+        known = baselines.get(key)
         # Ranks measure together, since a forward pass may communicate.
-        if strategy.reduce_boolean_decision(known is not None, all=True):
+        if not strategy.reduce_boolean_decision(known is not None, all=True):
+            known = None
+        elif not strategy.reduce_boolean_decision(baselines.audits, all=False):
             assert known is not None
             return known.to(strategy.root_device)
-        with (
-            optimizer.applied("initial"),
-            traceless(self._trainer, self._module),
-            notices_random_numbers() as random,
-        ):
-            _, loss = self.evaluate(batch, *args, **kwargs)
+        with self._extra(optimizer, "initial"), notices_random_numbers() as random:
+            _, loss = self.evaluate(copied(batch), *args, **kwargs)
         if loss is None:
             return None
-        loss = loss.detach().float()
-        if not random[0]:  # with dropout, both losses need the same random numbers
-            self._baselines.put(key, loss)
+        dtype, loss = loss.dtype, loss.detach().float()
+        if known is not None:
+            baselines.audit(known, loss, dtype)
+            if baselines.given_up:
+                _log.warning(
+                    f"Baselines are measured at every step from now on, as they depend on more "
+                    f"than the batch: {baselines.given_up}."
+                )
+        elif not random[0]:  # with dropout, both losses need the same random numbers
+            baselines.put(key, loss)
         return loss
 
 

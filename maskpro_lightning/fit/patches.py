@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 
 class Patches:
-    """Attributes put on objects, over those of their classes, until :meth:`undo`."""
+    """Attributes put on objects, over those of their classes, until :meth:`undo`.
+
+    A copy of a module that is made meanwhile, or its pickle, is free of them.
+    """
 
     def __init__(self) -> None:
-        self._before: list[tuple[Any, str, Any]] = []
+        self._undo: list[Callable[[], object]] = []
+        self._on_modules: dict[int, dict[str, Any]] = {}
 
     def put(self, owner: Any, name: str, value: Any) -> Any:
         """Put a value in place of an attribute; returns what was there, or None."""
+        if isinstance(owner, nn.Module) and id(owner) not in self._on_modules:
+            before_all = self._on_modules[id(owner)] = {}
+            self.put(owner, "__getstate__", lambda: _state_of(owner, before_all))
         inside = getattr(owner, name, None)
-        self._before.append((owner, name, vars(owner).get(name)))
-        vars(owner)[name] = value
+        own = vars(owner)
+        if id(owner) in self._on_modules:
+            self._on_modules[id(owner)].setdefault(name, own.get(name, _NOTHING))
+        if isinstance(getattr(type(owner), name, None), property):
+            setattr(owner, name, value)
+            self.finally_do(lambda: setattr(owner, name, inside))
+        elif name in own:
+            before = own[name]
+            self.finally_do(lambda: own.__setitem__(name, before))
+            own[name] = value
+        else:
+            self.finally_do(lambda: own.pop(name, None))
+            own[name] = value
         return inside
+
+    def finally_do(self, act: Callable[[], object]) -> None:
+        """Do something at :meth:`undo`, in reverse order."""
+        self._undo.append(act)
 
     def undo(self) -> None:
         """Leave every object as it was."""
-        while self._before:
-            owner, name, before = self._before.pop()
-            if before is None:
-                vars(owner).pop(name, None)
-            else:
-                vars(owner)[name] = before
+        while self._undo:
+            self._undo.pop()()
+        self._on_modules.clear()
+
+
+_NOTHING = object()
+
+
+def _state_of(module: nn.Module, before: dict[str, Any]) -> Any:
+    """What copies and pickles of a module are made from, without what was put on it."""
+    state = type(module).__getstate__(module)
+    if not isinstance(state, dict):
+        return state
+    state = {name: value for name, value in state.items() if name not in before}
+    return state | {name: value for name, value in before.items() if value is not _NOTHING}

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from maskpro_lightning.files.maskfiles import load_maskllm, load_masks
-from maskpro_lightning.fit.baseline import fresh_batches
+from maskpro_lightning.fit.traceless import fresh_batches
 from maskpro_lightning.initial import calibration
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.targets import Target

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,35 +78,36 @@ def part_from(state: dict[str, Any], weights: Iterable[Tensor]) -> None:
 
 
 class Gradients:
-    """Sees to it that gradients of masked weights are whole when they are learned from.
+    """Sees to it that masked weights get gradients, which are whole when they are learned from.
 
-    DDP averages gradients in buckets, which hold those of all weights until the backward pass is
-    over. Masked weights are taken out of them and averaged one at a time; unless there is nothing
-    else that DDP could look after, or weights may be without a gradient on one rank.
+    Masks need gradients, weights need none: what is frozen requires gradients for the length of the
+    fit. DDP averages gradients in buckets, which hold those of all weights until the backward pass
+    is over. Masked weights are taken out of them and averaged one at a time; unless there is
+    nothing else that DDP could look after, or weights may be without a gradient on one rank.
 
     Args:
         strategy: The strategy.
-        patches: Puts things on the strategy and the module for the length of the fit.
-        weights: Finds the weights that will be masked, once the module is built.
+        patches: Undoes everything at the end of the fit.
     """
 
-    def __init__(
-        self, strategy: Any, patches: Patches, weights: Callable[[], Sequence[Tensor]]
-    ) -> None:
-        self._strategy, self._patches, self._weights = strategy, patches, weights
-        self._in_buckets = _kind(strategy) == "DDPStrategy"
-        if self._in_buckets:
-            self._wrap_inside = patches.put(strategy, "_setup_model", self._wrap)
+    def __init__(self, strategy: Any, patches: Patches) -> None:
+        self._strategy, self._patches = strategy, patches
+        self._in_buckets = False
 
-    def learning(self, optimizer: MaskPro, backward_passes: int) -> AbstractContextManager[None]:
-        """Within a ``with`` block, let an optimizer learn from gradients as they come."""
-        if self._in_buckets:
-            return nullcontext()
-        own = _kind(self._strategy) == "DDPStrategy"
-        return optimizer.learning(backward_passes, _average if own else None)
+    def expect(self, module: nn.Module, weights: Sequence[Tensor]) -> None:
+        """Prepare a module that is built, and that no strategy has wrapped yet.
 
-    def _wrap(self, module: nn.Module) -> nn.Module:
-        masked = {id(weight) for weight in self._weights()}
+        Args:
+            module: The module.
+            weights: Those of it that will be masked.
+        """
+        for weight in weights:
+            if not weight.requires_grad:
+                weight.requires_grad_()
+                self._patches.finally_do(partial(weight.requires_grad_, False))
+        if _kind(self._strategy) != "DDPStrategy":
+            return
+        masked = {id(weight) for weight in weights}
         others = (p for p in module.parameters() if id(p) not in masked)
         idle = self._strategy._ddp_kwargs.get("find_unused_parameters", False)
         self._in_buckets = idle or not any(p.requires_grad for p in others)
@@ -115,8 +117,13 @@ class Gradients:
                 broadcast(weight.detach(), src=0)  # as DDP does with what it looks after
                 self._patches.put(weight, "_ddp_ignored", True)
             self._patches.put(module, "_ddp_params_and_buffers_to_ignore", list(left_out))
-        wrapped: nn.Module = self._wrap_inside(module)
-        return wrapped
+
+    def taken_by(self, optimizer: MaskPro, backward_passes: int) -> AbstractContextManager[None]:
+        """Within a ``with`` block, let an optimizer learn from gradients as they come."""
+        if self._in_buckets:
+            return nullcontext()
+        own = _kind(self._strategy) == "DDPStrategy"
+        return optimizer.taking_gradients(backward_passes, _average if own else None)
 
 
 def _average(gradient: Tensor) -> None:

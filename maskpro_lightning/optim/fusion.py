@@ -124,7 +124,7 @@ def _scalar(value: Any, groups: Tensor) -> Any:
     """
     if isinstance(value, tuple):
         return tuple(_scalar(part, groups) for part in value)
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and not isinstance(value, bool):
         dtype = torch.int64 if isinstance(value, int) else torch.float32
         return torch.full((), value, dtype=dtype, device=groups.device)
     return value

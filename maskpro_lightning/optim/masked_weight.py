@@ -1,4 +1,11 @@
-"""One weight under masks: its dense copy, its logits, its masks, and what a step does to them.
+"""One weight under masks: what is kept of it, and what a step does to that.
+
+A weight holds one version of itself: its dense values under one mask or another. What is beside it
+says the rest. In *plain* memory that is a copy of the dense weight, and to write a version is to
+write it anew, whatever the weight holds. In *lean* memory it is only what the mask leaves out, so
+to write a version is to exchange values between the two places, and half an exchange would lose
+some. Therefore each block is worked on in one call that no exception can part, which also counts
+it; what was interrupted between blocks is finished before anything else is done.
 
 Everything is done block by block, so that what is computed on the way stays in the processor's
 cache and no temporary is as large as a layer.
@@ -8,28 +15,38 @@ Shape suffixes: ``G`` groups of a block, ``M`` group size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from maskpro_lightning.masks import distribution, philox
+from maskpro_lightning.masks import columns, philox
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.fusion import Fusion
 from maskpro_lightning.optim.together import Block, Together
-from maskpro_lightning.optim.transition import BEST, DRAWN, INITIAL, PREVIOUS, directed, moved
-from maskpro_lightning.optim.words import integers_of, logits_of, logits_to, words_of
+from maskpro_lightning.optim.transition import directed, exchange, moved
+from maskpro_lightning.optim.words import (
+    flags_of,
+    integers_of,
+    logits_of,
+    logits_to,
+    masks_of,
+    words_of,
+)
 from maskpro_lightning.weights.layout import Layout
 
 Version = Literal["dense", "initial", "drawn", "mode", "best"]
 
 # A gradient takes some ten numbers per weight on the way, or hundreds for a large pattern: so many
 # times fewer groups at once, which costs no time.
-GRADIENT_SHARE = 4
+_GRADIENT_SHARE = 4
 
-_BITS: dict[Version, int] = {"initial": INITIAL, "drawn": DRAWN, "best": BEST}
+#: The bits of the masks in a saved state, a byte per weight; 4 was once the draw before the last.
+BITS: dict[Version, int] = {"initial": 1, "drawn": 2, "best": 8}
 
 
 @dataclass(frozen=True)
@@ -39,23 +56,15 @@ class Draw:
     Attributes:
         seed: Seed of all draws.
         step: Number of the draw, in [0, 2^48).
-        sharpness: Masks are drawn from softmax(sharpness * logits).
-        replica: Number of the replica that draws a mask of its own; 0 where all share theirs.
     """
 
     seed: int
     step: int
-    sharpness: float
-    replica: int = 0
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Some groups of one weight: it dense, the logits that draws are from, masks, each (G, M).
-
-    ``redrawn`` is the number of groups, int64, whose mask is another than in the draw before, which
-    for the first draw is the initial mask.
-    """
+    """Some groups of one weight: it dense, the logits that draws are from, masks, each (G, M)."""
 
     name: str
     pattern: NMPattern
@@ -63,7 +72,37 @@ class Groups:
     logits_GM: Tensor
     initial_GM: Tensor
     drawn_GM: Tensor
-    redrawn: Tensor
+
+
+@dataclass
+class Held:
+    """Which version a weight holds, and how far it is on its way to another."""
+
+    version: Version = "dense"
+    _way: tuple[Version, Callable[[Tensor], None], Tensor] | None = field(default=None, init=False)
+
+    def begin(self, version: Version, move: Callable[[Tensor], None]) -> Tensor:
+        """Set out for a version.
+
+        Args:
+            version: What the weight holds once all blocks are moved.
+            move: Moves the blocks from a number on, which it raises with each.
+
+        Returns:
+            The number of blocks that were moved, int64 scalar on the CPU.
+        """
+        self.arrive()
+        done = torch.zeros((), dtype=torch.int64)
+        self._way = version, move, done
+        return done
+
+    def arrive(self) -> None:
+        """Finish what has begun or was interrupted."""
+        if self._way is not None:
+            version, move, done = self._way
+            move(done)
+            self.version = version
+            self._way = None
 
 
 @dataclass(frozen=True)
@@ -73,28 +112,80 @@ class MaskedWeight:
     Attributes:
         name: The weight's name, which its draws depend on.
         layout: Where the part lies in the whole weight.
-        weight: Holds ``dense * mask`` for one mask or another; written in place.
-        dense: The weight as it was; never changes.
-        logits: float32 or bfloat16, padded to whole groups.
-        masks: uint8, the initial, the drawn, the previous and the best mask, a bit each; padded
-            likewise.
+        weight: Holds one version or another; written in place.
+        held: Which.
+        lean: Whether ``rest`` is what the held version leaves out, or a copy of the dense weight.
+        rest: With M - N or M values for a group's M, padded to whole groups.
+        logits: float32 or bfloat16, padded likewise.
+        masks: uint8, the initial and the drawn mask in two bits per weight: bytes of a group for
+            its M values, padded likewise.
+        redrawn: int64 (blocks,), the number of groups with another mask than in the draw before.
+        best: The mask that was remembered, a bit per weight, on the CPU; None if none was.
     """
 
     name: str
     layout: Layout
     weight: Tensor
-    dense: Tensor
+    held: Held
+    lean: bool
+    rest: Tensor
     logits: Tensor
     masks: Tensor
+    redrawn: Tensor
+    best: Tensor | None = None
 
     @staticmethod
-    def state(weight: Tensor, mask: Tensor, logits: Tensor) -> dict[str, Tensor]:
-        """The state of a weight with its initial mask, bool, and logits, both padded."""
-        return {
-            "dense": weight.detach().clone(),
-            "logits": logits,
-            "masks": mask.to(torch.uint8).mul_(INITIAL | DRAWN | BEST),
-        }
+    def state(
+        layout: Layout,
+        weight: Tensor,
+        initial: Tensor,
+        drawn: Tensor,
+        logits: Tensor,
+        *,
+        lean: bool,
+    ) -> dict[str, Tensor]:
+        """The tensors of a weight that is dense; on the meta device, their shapes.
+
+        Args:
+            layout: Where the part lies.
+            weight: The dense part.
+            initial: Its initial mask, bool, padded.
+            drawn: The mask to go on from, likewise.
+            logits: Padded.
+            lean: What to keep of the weight.
+        """
+        pattern = layout.pattern
+        masks = _beside(layout, logits, -(-pattern.m // 4), torch.uint8)
+        blocks = 0
+        for _, (out, *both) in layout.blocks(state=(masks, initial, drawn)):
+            blocks += 1
+            flags_2M = [[flag.int() for flag in mask.unbind(-1)] for mask in both]
+            out.copy_(masks_of(*flags_2M))
+        if lean:
+            rest = _beside(layout, logits, pattern.m - pattern.n, weight.dtype)
+        else:
+            rest = layout.padded(weight.detach())
+            rest = rest if layout.cut else rest.clone()
+        redrawn = torch.zeros(blocks, dtype=torch.int64, device=weight.device)
+        name = "pruned" if lean else "dense"
+        return {name: rest, "logits": logits, "masks": masks, "redrawn": redrawn}
+
+    def direction(self, gradient: Tensor, fusion: Fusion) -> Tensor:
+        """Turn a gradient, in its memory, into that of the expected loss in the logits.
+
+        Returns:
+            The sum of its squares, a scalar.
+        """
+        self.held.arrive()
+        total = torch.zeros((), device=gradient.device)
+        for groups_G, (values, weight, *state) in self._blocks(gradient, share=_GRADIENT_SHARE):
+            logits = state[1]
+            about = values, self._dense(weight, *state), logits_of(logits)
+            groups = groups_G.view(logits.shape[:-1])
+            (found,) = fusion(directed, self.layout.pattern, groups, *about)
+            values.copy_(found)
+            total += values.float().square().sum()
+        return total
 
     def move(self, draw: Draw, direction: Tensor, scale: Tensor, part: int, fusion: Fusion) -> None:
         """Move the logits against ``scale * direction``.
@@ -108,170 +199,184 @@ class MaskedWeight:
         """
         step = torch.full((), draw.step, device=self.weight.device)
         about = self._key(draw), step, scale, part
-        for groups_G, (logits, moves) in self.layout.blocks(self.logits, direction):
-            move_block(fusion, self.layout.pattern, groups_G, logits, moves, *about)
+        for groups_G, (moves, logits) in self.layout.blocks(direction, state=(self.logits,)):
+            groups = groups_G.view(logits.shape[:-1])
+            (found,) = fusion(moved, self.layout.pattern, groups, logits_of(logits), moves, *about)
+            logits_to(logits).copy_(found)
 
-    def advance(
-        self,
-        draw: Draw,
-        change: Tensor | None,
-        together: Together,
-        judged: Sequence[Draw] = (),
-    ) -> None:
+    def advance(self, draw: Draw, change: Tensor | None, together: Together) -> None:
         """Move the logits, then draw the next mask and write it into the weight.
+
+        The weight has arrived there once ``together`` has finished and ``held`` has arrived.
 
         Args:
             draw: The next draw.
-            change: (K,); the logits move against the mean over K masks of each change along
-                grad log P(mask). None leaves them where they are.
+            change: Scalar; the logits move against it along grad log P(drawn mask).
             together: Makes the steps of all blocks.
-            judged: The K draws that ``change`` is about; without them, K is 1 and it is about the
-                mask drawn last.
         """
-        key = self._key(draw)
-        blocks = self.layout.blocks(self.weight, self.dense, self.logits, self.masks)
-        for groups_G, (weight, dense, logits, masks) in blocks:
-            along_score, moves = change, None
-            if change is not None and judged:
-                along_score = None
-                moves = self._taught(groups_G, logits, draw.sharpness, change, judged)
-            block = Block(
-                self.layout.pattern,
-                groups_G.view(logits.shape[:-1]),
-                (words_of(dense, weight), logits_of(logits), words_of(masks)),
-                key,
-                draw.step,
-                draw.sharpness,
-                along_score,
-                moves,
-                (integers_of(weight, dense), logits_to(logits), integers_of(masks)),
-            )
-            # A weight that is cut is worked on in a copy, which the next block may bring back.
-            together.add(block, now=self.layout.cut)
-
-    def _taught(
-        self,
-        groups_G: Tensor,
-        logits: Tensor,
-        sharpness: float,
-        change: Tensor,
-        judged: Sequence[Draw],
-    ) -> Tensor:
-        """What a block's logits move against after K masks, float32 (..., M)."""
-        logits_GM = columns_of(logits).float()
-        total_GM = torch.zeros_like(logits_GM)
-        for each, draw in zip(change / len(change), judged, strict=True):
-            kept_GM = self._sample(groups_G, logits_GM, draw)
-            total_GM += each * distribution.score(
-                logits_GM * sharpness, kept_GM, self.layout.pattern
-            )
-        return total_GM.view_as(logits)
-
-    def redraw(self, draw: Draw) -> None:
-        """Replace the mask drawn last by that of a draw from the same logits."""
-        for groups_G, (logits, masks) in self.layout.blocks(self.logits, self.masks):
-            drawn_GM = self._sample(groups_G, columns_of(logits).float(), draw)
-            masks_GM = columns_of(masks) & (INITIAL | PREVIOUS | BEST)
-            masks_GM |= drawn_GM.to(torch.uint8) * DRAWN
-            masks.copy_(masks_GM.view_as(masks))
-
-    def remember(self) -> None:
-        """Make the most likely mask the best one."""
-        for _, (logits, masks) in self.layout.blocks(self.logits, self.masks):
-            kept = self._kept("mode", logits, masks)
-            masks.bitwise_and_(INITIAL | DRAWN | PREVIOUS).add_(kept, alpha=BEST)
-
-    def _key(self, draw: Draw) -> tuple[int, int]:
-        replica = (draw.replica,) if draw.replica else ()
-        return philox.key_of(draw.seed, self.name, *replica)
-
-    def _sample(self, groups_G: Tensor, logits_GM: Tensor, draw: Draw) -> Tensor:
-        """What a draw makes of a block's logits, bool (G, M)."""
-        step = torch.tensor(draw.step, device=logits_GM.device)
-        noise_GM = philox.exponential(self._key(draw), step, groups_G, self.layout.pattern.m)
-        return distribution.sample(logits_GM * draw.sharpness, noise_GM, self.layout.pattern)
-
-    def direction(self, gradient: Tensor, sharpness: float, fusion: Fusion) -> Tensor:
-        """Turn a gradient, in its memory, into that of the expected loss in the logits.
-
-        Returns:
-            The sum of its squares, a scalar.
-        """
-        total = torch.zeros((), device=gradient.device)
-        blocks = self.layout.blocks(gradient, self.dense, self.logits, share=GRADIENT_SHARE)
-        for groups_G, (values, dense, logits) in blocks:
-            direct_block(fusion, self.layout.pattern, groups_G, values, dense, logits, sharpness)
-            total += values.float().square().sum()
-        return total
+        self.write("drawn")
+        resume = partial(self._resume, draw, change, together)
+        self._advance(draw, change, together, self.held.begin("drawn", resume))
 
     def write(self, version: Version) -> None:
-        """Write a version of the weight into it."""
-        blocks = self.layout.blocks(self.weight, self.dense, self.logits, self.masks)
-        for _, (weight, dense, logits, masks) in blocks:
-            weight.copy_(_masked(dense, self._kept(version, logits, masks)))
+        """Write a version of the weight into it, if that is not what it holds."""
+        self.held.arrive()
+        if version != self.held.version:
+            self.held.begin(version, partial(self._write, version))
+            self.held.arrive()
 
     def mask(self, version: Version) -> Tensor:
         """The mask of a version, bool in the weight's shape."""
-        found = torch.empty_like(self.weight, dtype=torch.bool)
-        for _, (kept, logits, masks) in self.layout.blocks(found, self.logits, self.masks):
-            kept.copy_(self._kept(version, logits, masks))
-        return found
+        return self.layout.own(self._padded_mask(version))
 
-    def groups(self, sharpness: float) -> Iterator[Groups]:
+    def packed_mode(self) -> Tensor:
+        """The most likely mask as ``best`` holds it."""
+        return torch.from_numpy(np.packbits(self._padded_mask("mode").cpu().numpy()))
+
+    def groups(self) -> Iterator[Groups]:
         """Go through all groups in blocks, for statistics; a cut one counts on one rank."""
-        blocks = self.layout.blocks(self.dense, self.logits, self.masks, once=True)
-        for _, (dense, logits, masks) in blocks:
-            masks_GM = columns_of(masks)
-            initial_GM, drawn_GM, previous_GM = (
-                (masks_GM & bit).bool() for bit in (INITIAL, DRAWN, PREVIOUS)
+        self.held.arrive()
+        for _, (weight, *state) in self._blocks(once=True):
+            initial_GM, drawn_GM = (
+                columns_of(torch.stack(flags_M, dim=-1).bool())
+                for flags_M in flags_of(state[2], self.layout.pattern.m)
             )
             yield Groups(
                 self.name,
                 self.layout.pattern,
-                columns_of(dense),
-                columns_of(logits).float() * sharpness,
+                columns_of(self._dense(weight, *state)),
+                columns_of(state[1]).float(),
                 initial_GM,
                 drawn_GM,
-                (drawn_GM != previous_GM).any(-1).sum(),
             )
 
-    def _kept(self, version: Version, logits: Tensor, masks: Tensor) -> Tensor:
-        """A block's mask of a version, bool (..., M)."""
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, this rank's own part: dense weight, logits, and masks as bits.
+
+        It is the same for either memory. The dense weight and the logits may be views.
+        """
+        self.held.arrive()
+        if self.lean:
+            dense = torch.empty_like(self.weight.detach())
+            for _, (out, weight, *state) in self._blocks(dense):
+                out.copy_(self._dense(weight, *state))
+        else:
+            dense = self.layout.own(self.rest)
+        masks = torch.zeros_like(self.weight, dtype=torch.uint8)
+        for version, bit in BITS.items():
+            masks += self.mask(version).to(torch.uint8) * bit
+        return {"dense": dense, "logits": self.layout.own(self.logits), "masks": masks}
+
+    def _advance(self, draw: Draw, change: Tensor | None, together: Together, done: Tensor) -> None:
+        key, first = self._key(draw), int(done)
+        for number, (groups_G, (weight, rest, logits, masks)) in enumerate(self._blocks()):
+            if number < first:
+                continue
+            alike = () if self.lean else (rest,)
+            block = Block(
+                pattern=self.layout.pattern,
+                groups=groups_G.view(logits.shape[:-1]),
+                state=(words_of(weight, *alike), words_of(rest), logits_of(logits), masks),
+                key=key,
+                step=draw.step,
+                lean=self.lean,
+                change=change,
+                places=(
+                    integers_of(weight, *alike),
+                    logits_to(logits),
+                    masks,
+                    *([integers_of(rest)] if self.lean else []),
+                ),
+                seen=lambda flags, number=number: self.layout.seen_first(flags, number),
+                redrawn=self.redrawn[number],
+                done=done,
+                number=number,
+            )
+            # A weight that is cut is worked on in a copy, which the last block brings back.
+            together.add(block, now=self.layout.cut)
+
+    def _resume(self, draw: Draw, change: Tensor | None, together: Together, done: Tensor) -> None:
+        """Make the steps of the blocks that are left, if any."""
+        if int(done) < len(self.redrawn):
+            alone = together.another()
+            self._advance(draw, change, alone, done)
+            alone.finish()
+            if self.layout.cut:  # what was done before has not come back into the weight
+                self._write("drawn", torch.zeros_like(done))
+
+    def _write(self, version: Version, done: Tensor) -> None:
+        held = self.held.version
+        first = int(done) if self.lean else 0
+        blocks = self._blocks(versions=(held, version))
+        for number, (_, (weight, *state)) in enumerate(blocks):
+            if number < first:
+                continue
+            alike = () if self.lean else (state[0],)
+            held_M = self._flags(held, *state) if self.lean else None  # else whatever it is
+            words, rest = words_of(weight, *alike), words_of(state[0])
+            next_M = self._flags(version, *state)
+            found = exchange(self.layout.pattern, words, rest, held_M, next_M, self.lean)
+            places = [integers_of(weight, *alike), integers_of(state[0])][: len(found)]
+            torch._foreach_copy_([*places, done], [*found, torch.tensor(number + 1)])
+
+    def _key(self, draw: Draw) -> tuple[int, int]:
+        return philox.key_of(draw.seed, self.name)
+
+    def _blocks(
+        self,
+        *parts: Tensor,
+        versions: Sequence[Version] = (),
+        once: bool = False,
+        share: int = 1,
+    ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Blocks of parts, of the weight, and of what masks of the held or some versions are in."""
+        state = self.rest, self.logits, self.masks
+        if self.best is not None and "best" in (*versions, self.held.version):
+            state = *state, self._padded_mask("best")
+        return self.layout.blocks(*parts, self.weight, state=state, once=once, share=share)
+
+    def _padded_mask(self, version: Version) -> Tensor:
+        """The mask of a version, bool, padded."""
+        found = torch.ones_like(self.logits, dtype=torch.bool)
+        if version == "best" and self.best is not None:
+            bits = np.unpackbits(self.best.cpu().numpy(), count=found.numel())
+            return found.copy_(torch.from_numpy(bits).view(found.shape))
+        blocks = self.layout.blocks(state=(found, self.rest, self.logits, self.masks))
+        for _, (kept, *state) in blocks:
+            flags_M = self._flags(version, *state)
+            if flags_M is not None:
+                kept.copy_(torch.stack(flags_M, dim=-1))
+        return found
+
+    def _dense(self, weight: Tensor, *state: Tensor) -> Tensor:
+        """A block of the dense weight, (..., M)."""
+        if not self.lean:
+            return state[0]
+        held_M = self._flags(self.held.version, *state)
+        words, rest = words_of(weight), words_of(state[0])
+        words, _ = exchange(self.layout.pattern, words, rest, held_M, None, lean=True)
+        dense = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        # What is contiguous could hold pairs where the block cannot.
+        integers_of(dense, weight).copy_(words)
+        return dense
+
+    def _flags(
+        self,
+        version: Version,
+        rest: Tensor,
+        logits: Tensor,
+        masks: Tensor,
+        best: Tensor | None = None,
+    ) -> list[Tensor] | None:
+        """The columns of a block's mask of a version, int32; None for all weights."""
         if version == "dense":
-            return torch.ones_like(masks, dtype=torch.bool)
+            return None
         if version == "mode":
-            return distribution.mode(columns_of(logits), self.layout.pattern).view_as(masks)
-        return (masks & _BITS[version]).bool()
-
-
-def move_block(
-    fusion: Fusion,
-    pattern: NMPattern,
-    groups_G: Tensor,
-    logits: Tensor,
-    moves: Tensor,
-    *about: Any,
-) -> None:
-    """Move a block's logits in place, see :func:`moved`."""
-    groups = groups_G.view(logits.shape[:-1])
-    (found,) = fusion(moved, pattern, groups, logits_of(logits), moves, *about)
-    logits_to(logits).copy_(found)
-
-
-def direct_block(
-    fusion: Fusion,
-    pattern: NMPattern,
-    groups_G: Tensor,
-    values: Tensor,
-    dense: Tensor,
-    logits: Tensor,
-    sharpness: float,
-) -> None:
-    """Turn a block's gradient in place, see :func:`directed`."""
-    groups = groups_G.view(logits.shape[:-1])
-    about = values, dense, logits_of(logits), sharpness
-    (found,) = fusion(directed, pattern, groups, *about)
-    values.copy_(found)
+            return [flag.int() for flag in columns.top(logits.unbind(-1), self.layout.pattern.n)]
+        if version == "best" and best is not None:
+            return [flag.int() for flag in best.unbind(-1)]
+        initial_M, drawn_M = flags_of(masks, self.layout.pattern.m)
+        return drawn_M if version == "drawn" else initial_M
 
 
 def columns_of(block: Tensor) -> Tensor:
@@ -279,7 +384,7 @@ def columns_of(block: Tensor) -> Tensor:
     return block.movedim(-1, 0).clone(memory_format=torch.contiguous_format).flatten(1).T
 
 
-def _masked(dense: Tensor, kept: Tensor) -> Tensor:
-    # Bits, since a product would leave negative zeros, and NaN where a pruned weight is infinite.
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dense.element_size()]
-    return (dense.view(integer) & -kept.to(integer)).view(dense.dtype)
+def _beside(layout: Layout, padded: Tensor, each: int, dtype: torch.dtype) -> Tensor:
+    """Zeros beside a padded part, with so many values for a group's M."""
+    size = layout.size_of(padded.shape, each)
+    return torch.zeros(size, dtype=dtype, device=padded.device)

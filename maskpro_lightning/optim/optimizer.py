@@ -1,17 +1,19 @@
 r"""MaskPro (arXiv 2506.12876) as a PyTorch optimizer: it moves masks where others move weights.
 
-The parameters are the model's weights. The state of each is its ``dense`` copy, which never
-changes, and its ``logits``; the parameter itself always holds ``dense * mask``, written in place,
-so the forward pass is left alone. One step, for the loss f, the drawn mask m and the initial one:
+The parameters are the model's weights; each holds ``dense * mask``, written in place, so the
+forward pass is left alone. The dense values never change. Every weight has a logit.
+
+"policy", the paper's estimator, needs forward passes only. One step, for the loss f, the drawn mask
+m and the initial one:
 
 .. math::
     r &= f(m, \xi) - f(m_0, \xi) \\
     \pi &\leftarrow \pi - \eta \, (r - \delta) / \sigma \; \nabla_\pi \log P(m) \\
     \delta &\leftarrow \alpha \delta + (1 - \alpha) r
 
-with sigma the running spread of r - delta (1 in the published rule). That is the estimator
-"policy", which needs forward passes only. "straight_through" pays for a backward pass and learns
-from what keeping a weight does to the loss: with c the gradient with respect to the mask,
+with sigma the running spread of r - delta (1 in the published rule). "straight_through" pays for a
+backward pass and learns from what keeping a weight does to the loss: with c the gradient with
+respect to the mask,
 
 .. math:: \pi \leftarrow \pi - \eta \, g / \mathrm{rms}(g), \quad
           g = \nabla_\pi \sum_j c_j P(j \in S)
@@ -19,7 +21,6 @@ from what keeping a weight does to the loss: with c the gradient with respect to
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -31,86 +32,51 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from maskpro_lightning.initial import initializers
-from maskpro_lightning.initial.logits import graded
 from maskpro_lightning.masks.pattern import NMPattern
-from maskpro_lightning.optim import gradients, saved_state, tracker
+from maskpro_lightning.optim import saved_state, straight_through, tracker
+from maskpro_lightning.optim.estimators import Estimator, EstimatorName, estimator_of
 from maskpro_lightning.optim.fusion import Fusion
-from maskpro_lightning.optim.lean_weight import LeanWeight
 from maskpro_lightning.optim.masked_weight import Draw, Groups, MaskedWeight, Version
-from maskpro_lightning.optim.replicas import MaskSharing
-from maskpro_lightning.optim.rule import (
-    DEFAULTS,
-    Estimator,
-    Exploration,
-    LogitsDtype,
-    Memory,
-    check_lr,
-    sharpness_of,
-)
-from maskpro_lightning.optim.states import States
+from maskpro_lightning.optim.states import LogitsDtype, Memory, States
 from maskpro_lightning.optim.together import Together
 from maskpro_lightning.weights import admission
 from maskpro_lightning.weights.layout import Layout, like, local, whole_of
-from maskpro_lightning.weights.sharding import flat_shapes
-
-_log = logging.getLogger(__name__)
+from maskpro_lightning.weights.sharding import flat_shapes, over_ranks
 
 
 class MaskPro(Optimizer):
-    """Learn N:M masks of frozen weights from the loss alone.
+    """Learn N:M masks of frozen weights.
 
-    ``loss = optimizer.step(closure)`` evaluates the loss, without gradients, under the initial
-    mask and under the drawn one, moves the logits and draws the next mask. Nothing is touched
-    before the first step or :meth:`begin`; after it the parameters hold the drawn mask.
+    ``loss = optimizer.step(closure)`` evaluates the loss under the drawn mask, moves the logits and
+    draws the next mask. Nothing is touched before the first step or :meth:`begin`; after it the
+    parameters hold the drawn mask.
 
-    Memory per weight, in bytes, for weights of b bytes: b (weight) + b (dense) + 4 (logits) + 1, or
-    with ``memory="lean"``, which keeps pruned weights instead of all, b + b (M - N) / M + 4 + 1/4.
-    Logits in bfloat16 take 2 instead of 4.
+    Memory per weight, in bytes, for weights of b bytes: b (weight) + b (dense) + 4 (logits) + 1/4
+    (masks), or with ``memory="lean"``, which keeps pruned weights instead of all,
+    b + b (M - N) / M + 4 + 1/4. Logits in bfloat16 take 2 instead of 4.
 
     Args:
         params: Weights, best as ``(name, weight)`` pairs: a mask's randomness depends on the seed
             and the weight's name. Parameter groups may set their own ``lr``, ``pattern`` and
             ``input_dim`` (the dimension groups lie along; the last by default).
         pattern: Weights kept of every M, such as "2:4".
-        estimator: "policy" learns from the loss alone, two forward passes a step (one if the
-            baseline is known); "straight_through" from gradients, a forward and a backward pass,
-            and gets further on the same compute.
-        lr: Step size of the logits, in units of logits; ``DEFAULTS`` holds what applies to each
-            estimator where this or ``logit_scale`` is None. :func:`policy_lr` knows a better one
-            for "policy" where the number of steps is known.
-        logit_scale: How far apart the logits of a kept and of a pruned weight start where the
-            choice between them was typical, in units of logits; it is less where it was a close
-            one, and more where it was easy, see :func:`graded`. The larger, the less is explored:
-            the initial mask of a 2:4 group whose gaps are all alike is drawn with probability 0.98
-            at 5 and 0.9999 at 10.
-        sharpness: Masks are drawn from softmax(k * logits), where k goes from 1 to this value as
-            a learning rate scheduler takes ``lr`` to 0; without a scheduler it stays 1.
-        momentum: Decay of the tracker of residuals, alpha in [0, 1).
-        normalize: Divide the advantage by its running spread, so that one ``lr`` fits models and
-            losses of any size. False is the published rule (for Llama-2 7B: lr 50, logit_scale
-            10), whose lr has to be found for each model, and whose kept weights all start at
-            ``logit_scale``, the others at 0.
+        estimator: "straight_through" or "policy", or a :class:`StraightThrough` or
+            :class:`Policy` with numbers of your own.
         seed: Seed of the draws.
-        exploration: "shared": all ranks evaluate the same mask, each on its data; the closure's
-            loss has to be the mean over them. "per_replica": each copy of the model evaluates a
-            mask of its own; the closure's loss is the rank's own, only losses travel, and the
-            logits move by the mean of what each mask teaches (with "straight_through": along the
-            gradients, which the strategy averages).
         model: The model that the weights belong to, where FSDP shards it (``fully_shard`` or
             ``FullyShardedDataParallel`` with ``use_orig_params=True``): each rank then keeps the
             state of its own shards, and draws what one rank would draw.
         fused: Compile the step of the masks (patterns with N <= 2) into one loop over the weights,
             several times as fast: True or False, or None for where there is a compiler and enough
             weights to win back the time that compiling takes.
-        memory: "plain" keeps a dense copy of each weight, "lean" what the weight's mask leaves out
-            (whole weights only, and one mask for all ranks). Both learn the same, and load each
-            other's checkpoints.
+        memory: "plain" keeps a dense copy of each weight, "lean" what the weight's mask leaves out.
+            Both learn the same, and load each other's checkpoints.
         logits_dtype: "bfloat16" saves 2 bytes a weight; logits are then rounded up or down at
             random, so that small steps count on average.
 
     Raises:
-        ValueError: an argument out of range, an unknown pattern, a weight that M does not
-            divide, groups cut by a shard's edge with "straight_through", or shards with "lean".
+        TypeError, ValueError: an argument out of range, an unknown pattern, a weight that M does
+            not divide, or groups cut by a shard's edge with "straight_through".
         RuntimeError: ``fused`` is True and there is no compiler.
     """
 
@@ -119,47 +85,28 @@ class MaskPro(Optimizer):
         params: Iterable[Any],
         pattern: str | NMPattern = "2:4",
         *,
-        estimator: Estimator = "policy",
-        lr: float | None = None,
-        logit_scale: float | None = None,
-        sharpness: float = 1.0,
-        momentum: float = 0.99,
-        normalize: bool = True,
+        estimator: Estimator | EstimatorName = "straight_through",
         seed: int = 0,
-        exploration: Exploration = "shared",
         model: nn.Module | None = None,
         fused: bool | None = None,
         memory: Memory = "plain",
         logits_dtype: LogitsDtype = "float32",
     ) -> None:
         for argument, given, choices in (
-            ("estimator", estimator, DEFAULTS),
-            ("exploration", exploration, get_args(Exploration)),
             ("memory", memory, get_args(Memory)),
             ("logits_dtype", logits_dtype, get_args(LogitsDtype)),
         ):
             if given not in choices:
                 raise ValueError(f"{argument} is one of {', '.join(choices)}; got {given!r}.")
-        if memory == "lean" and exploration == "per_replica":
-            raise ValueError(
-                "exploration='per_replica' needs what memory='lean' does not keep: choose "
-                "memory='plain' or exploration='shared'."
-            )
-        lr = DEFAULTS[estimator]["lr"] if lr is None else lr
-        logit_scale = DEFAULTS[estimator]["logit_scale"] if logit_scale is None else logit_scale
+        #: What the logits learn from, with the numbers that parameter groups start from.
+        self.estimator = estimator_of(estimator)
         defaults = {
             "pattern": str(NMPattern.parse(pattern)),
             "input_dim": -1,
-            "estimator": estimator,
-            "lr": lr,
-            "logit_scale": logit_scale,
-            "sharpness": sharpness,
-            "momentum": momentum,
-            "normalize": normalize,
+            "estimator": self.estimator.name,
+            **self.estimator.rule(),
             "seed": seed,
-            "exploration": exploration,
             "step": 0,
-            "drawn_sharpness": 1.0,
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
@@ -167,18 +114,27 @@ class MaskPro(Optimizer):
             # The tracker of residuals; every group holds the same, since there is one loss.
             group.update(tracker.new())
             group["initial_lr"] = group["lr"]
-        self._states = self._make_states(model, memory, getattr(torch, logits_dtype))
-        weights = [(local(p), layout.pattern) for p, layout in self.layouts.items()]
-        self._fusion = Fusion(fused, weights)
-        self._sharing = MaskSharing(
-            exploration == "per_replica", list(self.layouts.values()), weights[0][0].device
+        shapes = {} if model is None else flat_shapes(model)
+        admission.check_weights(
+            (group, name, p, shapes.get(id(p), p.shape)) for group, name, p in self._parameters()
         )
-        self._holds: Version | None = "dense"
+        weights = [
+            (parameter, NMPattern.parse(group["pattern"]), group["input_dim"])
+            for group, _, parameter in self._parameters()
+        ]
+        self._states = States(model, weights, memory, logits_dtype)
+        if self.estimator.needs_gradients:
+            self._refuse_cut_groups()
+        self._fusion = Fusion(
+            fused, [(local(p), layout.pattern) for p, layout in self.layouts.items()]
+        )
         # Whether each gradient of this step was finite, and how many backward passes there were.
-        self._learned: list[Tensor] = []
+        self._finite: list[Tensor] = []
         self._passes = 0
-        #: Loss, baseline, residual and advantage of the last step, scalars.
+        #: Loss, and for the policy baseline, residual and advantage, of the last step; scalars.
         self.last: dict[str, Tensor] = {}
+
+    # What there is
 
     @property
     def layouts(self) -> Mapping[Tensor, Layout]:
@@ -186,9 +142,32 @@ class MaskPro(Optimizer):
         return self._states.layouts
 
     @property
+    def sharded(self) -> bool:
+        """Whether a weight is split over ranks; what is shaped like a weight then is, too."""
+        return any(layout.across for layout in self.layouts.values())
+
+    @property
+    def names(self) -> list[str]:
+        """The weights' names, in their order."""
+        return [name for _, name, _ in self._parameters()]
+
+    @property
     def begun(self) -> bool:
         """Whether the parameters are masked and the dense weights kept in the state."""
         return bool(self.state)
+
+    @property
+    def holds(self) -> Version | None:
+        """The version of the weights that the parameters hold; None if they differ."""
+        versions = {held.version for held in self._states.held.values()} or {"dense"}
+        return versions.pop() if len(versions) == 1 else None
+
+    @property
+    def tracker(self) -> dict[str, Tensor]:
+        """The tracker of residuals: ``delta``, ``variance`` and ``count``, scalars."""
+        return {name: self.param_groups[0][name] for name in tracker.new()}
+
+    # The step: a loss, or gradients, into the logits
 
     @torch.no_grad()
     def begin(
@@ -216,14 +195,14 @@ class MaskPro(Optimizer):
             admission.check_mask(name, mask, layout.shape)
             mask = whole_of(mask).to(parameter.device)
             layout.pattern.check(mask, layout.input_dim, f"the mask of {name!r}")
-            logits = self._initial_logits(group, parameter, mask)
+            about = self.whole(parameter), mask, layout.pattern, layout.input_dim
+            logits = self.estimator.initial_logits(*about, group["logit_scale"])
             state[parameter] = self._states.new(parameter, mask, logits)
         # At once, so that an error on the way, such as no memory, leaves nothing begun.
         for parameter, tensors in state.items():
             self.state[parameter] = self._states.keep(parameter, tensors)
         self._draw(Fusion.off())
 
-    @torch.no_grad()
     def step(  # type: ignore[override]
         self,
         closure: Callable[[], Tensor] | None = None,
@@ -234,13 +213,14 @@ class MaskPro(Optimizer):
         """Evaluate the drawn mask, move the logits, draw the next mask.
 
         Args:
-            closure: Computes the loss, a scalar, on one batch; called without gradients by the
-                estimator "policy", while that of "straight_through" calls ``loss.backward()``.
-                Without a closure nothing is learned: the state is made if it is not there yet.
-            baseline: The initial mask's loss on the same batch, for "policy". Left out, it is
+            closure: Computes the loss, a scalar, on one batch; that of "straight_through" calls
+                ``loss.backward()``, while "policy" calls it without gradients. Without a closure
+                nothing is learned: the state is made if it is not there yet.
+            baseline: For "policy", the initial mask's loss on the same batch. Left out, it is
                 measured by calling the closure under the initial mask, with the same random
                 numbers.
-            backward_passes: How often the closure calls ``backward()``, see :meth:`learning`.
+            backward_passes: How often the closure calls ``backward()``, see
+                :meth:`taking_gradients`.
 
         Returns:
             The loss under the mask that was drawn.
@@ -249,20 +229,56 @@ class MaskPro(Optimizer):
             self.begin()
         if closure is None:
             return None
-        if self.defaults["estimator"] == "straight_through":
-            return self._step_from_gradients(closure, backward_passes)
-        return self._step_from_losses(closure, baseline)
+        if self.estimator.needs_gradients:
+            with torch.enable_grad(), self.taking_gradients(backward_passes):
+                loss = closure()
+        else:
+            with torch.no_grad():
+                if baseline is None:
+                    with self.applied("initial"), torch.random.fork_rng(self._cuda_devices()):
+                        baseline = closure()
+                self.write("drawn")
+                loss = closure()
+        self.learn(loss, baseline)
+        return loss
+
+    @torch.no_grad()
+    def learn(self, loss: Tensor, baseline: Tensor | None = None) -> None:
+        """Learn from a loss as it is, and draw the next mask; what :meth:`step` does at its end.
+
+        Args:
+            loss: The loss under the drawn mask, a scalar. "straight_through" learns from gradients:
+                those that were taken within :meth:`taking_gradients`, and those that lie in
+                ``grad``.
+            baseline: The initial mask's loss on the same batch, which "policy" needs.
+
+        Raises:
+            TypeError: a loss is no tensor of one number.
+            RuntimeError: there was no gradient.
+        """
+        admission.check_loss(loss)
+        if self.estimator.needs_gradients:
+            self.last = {"loss": loss.detach()}
+            self._end_of_gradients()
+            change = None
+        else:
+            admission.check_loss(baseline)
+            assert baseline is not None
+            change = self._judge(loss.detach().float(), baseline.detach().float())
+        for group in self.param_groups:
+            admission.check_lr(group)
+            group["step"] += 1
+        self._draw(self._fusion, change)
+        self._opt_called = True  # what learning rate schedulers look for
 
     @contextmanager
-    def learning(
+    def taking_gradients(
         self, backward_passes: int = 1, reduce: Callable[[Tensor], object] | None = None
     ) -> Iterator[None]:
         """Within a ``with`` block, learn from each gradient as soon as it is there, and free it.
 
-        The parameters hold the drawn mask then, since logits that move change the most likely one.
-        For "straight_through", whose :meth:`step` does this around its closure: so there are never
-        the gradients of more than a few weights at once. A step learns as well from what it finds
-        in ``grad``, which other backward passes left there.
+        For "straight_through". So there are never the gradients of more than a few weights at once.
+        The parameters hold the drawn mask then.
 
         Args:
             backward_passes: How many of them one step learns from. Each moves the logits by its
@@ -272,7 +288,7 @@ class MaskPro(Optimizer):
         if not self.begun:
             self.begin()
         for group in self.param_groups:
-            check_lr(group)
+            admission.check_lr(group)
         self.write("drawn")
         share, part = 1 / backward_passes, self._passes
         self._passes += backward_passes
@@ -280,7 +296,7 @@ class MaskPro(Optimizer):
         def see(group: dict[str, Any], name: str, parameter: Tensor) -> None:
             if reduce is not None and parameter.grad is not None:
                 reduce(local(parameter.grad))
-            self._learn(group, name, parameter, share, part)
+            self._take_gradient(group, name, parameter, share, part)
 
         handles = [
             parameter.register_post_accumulate_grad_hook(partial(see, group, name))
@@ -290,82 +306,74 @@ class MaskPro(Optimizer):
         try:
             yield
         except BaseException:
-            self._learned.clear()
+            self._finite.clear()
             raise
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _step_from_gradients(self, closure: Callable[[], Tensor], backward_passes: int) -> Tensor:
-        with torch.enable_grad(), self.learning(backward_passes):
-            loss = closure()
-        admission.check_loss(loss)
-        for group, name, parameter in self._parameters():
-            self._learn(group, name, parameter, share=1, part=self._passes)
-        if not self._learned:
-            raise RuntimeError(
-                "No gradient has reached any masked weight: the closure has to call "
-                "loss.backward(), and weights need requires_grad=True and a part in the loss."
-            )
-        self.last = {"loss": loss.detach()}
-        finite = torch.stack([each.to(loss.device) for each in self._learned])
-        for group in self.param_groups:
-            group.update(tracker.skips(self.tracker, (~finite).float().mean()))
-            group["step"] += 1
-        self._draw(self._fusion)
-        return loss
-
     @torch.no_grad()
-    def _learn(
+    def _take_gradient(
         self, group: dict[str, Any], name: str, parameter: Tensor, share: float, part: int
     ) -> None:
         """Learn from what is in a weight's ``grad``, and free it."""
         if parameter.grad is None:
             return
         masked = self._states.masked(name, parameter, self.state[parameter])
-        layout, gradient = self.layouts[parameter], local(parameter.grad)
-        finite = gradients.learn(
-            masked, layout, gradient, group, self._fusion, share=share, part=part
+        gradient = local(parameter.grad)
+        self._finite.append(
+            straight_through.learn(masked, gradient, group, self._fusion, share=share, part=part)
         )
-        self._learned.append(finite)
         parameter.grad = None
 
-    def _step_from_losses(self, closure: Callable[[], Tensor], baseline: Tensor | None) -> Tensor:
-        if baseline is None:
-            with self.applied("initial"), torch.random.fork_rng(self._cuda_devices()):
-                baseline = closure()
-            admission.check_loss(baseline)
-        self.write("drawn")
-        loss = closure()
-        admission.check_loss(loss)
-        losses_2 = torch.stack([loss.detach().float(), baseline.detach().float()])
-        losses_K2 = self._sharing.gather(losses_2)
-        advantage_K = self._judge(losses_K2[:, 0] - losses_K2[:, 1])
-        self.last = {
-            "loss": losses_K2[:, 0].mean(),
-            "baseline": losses_K2[:, 1].mean(),
-            "residual": (losses_K2[:, 0] - losses_K2[:, 1]).mean(),
-            "advantage": advantage_K.mean(),
-        }
+    def _end_of_gradients(self) -> None:
+        """Learn from the gradients that nobody has taken, and count those that were not finite."""
+        for group, name, parameter in self._parameters():
+            self._take_gradient(group, name, parameter, share=1, part=self._passes)
+        if not self._finite:
+            raise RuntimeError(
+                "No gradient has reached any masked weight: loss.backward() has to be called, and "
+                "weights need requires_grad=True and a part in the loss."
+            )
+        device = self.last["loss"].device
+        finite = torch.stack([each.to(device) for each in self._finite])
+        self._finite.clear()
+        self._passes = 0
         for group in self.param_groups:
-            check_lr(group)
-            group["step"] += 1
-        self._draw(self._fusion, advantage_K)
-        return loss
+            group.update(tracker.skips(self.tracker, (~finite).float().mean()))
 
-    def _judge(self, residual_K: Tensor) -> Tensor:
-        """The advantages of masks that were drawn together; the tracker learns of all alike."""
-        first = self.param_groups[0]
-        judged = [
-            tracker.judge(self.tracker, each, first["momentum"], normalize=first["normalize"])
-            for each in residual_K
-        ]
-        advantage_K = torch.stack([advantage for advantage, _ in judged])
-        for name in self.tracker:
-            after = torch.stack([after[name] for _, after in judged]).float().mean()
-            for group in self.param_groups:
-                group[name] = after
-        return advantage_K
+    def _judge(self, loss: Tensor, baseline: Tensor) -> Tensor:
+        """How much worse than expected the drawn mask was; the tracker learns from that."""
+        residual, rule = loss - baseline, self.param_groups[0]
+        advantage, after = tracker.judge(
+            self.tracker, residual, rule["tracker_momentum"], published=rule["published"]
+        )
+        for group in self.param_groups:
+            group.update(after)
+        self.last = {
+            "loss": loss,
+            "baseline": baseline,
+            "residual": residual,
+            "advantage": advantage,
+        }
+        return advantage
+
+    def _draw(self, fusion: Fusion, advantage: Tensor | None = None) -> None:
+        """Move the logits by what an advantage says of the mask drawn last; draw the next."""
+        together = Together(fusion)
+        changes = {
+            id(group): None if advantage is None else group["lr"] * advantage
+            for group in self.param_groups
+        }
+        weights = list(self._masked_weights())
+        for group, _, masked in weights:
+            draw = Draw(group["seed"], group["step"])
+            masked.advance(draw, changes[id(group)], together)
+        together.finish()
+        for _, _, masked in weights:
+            masked.held.arrive()
+
+    # Versions of the weights
 
     @torch.no_grad()
     def write(self, version: Version) -> None:
@@ -375,38 +383,32 @@ class MaskPro(Optimizer):
             version: "dense", all weights; "initial", those of the initial mask; "drawn", those of
                 the mask that the next step evaluates; "mode", those of the most likely mask,
                 which is the one to deploy; "best", those of the mask that :meth:`remember` kept,
-                the initial one before (not with memory="lean").
+                the initial one before.
         """
         if version not in get_args(Version):
             raise ValueError(f"version is one of {get_args(Version)}, got {version!r}.")
-        if not self.begun or version == self._holds:
-            return
-        self._holds = None  # what an interrupted write leaves is no version
         for _, _, masked in self._masked_weights():
             masked.write(version)
-        self._holds = version
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Keep the most likely mask of each group as the version "best".
-
-        Raises:
-            ValueError: with memory="lean", which has no place for it.
-        """
-        for _, _, masked in self._masked_weights():
-            masked.remember()
-        if self._holds == "best":
-            self._holds = None
+        """Keep the most likely mask of each group as the version "best"."""
+        for _, parameter, masked in self._masked_weights():
+            if masked.held.version == "best":
+                masked.write("mode")
+            self.state[parameter]["best"] = masked.packed_mode()
 
     @contextmanager
     def applied(self, version: Version) -> Iterator[None]:
         """Write a version into the parameters for the duration of a ``with`` block."""
-        before = self._holds or "drawn"
+        before = self.holds or "drawn"
         self.write(version)
         try:
             yield
         finally:
             self.write(before)
+
+    # Masks, logits and statistics
 
     @torch.no_grad()
     def masks(self, version: Version = "mode") -> dict[str, Tensor]:
@@ -428,24 +430,10 @@ class MaskPro(Optimizer):
         for _, parameter, masked in self._masked_weights():
             yield masked.name, self.layouts[parameter].whole(masked.mask(version))
 
-    @property
-    def sharded(self) -> bool:
-        """Whether a weight is split over ranks; what is shaped like a weight then is, too."""
-        return any(layout.across for layout in self.layouts.values())
-
-    @property
-    def names(self) -> list[str]:
-        """The weights' names, in their order."""
-        return [name for _, name, _ in self._parameters()]
-
-    def over_ranks(self, numbers: Tensor) -> Tensor:
-        """Add up what ranks have counted in their parts of each weight, a row for a weight."""
-        return self._sharing.over_ranks(numbers)
-
     @torch.no_grad()
     def whole(self, parameter: Tensor) -> Tensor:
         """The whole of a weight as it is now; all ranks have to ask for it."""
-        self._states.settle()
+        self._states.reshard()
         return self.layouts[parameter].whole(local(parameter))
 
     def logits(self) -> dict[str, Tensor]:
@@ -455,19 +443,37 @@ class MaskPro(Optimizer):
     @torch.no_grad()
     def groups(self) -> Iterator[Groups]:
         """Go through all groups in blocks, for statistics."""
-        for group, _, masked in self._masked_weights():
-            yield from masked.groups(sharpness_of(group))
+        for _, _, masked in self._masked_weights():
+            yield from masked.groups()
+
+    def redrawn(self) -> dict[str, Tensor]:
+        """By name, how many groups of this rank's part the last draw has changed, int64 scalars."""
+        return {masked.name: masked.redrawn.sum() for _, _, masked in self._masked_weights()}
+
+    def over_ranks(self, numbers: Tensor) -> Tensor:
+        """Add up what ranks have counted in their parts of each weight, a row for a weight."""
+        _, _, first = next(self._parameters())
+        return over_ranks(list(self.layouts.values()), numbers, local(first).device)
+
+    # Checkpoints
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """The state, alike for each ``memory``: for "lean" it holds a dense copy of the weights."""
-        saved = super().state_dict()
-        if self._states.lean and self.begun:
-            order = chain.from_iterable(group["params"] for group in saved["param_groups"])
-            for key, (_, _, masked) in zip(order, self._masked_weights(), strict=True):
-                assert isinstance(masked, LeanWeight)
-                saved["state"][key] = masked.saved()
-        return saved
+        """The state, alike for each ``memory``: dense weights, logits and masks, or parts of them.
+
+        Dense weights and logits may be views of the state.
+        """
+        packed = super().state_dict()
+        order = chain.from_iterable(group["params"] for group in packed["param_groups"])
+        packed["state"] = (
+            {
+                key: {name: like(value, parameter) for name, value in masked.saved().items()}
+                for key, (_, parameter, masked) in zip(order, self._masked_weights(), strict=True)
+            }
+            if self.begun
+            else {}
+        )
+        return packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -478,9 +484,8 @@ class MaskPro(Optimizer):
             it is damaged; nothing is touched then.
         """
         weights = list(zip(self.names, self.layouts.values(), strict=True))
-        saved_state.check(state_dict, self.param_groups, weights)
+        state_dict = saved_state.checked(state_dict, self.param_groups, weights)
         self.write("dense")  # what is begun here ends here
-        self._holds = None
         order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         state = {
             parameter: self._states.restored(parameter, state_dict["state"][key])
@@ -490,28 +495,17 @@ class MaskPro(Optimizer):
         # The base class would cast to the parameter's dtype; logits and masks have their own.
         super().load_state_dict({**state_dict, "state": {}})
         self._states.forget()
-        self._learned.clear()
+        self._finite.clear()
         self._passes = 0
         for parameter, tensors in state.items():
             self.state[parameter] = self._states.keep(parameter, tensors)
-        explored = {group.get("exploration") for group in state_dict["param_groups"]}
-        if self._sharing.apart or "per_replica" in explored:
-            for group, _, masked in self._masked_weights() if self.begun else ():
-                if isinstance(masked, MaskedWeight):  # lean ones load replica 0's, which all share
-                    draw, *_ = self._sharing.draws(group, group["step"], group["drawn_sharpness"])
-                    masked.redraw(draw)
-        self._holds = "dense"
         self.write("drawn")
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_states", "_fusion", "_sharing", "_holds", "_learned", "_passes", "last")
-        own = {name: vars(self)[name] for name in kept}
-        return super().__getstate__() | own
+        kept = ("estimator", "_states", "_fusion", "_finite", "_passes", "last")
+        return super().__getstate__() | {name: vars(self)[name] for name in kept}
 
-    @property
-    def tracker(self) -> dict[str, Tensor]:
-        """The tracker of residuals: ``delta``, ``variance`` and ``count``, scalars."""
-        return {name: self.param_groups[0][name] for name in tracker.new()}
+    # What is behind it
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
         number = count()
@@ -520,29 +514,11 @@ class MaskPro(Optimizer):
             for name, parameter in zip(names, group["params"], strict=True):
                 yield group, name, parameter
 
-    def _masked_weights(
-        self,
-    ) -> Iterator[tuple[dict[str, Any], Tensor, MaskedWeight | LeanWeight]]:
-        self._states.settle()
-        for group, name, parameter in self._parameters():
+    def _masked_weights(self) -> Iterator[tuple[dict[str, Any], Tensor, MaskedWeight]]:
+        """All weights, once begun."""
+        self._states.reshard()
+        for group, name, parameter in self._parameters() if self.begun else ():
             yield group, parameter, self._states.masked(name, parameter, self.state[parameter])
-
-    def _make_states(
-        self, model: nn.Module | None, memory: Memory, logits_dtype: torch.dtype
-    ) -> States:
-        shapes = {} if model is None else flat_shapes(model)
-        admission.check_weights(
-            (group, name, p, shapes.get(id(p), p.shape)) for group, name, p in self._parameters()
-        )
-        weights = [
-            (parameter, NMPattern.parse(group["pattern"]), group["input_dim"])
-            for group, _, parameter in self._parameters()
-        ]
-        states = States(model, weights, memory, logits_dtype)
-        for group, name, parameter in self._parameters():
-            needs_gradients = group["estimator"] == "straight_through"
-            states.check(name, parameter, needs_gradients=needs_gradients)
-        return states
 
     def _largest(self) -> Iterator[tuple[str, Tensor]]:
         """Masks that keep the largest weights."""
@@ -550,39 +526,16 @@ class MaskPro(Optimizer):
             weight = self.whole(parameter)
             yield name, initializers.magnitude(weight, layout.pattern, layout.input_dim)
 
-    def _initial_logits(self, group: dict[str, Any], parameter: Tensor, mask: Tensor) -> Tensor:
-        """Logits of a whole weight; those of the published rule have one size."""
-        scale, layout = group["logit_scale"], self.layouts[parameter]
-        if not group["normalize"]:
-            return mask.float().mul_(scale)
-        return graded(self.whole(parameter), mask, layout.pattern, layout.input_dim, scale)
-
     def _cuda_devices(self) -> list[torch.device]:
         return list({p.device for _, _, p in self._parameters() if p.device.type == "cuda"})
 
-    def _draw(self, fusion: Fusion, advantage_K: Tensor | None = None) -> None:
-        """Move the logits by what an advantage says of the masks drawn last; draw the next."""
-        self._holds = None
-        together = Together(fusion)
-        changes = {
-            id(group): None if advantage_K is None else group["lr"] * advantage_K
-            for group in self.param_groups
-        }
-        for group, _, masked in self._masked_weights():
-            draw, *_ = self._sharing.draws(group, group["step"], sharpness_of(group))
-            judged: list[Draw] = []
-            change = changes[id(group)]
-            if change is not None:
-                _, *judged = self._sharing.draws(group, group["step"] - 1, group["drawn_sharpness"])
-            if isinstance(masked, LeanWeight):
-                masked.advance(draw, change, fusion)
-            else:
-                masked.advance(draw, change, together, judged)
-        together.finish()
-        for group in self.param_groups:
-            group["drawn_sharpness"] = sharpness_of(group)
-        self._holds = "drawn"
-        self._learned.clear()
-        self._passes = 0
-        if _log.isEnabledFor(logging.DEBUG):
-            self._sharing.refuse_drift(self.logits().values())
+    def _refuse_cut_groups(self) -> None:
+        for _, name, parameter in self._parameters():
+            layout = self.layouts[parameter]
+            if layout.may_be_cut:
+                raise ValueError(
+                    f"{name!r} is cut within groups of {layout.pattern.m} inputs (FSDP1, or tensor "
+                    f"parallelism along the inputs), but the estimator 'straight_through' needs "
+                    f"the gradients of whole groups: use fully_shard (FSDP2), or choose "
+                    f"estimator='policy'."
+                )

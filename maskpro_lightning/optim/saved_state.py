@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from maskpro_lightning.optim.transition import BEST, DRAWN, INITIAL
+from maskpro_lightning.optim.masked_weight import BITS
 from maskpro_lightning.weights.admission import LARGEST, check_rule
 from maskpro_lightning.weights.layout import Layout, local
 
@@ -22,13 +21,11 @@ _TENSORS = {"dense", "logits", "masks"}
 _LOGITS = (torch.float32, torch.bfloat16)
 # No fit gets there, as a step is at most LARGEST, and beyond a draw's numbers may leave float32.
 _LARGEST_LOGIT = 1e20
-# The masks that are looked at, by their bits.
-_STORED = {"initial": INITIAL, "drawn": DRAWN, "best": BEST}
 
 
-def check(
+def checked(
     saved: Mapping[str, Any], groups: Sequence[Group], weights: Sequence[tuple[str, Layout]]
-) -> None:
+) -> dict[str, Any]:
     """Refuse a state from which these weights cannot go on. Nothing is touched.
 
     Args:
@@ -37,10 +34,14 @@ def check(
         weights: The names of its weights and which part of each is this rank's, in order. A
             saved part is looked at but for the groups that its edges cut.
 
+    Returns:
+        The state, whose groups hold what those of this version do.
+
     Raises:
         ValueError: says what is saved and what it should be.
     """
     saved_groups, states = _parts(saved)
+    saved_groups = [_renamed(group) for group in saved_groups]
     _check_groups(saved_groups, groups)
     keys = list(chain.from_iterable(group["params"] for group in saved_groups))
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
@@ -53,6 +54,25 @@ def check(
         raise _damaged(f"it holds masks of {len(states)} weights, not of its {len(keys)}")
     for (name, layout), state in zip(weights, begun, strict=False):
         _check_weight(name, layout, state)
+    return {**saved, "param_groups": saved_groups}
+
+
+def _renamed(group: Group) -> Group:
+    """A parameter group as this version holds it, from one that version 0.1 may have saved."""
+    if "normalize" not in group:
+        return group
+    for name, meant in (("sharpness", 1.0), ("exploration", "shared")):
+        if group.get(name) != meant:
+            raise ValueError(
+                f"These masks were learned with {name}={group.get(name)!r}, which this version "
+                f"does not have: finish that fit with maskpro-lightning 0.1, or start a new one "
+                f"from its mask file."
+            )
+    gone = {"normalize", "momentum", "sharpness", "exploration", "drawn_sharpness"}
+    kept = {name: value for name, value in group.items() if name not in gone}
+    if group.get("estimator") == "policy":
+        kept |= {"published": not group["normalize"], "tracker_momentum": group["momentum"]}
+    return kept
 
 
 def _parts(saved: Any) -> tuple[list[Group], Mapping[Any, Any]]:
@@ -114,9 +134,9 @@ def _kind(value: Any) -> object:
 
 
 def _check_weight(name: str, layout: Layout, state: Any) -> None:
+    # Version 0.1 also kept how many groups were redrawn.
     if not isinstance(state, Mapping) or set(state) - {"redrawn"} != _TENSORS:
         raise _damaged(f"the state of {name!r} is not {', '.join(sorted(_TENSORS))}")
-    _check_redrawn(name, layout, state.get("redrawn", torch.tensor(0)))
     for key in sorted(_TENSORS):
         value = state[key]
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
@@ -146,23 +166,14 @@ def _check_masks(name: str, layout: Layout, masks: Tensor) -> None:
     """Refuse a mask that is not N:M; groups that an edge cuts are not looked at."""
     part = "this rank's part of " if masks.shape != layout.shape else ""
     where, masks = layout.uncut(masks)
-    for version, bit in _STORED.items():
-        if bit == BEST and not (masks & bit).any():
-            continue  # saved from lean memory, which does not keep it
+    for version, bit in BITS.items():
+        if version == "best" and not (masks & bit).any():
+            continue  # version 0.1 did not keep it in lean memory
         blocks = where.blocks((masks & bit).bool())
         kept = [kept.reshape(-1, where.pattern.m) for _, (kept,) in blocks]
         if kept:
             about = f"{part}the saved {version} mask of {name!r}"
             where.pattern.check(torch.cat(kept), -1, about)
-
-
-def _check_redrawn(name: str, layout: Layout, redrawn: Any) -> None:
-    """Refuse what is no number of groups, which a state of lean memory holds."""
-    groups = math.prod(layout.shape) // layout.pattern.m
-    if not isinstance(redrawn, Tensor) or redrawn.is_meta or redrawn.layout != torch.strided:
-        raise _damaged(f"redrawn of {name!r} is no tensor of numbers")
-    if redrawn.dtype != torch.int64 or redrawn.dim() or not 0 <= int(redrawn) <= groups:
-        raise _damaged(f"redrawn of {name!r} is no number of its {groups} groups")
 
 
 def _damaged(reason: str) -> ValueError:

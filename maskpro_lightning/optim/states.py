@@ -1,27 +1,29 @@
-"""What is kept of each weight, in either memory, and of which part of it.
+"""What is kept of each weight, and of which part of it.
 
-The optimizer's ``state`` holds tensors laid out like the weight. Those of a part that cuts groups
-are views of padded ones, which are held here; so is what a lean weight's exchange is about.
+The optimizer's ``state`` holds tensors laid out like the weight where they have its shape. Those of
+a part that cuts groups are views of padded ones, which are held here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from maskpro_lightning.masks.pattern import NMPattern
-from maskpro_lightning.optim.lean_weight import Held, LeanWeight, loaded
-from maskpro_lightning.optim.masked_weight import MaskedWeight
-from maskpro_lightning.optim.rule import Memory
-from maskpro_lightning.optim.transition import BEST, INITIAL
+from maskpro_lightning.optim.masked_weight import BITS, Held, MaskedWeight
 from maskpro_lightning.weights.layout import Layout, like, local
-from maskpro_lightning.weights.sharding import layouts, settle
+from maskpro_lightning.weights.sharding import layouts, reshard
 
+Memory = Literal["plain", "lean"]
+LogitsDtype = Literal["float32", "bfloat16"]
 Tensors = Mapping[str, Tensor]
+
+_SHAPED = ("dense", "logits")
 
 
 class States:
@@ -31,7 +33,7 @@ class States:
         model: What FSDP shards, or None.
         weights: Each weight with its pattern and input dimension.
         memory: "plain" or "lean".
-        logits_dtype: float32 or bfloat16.
+        logits_dtype: "float32" or "bfloat16".
     """
 
     def __init__(
@@ -39,110 +41,97 @@ class States:
         model: nn.Module | None,
         weights: Sequence[tuple[Tensor, NMPattern, int]],
         memory: Memory,
-        logits_dtype: torch.dtype,
+        logits_dtype: LogitsDtype,
     ) -> None:
-        self._model, self._memory, self._logits_dtype = model, memory, logits_dtype
+        self._model, self._lean = model, memory == "lean"
+        self._logits_dtype: torch.dtype = getattr(torch, logits_dtype)
         found = layouts(model, weights)
         #: Which part of each weight is this rank's.
         self.layouts: dict[Tensor, Layout] = {
             weight: layout for (weight, _, _), layout in zip(weights, found, strict=True)
         }
+        self.held: dict[Tensor, Held] = {}
         self._padded: dict[Tensor, dict[str, Tensor]] = {}
-        self._held: dict[Tensor, Held] = {}
 
-    @property
-    def lean(self) -> bool:
-        """Whether no dense copy is kept."""
-        return self._memory == "lean"
-
-    def check(self, name: str, parameter: Tensor, *, needs_gradients: bool) -> None:
-        """Refuse a weight whose part does not go with the estimator or the memory.
-
-        Raises:
-            ValueError: groups cut by a shard's edge with gradients, or shards with lean memory.
-        """
-        layout = self.layouts[parameter]
-        if needs_gradients and layout.may_be_cut:
-            raise ValueError(
-                f"{name!r} is cut within groups of {layout.pattern.m} inputs (FSDP1, or tensor "
-                f"parallelism along the inputs), but the estimator 'straight_through' needs "
-                f"the gradients of whole groups: use fully_shard (FSDP2), or choose "
-                f"estimator='policy'."
-            )
-        if self.lean and (layout.across or layout.flat):
-            raise ValueError(
-                f"{name!r} is sharded, but memory='lean' exchanges whole weights: choose "
-                f"memory='plain', whose state is sharded like the weights."
-            )
-
-    def settle(self) -> None:
+    def reshard(self) -> None:
         """Make sure that the weights are the shards which the next forward pass gathers."""
         if self._model is not None:
-            settle(self._model)
+            reshard(self._model)
 
     def new(self, parameter: Tensor, mask: Tensor, logits: Tensor) -> dict[str, Tensor]:
         """The tensors of a weight that starts from a mask and logits of the whole weight."""
         layout = self.layouts[parameter]
+        mask = layout.take(mask)
         # A copy where it is a part, which would else keep the whole in memory.
         logits = layout.take(logits).to(self._logits_dtype, copy=bool(layout.across))
-        about = local(parameter), layout.take(mask), logits
-        if self.lean:
-            return LeanWeight.state(*about, layout.pattern, layout.input_dim)
-        return MaskedWeight.state(*about)
+        return self._state(parameter, local(parameter), mask, mask, logits)
 
     def keep(self, parameter: Tensor, tensors: Tensors) -> dict[str, Tensor]:
         """Take a weight's tensors, padded where it is cut; what the optimizer's state holds."""
         layout = self.layouts[parameter]
+        self.held[parameter] = Held()
         if layout.cut:
-            self._padded[parameter] = {k: v for k, v in tensors.items() if k != "dense"}
-        if self.lean:
-            self._held[parameter] = Held()
-            return dict(tensors)
+            self._padded[parameter] = dict(tensors)
         return {
-            name: like(layout.own(value) if name != "dense" else value, parameter)
+            name: like(layout.own(value), parameter) if name in _SHAPED else value
             for name, value in tensors.items()
         }
 
-    def masked(self, name: str, parameter: Tensor, state: Tensors) -> MaskedWeight | LeanWeight:
+    def masked(self, name: str, parameter: Tensor, state: Tensors) -> MaskedWeight:
         """A weight with its state, ready for a step; the weights have to be settled."""
         tensors = {key: local(value) for key, value in state.items()}
         tensors |= self._padded.get(parameter, {})
-        layout = self.layouts[parameter]
-        if self.lean:
-            lean = partial(LeanWeight, name, layout.pattern, layout.input_dim, parameter)
-            return lean(**tensors, held=self._held[parameter])
-        return MaskedWeight(name, layout, local(parameter), **tensors)
+        lean = "pruned" in tensors
+        return MaskedWeight(
+            name,
+            self.layouts[parameter],
+            local(parameter),
+            self.held[parameter],
+            lean,
+            tensors.pop("pruned" if lean else "dense"),
+            **tensors,
+        )
 
     def restored(self, parameter: Tensor, saved: Tensors) -> dict[str, Tensor]:
         """This rank's tensors from a saved state, of the whole weight or of a part; copies.
 
-        A weight of lean memory then holds its dense version.
+        In lean memory the weight then holds its dense version.
         """
-        own = {name: self._part(parameter, name, value) for name, value in saved.items()}
-        own["logits"] = own["logits"].to(self._logits_dtype)
-        if not self.lean:
-            masks = own["masks"]
-            if not (masks & BEST).any():  # saved from lean memory, which does not keep it
-                masks |= (masks & INITIAL) * BEST
-            return {name: value for name, value in own.items() if name != "redrawn"}
-        parameter.copy_(own["dense"])
-        layout = self.layouts[parameter]
-        return loaded(own, layout.pattern, layout.input_dim)
+        dense, logits, masks = (
+            self._part(parameter, saved[name], padded=name != "dense")
+            for name in ("dense", "logits", "masks")
+        )
+        initial, drawn, best = ((masks & bit).bool() for bit in BITS.values())
+        logits = logits.to(self._logits_dtype)
+        state = self._state(parameter, dense, initial, drawn, logits)
+        if "pruned" in state:
+            local(parameter).copy_(dense)
+        if best.any() and not torch.equal(best, initial):
+            state["best"] = torch.from_numpy(np.packbits(best.cpu().numpy()))
+        return state
 
     def forget(self) -> None:
         """Let go of all tensors."""
         self._padded.clear()
+        self.held.clear()
 
-    def _part(self, parameter: Tensor, name: str, value: Tensor) -> Tensor:
+    def _state(
+        self, parameter: Tensor, dense: Tensor, initial: Tensor, drawn: Tensor, logits: Tensor
+    ) -> dict[str, Tensor]:
         layout = self.layouts[parameter]
-        if name == "redrawn":
-            return value.to(parameter.device)
+        # Of a part that cuts groups the weight is worked on in a copy, and an exchange that was
+        # interrupted could lose some of it.
+        lean = self._lean and not layout.cut
+        return MaskedWeight.state(layout, dense, initial, drawn, logits, lean=lean)
+
+    def _part(self, parameter: Tensor, value: Tensor, *, padded: bool) -> Tensor:
+        layout = self.layouts[parameter]
         if isinstance(value, DTensor) and not isinstance(parameter, DTensor):
             value = value.full_tensor()
         value = local(value.detach())
         if tuple(value.shape) != layout.size:
             value = layout.take(value)
-            value = layout.own(value) if name == "dense" else value
-        elif layout.may_be_cut and name != "dense":
+            value = value if padded else layout.own(value)
+        elif layout.may_be_cut and padded:
             value = layout.take(layout.whole(value.to(parameter.device)))
         return value.to(parameter.device).clone()

@@ -6,7 +6,7 @@ Shape suffixes: ``G`` groups, ``M`` group size, ``V`` words of a group.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,13 +29,16 @@ class Block:
     Attributes:
         pattern: The pattern.
         groups: int64 (...), the groups' numbers.
-        state: Dense weights, logits and masks, each (..., V).
+        state: Weights, rest, logits and masks, each (..., V).
         key: What its draws depend on besides, as numbers or as int64 (G,).
-        step: int64 scalar, the number of the draw.
-        sharpness: Its sharpness.
-        change: (1,) or None; the logits move against it along grad log P(drawn mask).
-        direction: (..., M) or None; the logits move against it.
-        places: Views of weight, logits and masks, like ``state``.
+        step: The number of the draw.
+        lean: What the rest holds.
+        change: Scalar or None; the logits move against it along grad log P(drawn mask).
+        places: Views of weights, logits and masks, and if lean of the rest, like ``state``.
+        seen: Takes of a number for each group those that count on this rank.
+        redrawn: int64 scalar, for the number of groups with another mask than before.
+        done: int64 scalar on the CPU, for how many blocks of the weight are done.
+        number: The block's number in the weight.
     """
 
     pattern: NMPattern
@@ -43,17 +46,19 @@ class Block:
     state: tuple[Tensor, ...]
     key: philox.Key
     step: int
-    sharpness: float
+    lean: bool
     change: Tensor | None
-    direction: Tensor | None
     places: tuple[Tensor, ...]
+    seen: Callable[[Tensor], Tensor]
+    redrawn: Tensor
+    done: Tensor
+    number: int
 
     @property
     def kind(self) -> Hashable:
         """The same for blocks whose steps can be made as one."""
-        moves = [] if self.direction is None else [self.direction]
-        like = [(t.shape[-1], t.dtype, t.device) for t in (*self.state, *self.places, *moves)]
-        return self.pattern, self.step, self.sharpness, id(self.change), tuple(like)
+        like = [(t.shape[-1], t.dtype, t.device) for t in (*self.state, *self.places)]
+        return self.pattern, self.step, self.lean, id(self.change), tuple(like)
 
 
 class Together:
@@ -63,6 +68,10 @@ class Together:
         self._fusion = fusion
         self._waiting: defaultdict[Hashable, list[Block]] = defaultdict(list)
         self._groups: Counter[Hashable] = Counter()
+
+    def another(self) -> Together:
+        """One that makes steps alike, and for which none wait."""
+        return Together(self._fusion)
 
     def add(self, block: Block, *, now: bool = False) -> None:
         """Make a step, or put it off until there are more of its kind unless it has to be made."""
@@ -86,48 +95,63 @@ class Together:
 
     def _make(self, blocks: list[Block]) -> None:
         one = blocks[0] if len(blocks) == 1 else _joined(blocks)
-        found = self._fusion(
-            transition,
-            one.pattern,
-            one.groups,
-            *one.state,
-            one.key,
-            torch.full((), one.step, device=one.groups.device),
-            one.sharpness,
-            None if one.change is None else one.change[0],
-            one.direction,
+        *found, changed = _changed_last(
+            self._fusion(
+                transition,
+                one.pattern,
+                one.groups,
+                *one.state,
+                one.key,
+                torch.full((), one.step, device=one.groups.device),
+                one.lean,
+                one.change,
+            )
         )
         sizes = [block.groups.numel() for block in blocks]
-        parts = [result.flatten(0, -2).split(sizes) for result in found]
-        # One call, so that an exception leaves a block as it was or as it should be.
-        torch._foreach_copy_(
-            [place for block in blocks for place in block.places],
-            [
+        places: list[Tensor] = []
+        values: list[Tensor] = []
+        for number, result in enumerate(found):
+            places += [block.places[number] for block in blocks]
+            parts = result.flatten(0, -2).split(sizes)
+            values += [
                 part.view(place.shape)
-                for block, *results in zip(blocks, *parts, strict=True)
-                for place, part in zip(block.places, results, strict=True)
-            ],
-        )
+                for part, place in zip(parts, places[-len(blocks) :], strict=True)
+            ]
+        places += [block.redrawn for block in blocks]
+        values += _counts(blocks, changed, sizes)
+        places += [block.done for block in blocks]
+        values += [torch.tensor(block.number + 1) for block in blocks]
+        # One call, so that an exception leaves a block as it was or as it should be.
+        torch._foreach_copy_(places, values)
+
+
+def _changed_last(found: Sequence[Tensor]) -> list[Tensor]:
+    words, logits, masks, changed, *rest = found
+    return [words, logits, masks, *rest, changed]
+
+
+def _counts(blocks: Sequence[Block], changed: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """How many groups of each block have changed."""
+    if len(blocks) == 1:
+        return [blocks[0].seen(changed).sum()]
+    lengths = torch.tensor(sizes, device=changed.device)
+    return list(torch.segment_reduce(changed.flatten().float(), "sum", lengths=lengths).unbind())
 
 
 def _joined(blocks: list[Block]) -> Block:
-    """Blocks of a kind as one, a copy, whose groups have keys of their own."""
-    first = blocks[0]
+    """One block of many; it has no places of its own."""
 
     def joined(tensors: Iterable[Tensor]) -> Tensor:
         return torch.cat([tensor.flatten(0, -2) for tensor in tensors])
 
-    states = zip(*(block.state for block in blocks), strict=True)
-    directions = [block.direction for block in blocks if block.direction is not None]
     # Adding a number does not wait for the device, as copying it there would.
     keys = [
         torch.cat([torch.zeros_like(block.groups.flatten()) + block.key[k] for block in blocks])
         for k in (0, 1)
     ]
     return replace(
-        first,
+        blocks[0],
         groups=torch.cat([block.groups.flatten() for block in blocks]),
-        state=tuple(map(joined, states)),
+        state=tuple(map(joined, zip(*(block.state for block in blocks), strict=True))),
         key=(keys[0], keys[1]),
-        direction=joined(directions) if directions else None,
     )

@@ -25,18 +25,19 @@ def new() -> Tracker:
 
 
 def judge(
-    tracker: Tracker, residual: Tensor, momentum: float, *, normalize: bool
+    tracker: Tracker, residual: Tensor, momentum: float, *, published: bool
 ) -> tuple[Tensor, Tracker]:
     """How much worse than expected a drawn mask was, and the tracker after it.
 
     The expectation is the tracker *before* this residual enters it, so that it does not depend on
-    the mask that it judges. Normalised, an advantage is at most 1 / sqrt(1 - momentum).
+    the mask that it judges. Divided by its spread, an advantage is at most 1 / sqrt(1 - momentum).
 
     Args:
         tracker: The tracker before.
         residual: Scalar; the loss of the drawn mask minus that of the initial one on a batch.
         momentum: Decay of the moving averages, alpha in [0, 1).
-        normalize: Divide by the running spread, and correct the average's start from zero.
+        published: Leave the advantage as it is, and the average's start from zero. Otherwise divide
+            it by its running spread, and correct that start.
 
     Returns:
         The advantage, zero where the residual is not finite (or above 1e18), and the new tracker,
@@ -47,7 +48,7 @@ def judge(
     residual = residual.where(finite, 0)
     delta, variance, count = (before[name] for name in ("delta", "variance", "count"))
     expected = delta
-    if normalize:
+    if not published:
         # Started from zero, a moving average lags behind; Adam's correction undoes that.
         expected = (delta / _correction(momentum, count)).where(count > 0, residual)
     advantage = residual - expected
@@ -56,7 +57,7 @@ def judge(
         "variance": momentum * variance + (1 - momentum) * advantage.square(),
         "count": count + 1,
     }
-    if normalize:
+    if not published:
         spread = (after["variance"] / _correction(momentum, after["count"])).sqrt()
         # Equal residuals differ by rounding; that is no spread.
         rounding = 16 * torch.finfo(residual.dtype).eps * residual.abs()

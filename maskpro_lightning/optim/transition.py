@@ -28,100 +28,118 @@ from maskpro_lightning.optim.words import (
     masks_of,
 )
 
-# One byte per weight holds four masks, a bit each.
-INITIAL, DRAWN, PREVIOUS, BEST = 1, 2, 4, 8
-
 
 def transition(
     pattern: NMPattern,
     groups: Tensor,
     words: Tensor,
+    rest: Tensor,
     logits: Tensor,
     masks: Tensor,
     key: philox.Key,
     step: Tensor,
-    sharpness: float | Tensor,
+    lean: bool,
     change: Tensor | None = None,
-    direction: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Move a block's logits, draw its next masks and apply them.
 
     Args:
         pattern: The pattern.
         groups: int64 (...), the groups' numbers.
-        words: The dense weights, see :func:`words_of`.
+        words: The weights under the drawn mask, see :func:`words_of`.
+        rest: What is kept beside the weights, see :func:`exchange`.
         logits: Of float32, or of bfloat16, which are rounded at random; see :func:`logits_of`.
-        masks: The words of bytes with a bit for each of ``INITIAL``, ``DRAWN``, ``PREVIOUS`` and
-            ``BEST``.
+        masks: uint8 (..., B), the initial and the drawn mask, see :func:`flags_of`.
         key: What draws depend on besides, see :func:`philox.exponential`.
         step: int64 scalar, the number of the draw.
-        sharpness: Masks are drawn from softmax(sharpness * logits).
+        lean: What ``rest`` holds, see :func:`exchange`.
         change: Scalar; the logits move against it along grad log P(drawn mask).
-        direction: (..., M); the logits move against it.
 
     Returns:
-        The words of the masked weights, the next logits and masks.
-    """
-    masks_M = columns_in(masks, pattern.m)
-    drawn_M = [mask >> 1 & 1 for mask in masks_M]
-    logits_M = logits_in(logits, pattern.m)
-    if change is not None or direction is not None:
-        logits_M = _learned(pattern, logits_M, drawn_M, sharpness, change, direction)
-        logits_M = _rounded(logits_M, logits, groups, key, step)
-    kept_M = _drawn(pattern, logits_M, groups, key, step, sharpness)
-    next_M = [
-        mask & (INITIAL | BEST) | (mask & DRAWN) << 1 | kept << 1
-        for mask, kept in zip(masks_M, kept_M, strict=True)
-    ]
-    bits_M = [bits & -kept for bits, kept in zip(columns_in(words, pattern.m), kept_M, strict=True)]
-    return in_words(bits_M, words), logits_as(logits_M, logits), in_words(next_M, masks)
-
-
-def lean_transition(
-    pattern: NMPattern,
-    groups: Tensor,
-    words: Tensor,
-    pruned: Tensor,
-    logits: Tensor,
-    masks: Tensor,
-    key: philox.Key,
-    step: Tensor,
-    sharpness: float | Tensor,
-    change: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What :func:`transition` does where a weight holds what is kept, and ``pruned`` the rest.
-
-    Args:
-        pattern: The pattern.
-        groups: int64 (...), the groups' numbers.
-        words: The weights under the drawn mask, see :func:`words_of`.
-        pruned: The words of the pruned weights (..., M - N).
-        logits: As for :func:`transition`.
-        masks: uint8 (..., B), the initial and the drawn mask, see :func:`flags_of`.
-        key: As for :func:`transition`, like all that follow.
-        step: The number of the draw.
-        sharpness: Its sharpness.
-        change: How the logits move along the score.
-
-    Returns:
-        The words of the masked weights and of the pruned ones, the next logits and masks, and
-        int32 (...), 1 for each group whose mask has changed.
+        The next words, logits and masks; int32 (...), 1 for each group whose mask has changed; and
+        the next ``rest`` if lean, which is the same otherwise.
     """
     initial_M, held_M = flags_of(masks, pattern.m)
     logits_M = logits_in(logits, pattern.m)
     if change is not None:
-        logits_M = _learned(pattern, logits_M, held_M, sharpness, change, None)
+        score_M = _score(list(logits_M), [flag.float() for flag in held_M], pattern)
+        logits_M = _minus(logits_M, [change * score for score in score_M])
         logits_M = _rounded(logits_M, logits, groups, key, step)
-    next_M = _drawn(pattern, logits_M, groups, key, step, sharpness)
+    noise_M = philox.exponential_columns(key, step, groups, pattern.m)
+    next_M = [flag.int() for flag in columns.winners(logits_M, noise_M, pattern.n)]
     stays = reduce(mul, [1 - (old ^ new) for old, new in zip(held_M, next_M, strict=True)])
-    words, pruned = exchange(pattern, words, pruned, held_M, next_M)
-    return (
-        words,
-        pruned,
-        logits_as(logits_M, logits),
-        masks_of(initial_M, next_M),
-        1 - stays,
-    )
+    words, *rests = exchange(pattern, words, rest, held_M, next_M, lean)
+    next_masks = masks_of(initial_M, next_M)
+    return (words, logits_as(logits_M, logits), next_masks, 1 - stays, *rests)
+
+
+def exchange(
+    pattern: NMPattern,
+    words: Tensor,
+    rest: Tensor,
+    held_M: Sequence[Tensor] | None,
+    next_M: Sequence[Tensor] | None,
+    lean: bool,
+) -> tuple[Tensor, ...]:
+    """Bring weights from one mask (None: dense) to another.
+
+    The dense weights are decoded from what the weights hold and the rest, and encoded under the
+    next mask.
+
+    Args:
+        pattern: The pattern.
+        words: The weights under the mask that they hold, see :func:`words_of`.
+        rest: The words of a copy of the dense weights, (..., M values), whatever ``words`` are; or,
+            if lean, of those that the mask leaves out, in their order, (..., M - N values).
+        held_M: The columns of the mask that the weights hold.
+        next_M: Those of the mask that they shall hold.
+        lean: What ``rest`` holds.
+
+    Returns:
+        The next words; and the next ``rest`` if lean, which is the same otherwise.
+    """
+    bits_M = _decoded(pattern, words, rest, held_M, lean)
+    if next_M is None:
+        return (in_words(bits_M, words), rest) if lean else (in_words(bits_M, words),)
+    kept = in_words([bits & -flag for bits, flag in zip(bits_M, next_M, strict=True)], words)
+    return (kept, in_words(_left_out(pattern, bits_M, next_M), rest)) if lean else (kept,)
+
+
+def _decoded(
+    pattern: NMPattern,
+    words: Tensor,
+    rest: Tensor,
+    held_M: Sequence[Tensor] | None,
+    lean: bool,
+) -> list[Tensor]:
+    """The columns of the dense weights' bits."""
+    if not lean:
+        return columns_in(rest, pattern.m)
+    bits_M = columns_in(words, pattern.m)
+    if held_M is None:
+        return bits_M
+    left_out = columns_in(rest, pattern.m - pattern.n)
+    return [
+        torch.where(kept > 0, bits, _at(place, left_out, last=j, number=pattern.n))
+        for j, (kept, bits, place) in enumerate(zip(held_M, bits_M, _places(held_M), strict=True))
+    ]
+
+
+def _left_out(
+    pattern: NMPattern, bits_M: Sequence[Tensor], kept_M: Sequence[Tensor]
+) -> list[Tensor]:
+    """The M - N columns of what a mask leaves out, in their order."""
+    places = [
+        torch.where(kept > 0, -1, place)
+        for kept, place in zip(kept_M, _places(kept_M), strict=True)
+    ]
+    gone = []
+    for k in range(pattern.m - pattern.n):
+        value = bits_M[k]
+        for j in range(k + 1, k + pattern.n + 1):
+            value = torch.where(places[j] == k, bits_M[j], value)
+        gone.append(value)
+    return gone
 
 
 def directed(
@@ -130,7 +148,6 @@ def directed(
     gradient: Tensor,
     dense: Tensor,
     logits: Tensor,
-    sharpness: float | Tensor,
 ) -> tuple[Tensor]:
     """The gradient of the expected loss in a block's logits, from that in its weights.
 
@@ -143,14 +160,13 @@ def directed(
         gradient: (..., M).
         dense: The dense weights, (..., M).
         logits: As for :func:`transition`.
-        sharpness: Masks are drawn from softmax(sharpness * logits).
 
     Returns:
         float32 (..., M).
     """
     pairs = zip(gradient.unbind(-1), dense.unbind(-1), strict=True)
     worth_M = [slope.float() * weight.float() for slope, weight in pairs]
-    logits_M = [logit * sharpness for logit in logits_in(logits, pattern.m)]
+    logits_M = list(logits_in(logits, pattern.m))
     if pattern.n <= 2:
         return (torch.stack(columns.inclusion_gradient(logits_M, worth_M, pattern.n), dim=-1),)
     logits_GM, worth_GM = torch.stack(logits_M, dim=-1), torch.stack(worth_M, dim=-1)
@@ -188,41 +204,6 @@ def moved(
     return (logits_as(logits_M, logits),)
 
 
-def exchange(
-    pattern: NMPattern,
-    words: Tensor,
-    pruned: Tensor,
-    held_M: Sequence[Tensor] | None,
-    next_M: Sequence[Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """The words of weights and of pruned weights, brought from one mask (None: dense) to another.
-
-    The pruned ones are those that the mask of a group leaves out, in their order.
-    """
-    bits_M = columns_in(words, pattern.m)
-    left_out = columns_in(pruned, pattern.m - pattern.n)
-    if held_M is not None:
-        places = _places(held_M)
-        bits_M = [
-            torch.where(kept > 0, bits, _at(place, left_out, last=j, number=pattern.n))
-            for j, (kept, bits, place) in enumerate(zip(held_M, bits_M, places, strict=True))
-        ]
-    if next_M is None:
-        return in_words(bits_M, words), pruned
-    places = [
-        torch.where(kept > 0, -1, place)
-        for kept, place in zip(next_M, _places(next_M), strict=True)
-    ]
-    gone = []
-    for k in range(len(left_out)):
-        value = bits_M[k]
-        for j in range(k + 1, k + pattern.n + 1):
-            value = torch.where(places[j] == k, bits_M[j], value)
-        gone.append(value)
-    kept_bits = [bits & -kept for bits, kept in zip(bits_M, next_M, strict=True)]
-    return in_words(kept_bits, words), in_words(gone, pruned)
-
-
 def _places(kept_M: Sequence[Tensor]) -> list[Tensor]:
     """How many of its group's pruned weights come before each weight."""
     places = [torch.zeros_like(kept_M[0])]
@@ -238,24 +219,6 @@ def _at(place: Tensor, columns: Sequence[Tensor], *, last: int, number: int) -> 
     for k in range(first + 1, min(last, len(columns) - 1) + 1):
         found = torch.where(place == k, columns[k], found)
     return found
-
-
-def _learned(
-    pattern: NMPattern,
-    logits_M: Sequence[Tensor],
-    drawn_M: Sequence[Tensor],
-    sharpness: float | Tensor,
-    change: Tensor | None,
-    direction: Tensor | None,
-) -> Sequence[Tensor]:
-    """The columns of logits, moved."""
-    if direction is not None:
-        logits_M = _minus(logits_M, [move.float() for move in direction.unbind(-1)])
-    if change is not None:
-        kept_M = [flag.float() for flag in drawn_M]
-        score_M = _score([logit * sharpness for logit in logits_M], kept_M, pattern)
-        logits_M = _minus(logits_M, [change * score for score in score_M])
-    return logits_M
 
 
 def _rounded(
@@ -277,20 +240,6 @@ def _rounded(
         ((logit.view(torch.int32) + (word >> 16).int()) & -0x10000).view(torch.float32)
         for logit, word in zip(logits_M, noise_M, strict=True)
     ]
-
-
-def _drawn(
-    pattern: NMPattern,
-    logits_M: Sequence[Tensor],
-    groups: Tensor,
-    key: philox.Key,
-    step: Tensor,
-    sharpness: float | Tensor,
-) -> list[Tensor]:
-    """Columns of flags, int32."""
-    noise_M = philox.exponential_columns(key, step, groups, pattern.m)
-    flags_M = columns.winners([x * sharpness for x in logits_M], noise_M, pattern.n)
-    return [flag.int() for flag in flags_M]
 
 
 def _minus(values: Sequence[Tensor], moves: Sequence[Tensor]) -> list[Tensor]:

@@ -90,7 +90,6 @@ def mask_metrics(optimizer: MaskPro) -> dict[str, dict[str, float]]:
         changed by the last draw); each in [0, 1].
     """
     layers = {name: (MaskEntropy(), MaskChange()) for name in optimizer.names}
-    redrawn = dict.fromkeys(optimizer.names, torch.tensor(0))
     for groups in optimizer.groups():
         mode_GM = distribution.mode(groups.logits_GM, groups.pattern)
         entropy, changed = layers[groups.name]
@@ -98,7 +97,7 @@ def mask_metrics(optimizer: MaskPro) -> dict[str, dict[str, float]]:
             metric.to(mode_GM.device)
         entropy.update(groups.logits_GM, groups.drawn_GM, groups.pattern)
         changed.update(mode_GM, groups.initial_GM)
-        redrawn[groups.name] = redrawn[groups.name].to(mode_GM.device) + groups.redrawn
+    redrawn = optimizer.redrawn()
     # Not torchmetrics' own way of joining ranks, which asks for each number on its own.
     sums = optimizer.over_ranks(
         torch.tensor(

@@ -16,17 +16,27 @@ LARGEST = 1e6
 
 
 def check_rule(rule: Mapping[str, Any]) -> None:
-    """Refuse a parameter group's numbers that are out of range."""
-    for name in ("lr", "logit_scale", "sharpness", "momentum"):
-        if not isinstance(rule[name], int | float):
-            raise TypeError(f"{name} is {rule[name]!r}, but it must be a number.")
-    for name in ("lr", "logit_scale", "sharpness"):
+    """Refuse an estimator's numbers, or a parameter group's, that are out of range."""
+    momentum = rule.get("tracker_momentum", 0)
+    for name, value in (*((n, rule[n]) for n in ("lr", "logit_scale")), ("momentum", momentum)):
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name} is {value!r}, but it must be a number.")
+    for name in ("lr", "logit_scale"):
         if not 0 < rule[name] <= LARGEST:
             raise ValueError(f"{name} is {rule[name]}, but 0 < {name} <= {LARGEST:.0e} must hold.")
-    if not 0 <= rule["momentum"] < 1:
-        raise ValueError(f"momentum is {rule['momentum']}, but 0 <= momentum < 1 must hold.")
-    if not isinstance(rule["seed"], int):
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum is {momentum}, but 0 <= momentum < 1 must hold.")
+    if not isinstance(rule.get("seed", 0), int):
         raise TypeError(f"seed is {rule['seed']!r}, but it must be an int.")
+
+
+def check_lr(group: Mapping[str, Any]) -> None:
+    """Refuse a learning rate out of range, which a scheduler may have set."""
+    if not 0 <= group["lr"] <= LARGEST:
+        raise ValueError(
+            f"The learning rate is {group['lr']} at step {group['step']}: a scheduler has "
+            f"to keep it in [0, {LARGEST:.0e}]."
+        )
 
 
 def check_weights(

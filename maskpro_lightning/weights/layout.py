@@ -141,28 +141,47 @@ class Layout:
             all_reduce(whole.view(torch.uint8), group=group)
         return whole
 
-    def blocks(
-        self, *tensors: Tensor, once: bool = False, share: int = 1
-    ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        """Go through parts, padded or not, in blocks of whole groups.
+    def size_of(self, padded: Sequence[int], each: int) -> list[int]:
+        """The size of what has so many values for a group's M, from that of a padded part."""
+        size = list(padded)
+        size[self._axis] = size[self._axis] // self.pattern.m * each
+        return size
 
-        Where a group is cut, a part that is not padded is worked on in a padded copy, which comes
-        back when the last block is done.
+    def seen_first(self, values: Tensor, block: int) -> Tensor:
+        """Of a value for each group of a block, those of groups that no earlier part begins."""
+        if not self._before:
+            return values
+        if not self.flat and values.dim() > 1:
+            return values[..., 1:]
+        return values if block else values[1:]
+
+    def blocks(
+        self,
+        *parts: Tensor,
+        state: Sequence[Tensor] = (),
+        once: bool = False,
+        share: int = 1,
+    ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Go through parts in blocks of whole groups, and through what is kept for each group.
+
+        Where a group is cut, a part is worked on in a padded copy, which comes back when the last
+        block is done.
 
         Args:
-            tensors: Parts.
+            parts: Parts of the weight, or of what has its shape.
+            state: What has the same number of values for each group, padded to whole groups.
             once: Leave out the groups that an earlier part begins.
             share: Take so many times fewer groups at once.
 
         Yields:
-            int64 (G,), the groups' numbers in the weight, and a view (..., M) of each tensor.
+            int64 (G,), the groups' numbers in the weight, and a view of each tensor, of which the
+            last dimension holds what belongs to a group.
         """
-        tensors = tuple(tensor.detach() for tensor in tensors)
-        size = self.padded_size
-        padded = [t if t.shape == size else self.padded(t) for t in tensors]
+        tensors = tuple(tensor.detach() for tensor in parts)
+        padded = [self.padded(tensor) for tensor in tensors]
         skip = int(once and self._before > 0)
         along = 0 if self.flat else -2
-        views = [self._grouped(t) for t in padded]
+        views = [self._grouped(t) for t in (*padded, *(tensor.detach() for tensor in state))]
         views = [view.narrow(along, skip, view.shape[along] - skip) for view in views]
         in_row = views[0].shape[1:-1].numel()
         rows = max(1, block_size(views[0].device) // share // max(1, in_row))
@@ -192,11 +211,13 @@ class Layout:
         return -end % self._unit if math.prod(self.size) else 0
 
     def _grouped(self, padded: Tensor) -> Tensor:
-        """A padded part as groups: (..., G of a row, M), or (S, B, M) of a run; a view."""
+        """What is kept for groups as such: (..., G of a row, V), or (S, B, V) of a run; a view."""
+        units = self.padded_size[self._axis] // self._unit
+        each = padded.shape[self._axis] // units if units else self._unit
         if not self.flat:
-            return self.pattern.group(padded, self.input_dim)
-        slabs: Tensor = padded.view(-1, self.pattern.m, self._unit // self.pattern.m)
-        return slabs.movedim(1, -1)
+            return padded.movedim(self._axis, -1).unflatten(-1, (units, each))
+        in_slab = self._unit // self.pattern.m
+        return padded.view(units, each // in_slab, in_slab).movedim(1, -1)
 
     def _numbers(self, first: int, block: torch.Size, skip: int, device: torch.device) -> Tensor:
         """Numbers of a block's groups in the whole, int64 (G,)."""

@@ -8,21 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import (
-    ProcessGroup,
-    ReduceOp,
-    all_gather,
-    all_reduce,
-    get_process_group_ranks,
-    get_rank,
-    get_world_size,
-    is_initialized,
-)
+from torch.distributed import ProcessGroup, all_reduce, get_world_size
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
 from torch.distributed.fsdp._runtime_utils import _reshard
@@ -31,57 +21,23 @@ from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.layout import Layout
 
 
-@dataclass(frozen=True)
-class Replicas:
-    """Which ranks hold the parts of one copy of the model; each copy can have masks of its own.
+def over_ranks(parts: Sequence[Layout], numbers: Tensor, device: torch.device) -> Tensor:
+    """Add up what ranks have counted in their parts of weights; a collective if any is split.
 
-    Attributes:
-        index: The number of the replica that this rank belongs to.
-        members: The ranks of each replica, in the order of their parts.
+    Args:
+        parts: This rank's part of each weight.
+        numbers: (weights, ...) on the CPU, one row for each part. Copies of a part count once.
+        device: Where collectives happen.
     """
-
-    index: int
-    members: tuple[tuple[int, ...], ...]
-
-    def gather(self, values: Tensor) -> Tensor:
-        """Numbers of this rank, (V,), averaged over each of K replicas, (K, V); a collective."""
-        if not is_initialized():
-            return values[None]
-        gathered = [torch.empty_like(values) for _ in range(get_world_size())]
-        all_gather(gathered, values)
-        return torch.stack(
-            [torch.stack([gathered[rank] for rank in ranks]).mean(0) for ranks in self.members]
-        )
-
-    def agree(self, value: Tensor) -> bool:
-        """Whether an integer is the same on the ranks that hold the same part; a collective."""
-        if not is_initialized():
-            return True
-        gathered = [torch.empty_like(value) for _ in range(get_world_size())]
-        all_gather(gathered, value)
-        first, *others = ([int(gathered[rank]) for rank in ranks] for ranks in self.members)
-        return all(other == first for other in others)
+    if not any(part.across for part in parts):
+        return numbers
+    shares = torch.tensor([part.ranks / get_world_size() for part in parts])
+    numbers = (numbers * shares[:, None]).to(device)
+    all_reduce(numbers)
+    return numbers.cpu()
 
 
-def find_replicas(parts: Sequence[Layout], device: torch.device) -> Replicas:
-    """Find the replicas of a model whose weights lie like this; a collective."""
-    if not is_initialized():
-        return Replicas(0, ((0,),))
-    groups = {tuple(get_process_group_ranks(g)): g for part in parts for g in part.across}
-    # The lowest rank of a replica reaches all its others through the groups that split weights.
-    lowest = torch.tensor(get_rank(), device=device)
-    for _ in groups:
-        for group in groups.values():
-            all_reduce(lowest, ReduceOp.MIN, group)
-    leaders = [torch.empty_like(lowest) for _ in range(get_world_size())]
-    all_gather(leaders, lowest)
-    members: dict[int, list[int]] = {}
-    for rank, leader in enumerate(leaders):
-        members.setdefault(int(leader), []).append(rank)
-    return Replicas(list(members).index(int(lowest)), tuple(map(tuple, members.values())))
-
-
-def settle(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Drop the whole weights that FSDP keeps after a forward pass without a backward pass.
 
     Afterwards the parameters are the shards, and the next forward pass gathers what they hold
@@ -111,7 +67,7 @@ def own_state(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: a part of a model whose weights lie in flat parameters outside of it.
     """
-    settle(model)
+    reshard(model)
     with _without_gathering(model):
         state = model.state_dict(keep_vars=True)
     inside = {

@@ -1,4 +1,4 @@
-"""Straight-through learning from one gradient: a step's share of it, as soon as it is there."""
+"""Learning from one gradient: a step's share of it, as soon as it is there."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from maskpro_lightning.optim.fusion import Fusion
-from maskpro_lightning.optim.lean_weight import LeanWeight
 from maskpro_lightning.optim.masked_weight import Draw, MaskedWeight
-from maskpro_lightning.optim.rule import sharpness_of
-from maskpro_lightning.weights.layout import Layout, sums
+from maskpro_lightning.weights.layout import sums
 
 
 def learn(
-    masked: MaskedWeight | LeanWeight,
-    layout: Layout,
+    masked: MaskedWeight,
     gradient: Tensor,
     group: Mapping[str, Any],
     fusion: Fusion,
@@ -32,7 +29,6 @@ def learn(
 
     Args:
         masked: The weight, or this rank's part of it.
-        layout: Where the part lies.
         gradient: That of the loss in the part, whose memory is used.
         group: The weight's parameter group.
         fusion: Runs the step of a block.
@@ -42,11 +38,10 @@ def learn(
     Returns:
         Whether the gradient is finite, a bool scalar.
     """
-    sharpness = sharpness_of(group)
-    (square,) = sums([layout], [masked.direction(gradient, sharpness, fusion)])
+    layout = masked.layout
+    (square,) = sums([layout], [masked.direction(gradient, fusion)])
     size = (square / math.prod(layout.shape)).sqrt()
     finite = size.isfinite()
     scale = (group["lr"] * share / size).where(finite & (size > 0), 0)
-    draw = Draw(group["seed"], group["step"] + 1, sharpness)
-    masked.move(draw, gradient, scale, part, fusion)
+    masked.move(Draw(group["seed"], group["step"] + 1), gradient, scale, part, fusion)
     return finite

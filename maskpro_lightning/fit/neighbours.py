@@ -1,0 +1,34 @@
+"""Other callbacks of a Trainer that train weights, where masks are learned and weights stay."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+# Classes of Lightning by name, since there are two Lightnings, and what they would do to a fit.
+_RIVALS = {
+    "WeightAveraging": "averages weights, and an average of masks is no mask",
+    "StochasticWeightAveraging": "averages weights, and an average of masks is no mask",
+    "ModelPruning": "prunes weights in its own way",
+    "BaseFinetuning": "freezes and unfreezes weights, which all stay as they are",
+    "LearningRateFinder": "looks for a learning rate of weights",
+}
+
+
+def without_rivals(callbacks: Sequence[Any]) -> list[Any]:
+    """The callbacks of a Trainer without those that work against masks; says which are left out."""
+    kept = []
+    for callback in callbacks:
+        kinds = [kind.__name__ for kind in type(callback).__mro__]
+        reason = next((_RIVALS[kind] for kind in kinds if kind in _RIVALS), None)
+        if reason is None:
+            kept.append(callback)
+        else:
+            _log.warning(
+                f"{type(callback).__name__} is left out of this fit: it {reason}. Use it in the "
+                f"training that follows."
+            )
+    return kept

@@ -1,0 +1,204 @@
+"""Passes that leave no trace: what they log, count, draw and change is as if they had not been."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSet
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.utils._pytree import tree_map
+from torchmetrics import Metric
+
+# Of a longer list only what is appended is taken back, and of a larger tensor nothing.
+_LONG, _LARGE = 1000, 2**20
+
+
+@contextmanager
+def traceless(trainer: Any, module: nn.Module, parameters: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Let a training step run without a trace.
+
+    What it logs goes nowhere. Buffers (such as BatchNorm's), metrics, the plain attributes of
+    modules and the random number generators are put back afterwards, so that the next call sees
+    the same random numbers.
+
+    Args:
+        trainer: The trainer.
+        module: Whose training step runs.
+        parameters: Those of its parameters that the step itself changes.
+    """
+    metrics = [(m, _metric_state(m)) for m in module.modules() if isinstance(m, Metric)]
+    buffers = [
+        (owner, name, buffer, buffer.clone())
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+    ]
+    values = [(parameter, parameter.detach().clone()) for parameter in parameters]
+    attributes = [_attributes_of(owner) for owner in module.modules() if _is_plain(owner)]
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger()] if loggers else []
+    silenced = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
+    for name in silenced:
+        module.__dict__[name] = lambda *args, **kwargs: None
+    failure = None
+    try:
+        with isolate_rng():
+            try:
+                yield
+            except BaseException as error:  # noqa: BLE001, isolate_rng loses its way otherwise
+                failure = error
+        if failure is not None:
+            raise failure
+    finally:
+        for name, original in silenced.items():
+            if original is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = original
+        trainer.loggers = loggers
+        for put_back in attributes:
+            put_back()
+        for owner, name, buffer, value in buffers:
+            owner._buffers[name] = buffer
+            buffer.copy_(value)
+        with torch.no_grad():
+            for parameter, value in values:
+                parameter.copy_(value)
+        for metric, state in metrics:
+            vars(metric).update(state)
+
+
+def copied(batch: Any) -> Any:
+    """A batch of its own for a pass that may change it, as ``batch.pop("labels")`` does."""
+    return copy.deepcopy(batch)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module's attributes are its author's, and not what a wrapper works with."""
+    if isinstance(module, Metric | FSDPModule | FullyShardedDataParallel):
+        return False
+    return not type(module).__module__.startswith("torch.")
+
+
+def _attributes_of(module: nn.Module) -> Callable[[], None]:
+    """What puts a module's attributes back, but for what PyTorch and Lightning keep in them."""
+    own = vars(module)
+    known = _KNOWN | {"log", "log_dict"}
+    before = {name: value for name, value in own.items() if name not in known}
+    contents = [_contents_of(value) for value in before.values()]
+
+    def put_back() -> None:
+        for name in [name for name in own if name not in known and name not in before]:
+            del own[name]
+        own.update(before)
+        for content in contents:
+            content()
+
+    return put_back
+
+
+def _contents_of(value: Any) -> Callable[[], None]:
+    """What puts the content of a container back into it, all the way down."""
+    if isinstance(value, Tensor):
+        return _values_of(value)
+    if isinstance(value, list) and len(value) > _LONG:
+        length = len(value)
+        return lambda: value.__delitem__(slice(length, None))
+    if isinstance(value, MutableMapping) and isinstance(value, dict):
+        items = dict(value)
+        inner = [_contents_of(each) for each in items.values()]
+        return lambda: _each(value.clear, lambda: value.update(items), *inner)
+    if isinstance(value, list | deque | MutableSet):
+        elements = list(value)
+        inner = [_contents_of(each) for each in elements]
+        fill = value.update if isinstance(value, set) else getattr(value, "extend", None)
+        if fill is not None:
+            return lambda: _each(value.clear, lambda: fill(elements), *inner)
+    return lambda: None
+
+
+def _values_of(tensor: Tensor) -> Callable[[], None]:
+    if tensor.numel() > _LARGE or tensor.requires_grad or tensor.layout != torch.strided:
+        return lambda: None
+    version, before = tensor._version, tensor.clone()
+    return lambda: None if tensor._version == version else _each(lambda: tensor.copy_(before))
+
+
+def _each(*acts: Callable[[], object]) -> None:
+    for act in acts:
+        act()
+
+
+_KNOWN = {*vars(pl.LightningModule()), "_trainer", "_fabric", "_compiler_ctx"}
+
+
+def _metric_state(metric: Metric) -> dict[str, Any]:
+    states = {
+        name: value.clone() if isinstance(value, Tensor) else list(value)
+        for name, value in ((name, getattr(metric, name)) for name in metric._defaults)
+    }
+    cached = ("_update_count", "_computed", "_forward_cache")
+    return states | {name: getattr(metric, name) for name in cached}
+
+
+@contextmanager
+def notices_random_numbers() -> Iterator[list[bool]]:
+    """Tell whether a generator of PyTorch, numpy or Python was used.
+
+    Yields:
+        A list that holds the answer once the block has ended.
+    """
+    used: list[bool] = []
+    before = _generator_states()
+    yield used
+    used.append(before != _generator_states())
+
+
+def _generator_states() -> list[Any]:
+    torch_states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        torch_states += torch.cuda.get_rng_state_all()
+    numpy_state = [str(part) for part in np.random.get_state()]  # noqa: NPY002
+    return [[bytes(s.numpy()) for s in torch_states], numpy_state, random.getstate()]
+
+
+@contextmanager
+def fresh_batches(loader: CombinedLoader) -> Iterator[Iterator[Any]]:
+    """The batches of a loader that a training loop is using, from the start, and no trace of it.
+
+    Its iterators and random number generators are as before when the block ends. What an iterable
+    data set itself changes when it is read is out of reach.
+    """
+    generators = {
+        generator
+        for inner in loader.flattened
+        for owner in (inner, getattr(inner, "sampler", None))
+        if isinstance(generator := getattr(owner, "generator", None), torch.Generator)
+    }
+    states = [(generator, generator.get_state()) for generator in generators]
+    copies = iter([_copy_of(inner) for inner in loader.flattened])
+    again = CombinedLoader(tree_map(lambda _: next(copies), loader.iterables), loader._mode)
+    try:
+        yield (batch for batch, _, _ in again)
+    finally:
+        again.reset()
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _copy_of(loader: Any) -> Any:
+    # A loader with persistent workers has one iterator, and the training loop is using it.
+    loader = copy.copy(loader)
+    if hasattr(loader, "_iterator"):
+        loader._iterator = None
+    return loader
