@@ -10,28 +10,28 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cases
 import methods
 import torch
-from maskpro_lightning.optim.rule import DEFAULTS, Estimator, policy_lr
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from maskpro_lightning import NMPattern
+from maskpro_lightning.optim.estimators import EstimatorName, estimator_of
 
 PATTERN = NMPattern(2, 4)
-INITIAL: dict[Estimator, str] = {"straight_through": "sparsegpt", "policy": "reconstruction"}
-#: Changes of a default: a factor for ``lr``, other arguments of MaskPro, or logits of one size.
-ROWS: dict[str, tuple[Estimator, Mapping[str, Any]]] = {
+INITIAL: dict[EstimatorName, str] = {"straight_through": "sparsegpt", "policy": "reconstruction"}
+#: Changes of a default: a factor for ``lr``, or logits of one size.
+ROWS: dict[str, tuple[EstimatorName, Mapping[str, Any]]] = {
     "straight-through": ("straight_through", {}),
     "straight-through, logits of one size": ("straight_through", {"one_size": True}),
-    "straight-through, sharpness 2": ("straight_through", {"sharpness": 2.0}),
-    "straight-through, sharpness 4": ("straight_through", {"sharpness": 4.0}),
-    "straight-through, lr x 1.5": ("straight_through", {"factor": 1.5}),
+    "straight-through, lr / 2": ("straight_through", {"factor": 0.5}),
+    "straight-through, lr x 2": ("straight_through", {"factor": 2.0}),
     "policy": ("policy", {}),
     "policy, logits of one size": ("policy", {"one_size": True}),
     "policy, logits of one size, lr x 3.4": ("policy", {"one_size": True, "factor": 3.4}),
@@ -65,20 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(bench: methods.Workbench, row: str, forwards: int) -> tuple[float, float, float]:
     """Held-out loss before and after, and the share of groups with another mask."""
-    estimator, change = ROWS[row]
-    rule = {**DEFAULTS[estimator], **change}
-    one_size, factor = rule.pop("one_size", False), rule.pop("factor", 1.0)
+    name, change = ROWS[row]
     with bench.restored():
-        masks, spent = bench.one_shot(INITIAL[estimator])
-        policy = estimator == "policy"
-        steps = methods.steps_within(forwards - spent, bench, policy=policy)
-        if policy:
-            rule["lr"] = policy_lr(PATTERN, rule["logit_scale"], steps)
-        rule["lr"] *= factor
-        learner = methods.MaskProLearner(bench, masks, steps, estimator=estimator, **rule)
-        if one_size:
-            for name, logits in learner.optimizer.logits().items():
-                logits.copy_(masks[name] * rule["logit_scale"])
+        masks, spent = bench.one_shot(INITIAL[name])
+        steps = methods.steps_within(forwards - spent, bench, policy=name == "policy")
+        estimator = estimator_of(name).for_steps(PATTERN, steps)
+        lr = estimator.rule()["lr"] * change.get("factor", 1.0)
+        estimator = replace(estimator, lr=lr)
+        learner = methods.MaskProLearner(bench, masks, steps, estimator)
+        if change.get("one_size", False):
+            for weight, logits in learner.optimizer.logits().items():
+                logits.copy_(masks[weight] * estimator.logit_scale)
         order: list[int] = []
         for _ in tqdm(range(steps), row, leave=False, mininterval=1):
             order = order or bench.epoch()

@@ -14,7 +14,7 @@ import methods
 import torch
 from torch import Tensor
 
-from maskpro_lightning import NMPattern
+from maskpro_lightning import NMPattern, StraightThrough
 
 DTYPES = ("float32", "bfloat16")
 
@@ -22,9 +22,7 @@ DTYPES = ("float32", "bfloat16")
 def loss(bench: methods.Workbench, masks: Mapping[str, Tensor], dtype: str, steps: int) -> float:
     """The held-out loss of what is learned with logits of a dtype."""
     with bench.restored():
-        learner = methods.MaskProLearner(
-            bench, masks, steps, estimator="straight_through", logits_dtype=dtype
-        )
+        learner = methods.MaskProLearner(bench, masks, steps, StraightThrough(), logits_dtype=dtype)
         order = bench.epoch()
         for step in range(steps):
             learner.step(order[step % len(order)])

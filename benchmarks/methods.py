@@ -17,14 +17,21 @@ from typing import Any
 import torch
 from cases import Case
 from categorical import CategoricalMasks
-from maskpro_lightning.optim.rule import DEFAULTS, policy_lr
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from maskpro_lightning import MaskPro, NMPattern, find_targets, parameter_groups
+from maskpro_lightning import (
+    MaskPro,
+    NMPattern,
+    Policy,
+    StraightThrough,
+    find_targets,
+    parameter_groups,
+)
 from maskpro_lightning.initial.calibration import initial_masks
 from maskpro_lightning.initial.initializers import sparsegpt
 from maskpro_lightning.initial.statistics import InputStatistics
+from maskpro_lightning.optim.estimators import Estimator
 
 #: Calibration batches of every method, and how often each goes through them.
 CALIBRATION_BATCHES = 16
@@ -139,22 +146,27 @@ class MaskProLearner(Learner):
         bench: Its model and data.
         masks: The initial masks.
         steps: Steps that will be made.
-        rule: What :class:`MaskPro` takes.
+        estimator: The estimator.
+        how: What else :class:`MaskPro` takes.
     """
 
     def __init__(
-        self, bench: Workbench, masks: Mapping[str, Tensor], steps: int, **rule: Any
+        self,
+        bench: Workbench,
+        masks: Mapping[str, Tensor],
+        steps: int,
+        estimator: Estimator,
+        **how: Any,
     ) -> None:
         self._bench = bench
         self._baselines: dict[int, Tensor] = {}
-        self._policy = rule["estimator"] == "policy"
+        self._policy = not estimator.needs_gradients
         for target in bench.targets:
             target.parameter.requires_grad_(not self._policy)
         groups = parameter_groups(bench.targets)
-        self.optimizer = MaskPro(groups, bench.pattern, seed=bench.seed, **rule)
+        self.optimizer = MaskPro(groups, bench.pattern, estimator=estimator, seed=bench.seed, **how)
         self.optimizer.begin(masks)
-        # The published rule keeps its rate.
-        fall = 1 / steps if rule.get("normalize", True) else 0
+        fall = 1 / steps if estimator.rate_falls else 0
         self._scheduler = LambdaLR(self.optimizer, lambda step: max(0.0, 1 - fall * step))
 
     def step(self, number: int) -> int:
@@ -252,14 +264,12 @@ def learner(
         raise ValueError(f"{forwards} forward-equivalents are left for {method}: give more.")
     if method == "categorical":
         return CategoricalLearner(bench, masks, steps, lr=setting["lr"]), steps
-    rule: dict[str, Any] = {"estimator": "policy", **setting}
+    estimator: Estimator = StraightThrough()
     if method == "published":
-        rule["normalize"] = False
-    elif method == "straight_through":
-        rule["estimator"] = method
-    else:
-        rule["lr"] = policy_lr(bench.pattern, DEFAULTS["policy"]["logit_scale"], steps)
-    return MaskProLearner(bench, masks, steps, **rule), steps
+        estimator = Policy(lr=setting["lr"], logit_scale=setting["logit_scale"], published=True)
+    elif policy:
+        estimator = Policy().for_steps(bench.pattern, steps)
+    return MaskProLearner(bench, masks, steps, estimator), steps
 
 
 def steps_within(forwards: int, bench: Workbench, *, policy: bool) -> int:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from maskpro_lightning import NMPattern
+from maskpro_lightning import NMPattern, StraightThrough
 
 COLUMNS = ("sequences", "seed", "step", "seen", "held_out", "groups_changed")
 # Batches that the loss on seen text is measured on.
@@ -70,7 +70,7 @@ def run(
     bench = methods.Workbench(case, NMPattern(2, 4), seed)
     with bench.restored():
         masks, _ = bench.one_shot("sparsegpt")
-        learner = methods.MaskProLearner(bench, masks, steps, estimator="straight_through")
+        learner = methods.MaskProLearner(bench, masks, steps, StraightThrough())
         order: list[int] = []
         for step in tqdm(range(steps + 1), f"{count} sequences", leave=False, mininterval=1):
             if step:

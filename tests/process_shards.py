@@ -235,7 +235,8 @@ class Run:
         kept = [
             value.to_local() if isinstance(value, DTensor) else value
             for tensors in state
-            for value in tensors.values()
+            for name, value in tensors.items()
+            if name != "redrawn"
         ]
         versions = ("initial", "drawn", "mode")
         return {

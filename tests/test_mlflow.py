@@ -87,6 +87,7 @@ def test_one_run_holds_parameters_metrics_and_files(store: Store, tmp_path: Path
         "maskpro/lr": "3.0",
         "maskpro/logit_scale": "4.0",
         "maskpro/momentum": "0.99",
+        "maskpro/baseline_cache": "65536",
         "maskpro/published": "False",
         "maskpro/seed": "3",
         "maskpro/layers": "2",

@@ -232,9 +232,9 @@ def test_a_recipe_prints_its_configuration(
 
 def test_the_papers_recipe_is_the_papers() -> None:
     recipe = yaml.safe_load((RECIPES / "llama2_7b_c4.yaml").read_text())
-    rule = recipe["trainer"]["callbacks"][-1]["init_args"]
-    published = {"estimator": "policy", "published": True, "lr": 50, "logit_scale": 10}
-    assert rule | published == rule
+    rule = recipe["trainer"]["callbacks"][-1]["init_args"]["estimator"]
+    published = {"published": True, "lr": 50, "logit_scale": 10, "momentum": 0.99}
+    assert rule == {"class_path": "maskpro_lightning.Policy", "init_args": published}
     data = recipe["data"]["init_args"]
     assert (data["train_sequences"], data["length"], data["batch_size"]) == (512, 128, 32)
     assert recipe["trainer"]["max_steps"] == 10_000

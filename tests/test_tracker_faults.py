@@ -34,7 +34,7 @@ from rules import mask_callback, mask_optimizer
 from test_mlflow import FIGURES, FILES, Store, told
 from torch import nn
 
-from maskpro_lightning import MaskProCallback, NMPattern, save_masks
+from maskpro_lightning import NMPattern, save_masks
 from maskpro_lightning.cli import SaveConfig, _tell_mlflow, main
 from maskpro_lightning.files.export import save_distributions
 from maskpro_lightning.tracking.credentials import without_credentials
@@ -139,7 +139,7 @@ def test_a_slow_logger_changes_nothing_and_is_called_as_seldom_as_any(tmp_path: 
             time.sleep(0.02)
             super().log_metrics(*args, **kwargs)
 
-    callbacks = [MaskProCallback(lr=FAST) for _ in range(2)]
+    callbacks = [mask_callback(lr=FAST) for _ in range(2)]
     logged_fit(tmp_path, CSVLogger(tmp_path), callbacks[0])
     logged_fit(tmp_path, Slow(tmp_path), callbacks[1])
     assert equal(*map(logits, callbacks))

@@ -109,19 +109,20 @@ class BestMask:
     def state_dict(self, module: nn.Module | None) -> dict[str, Any]:
         """The numbers; and where a checkpoint's weights are not the last ones, those buffers."""
         numbers = {"value": self.value, "step": self.step, "last": self._last}
-        state = numbers | {"monitor": self.monitor}
+        state: dict[str, Any] = numbers | {"monitor": self.monitor}
         if self._worse and module is not None and self._buffers:
             last = {name: value.clone() for name, value in module.named_buffers()}
             state |= {"buffers": {"best": self._buffers, "last": last}}
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any], module: nn.Module) -> None:
-        """Continue, unless by another metric; the module gets the buffers of the last step."""
-        buffers = state.get("buffers", {})
-        for name, buffer in module.named_buffers():
-            if name in buffers.get("last", {}):
-                buffer.copy_(buffers["last"][name])
+    def load_state_dict(self, state: Mapping[str, Any], module: nn.Module | None) -> None:
+        """Continue, unless by another metric; a module gets the buffers of the last step."""
+        saved = state.get("buffers", {})
+        own = {} if module is None else dict(module.named_buffers())
+        for name, buffer in own.items():
+            if name in saved.get("last", {}):
+                buffer.copy_(saved["last"][name])
         if state["monitor"] != self.monitor:
             return
         self.value, self._last = (
@@ -130,6 +131,6 @@ class BestMask:
         self.step = int(state["step"])
         self._buffers = {
             name: value.to(buffer.device)
-            for name, buffer in module.named_buffers()
-            if (value := buffers.get("best", {}).get(name)) is not None
+            for name, buffer in own.items()
+            if (value := saved.get("best", {}).get(name)) is not None
         }

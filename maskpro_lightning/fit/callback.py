@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
 from typing import Any, get_args
 
 import lightning.pytorch as pl
@@ -420,7 +421,7 @@ class MaskProCallback(pl.Callback):
         self._stepped = False
         values = self._cheap_numbers()
         self._log(values)
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer._logger_connector.should_update_logs:
             found = self._costly_numbers()
             self._log(found)
             self._journal.step(trainer.global_step, values | found)
@@ -499,7 +500,8 @@ class MaskProCallback(pl.Callback):
                 self._baselines.load_state_dict(state_dict["baselines"])
                 self._journal.load_state_dict(state_dict["journal"])
                 if "best" in state_dict:  # not in the first checkpoints of format 1
-                    self._best.load_state_dict(state_dict["best"], self._module)
+                    # Only a fit goes on from the buffers; others take what a checkpoint deploys.
+                    self._best.load_state_dict(state_dict["best"], vars(self).get("_module"))
         except Exception as error:
             raise ValueError(
                 f"What this checkpoint holds of MaskProCallback is damaged ({error!r}): resume "
@@ -572,7 +574,8 @@ class MaskProCallback(pl.Callback):
             "pattern": str(self.pattern),
             "init": self.init if isinstance(self.init, str) else "masks",
             "estimator": self.estimator.name,
-            **self._optimizer.estimator.rule(),
+            **asdict(self._optimizer.estimator),
+            "lr": self._optimizer.estimator.rule()["lr"],
             "seed": self.seed,
             "layers": len(self._targets),
             "masked_weights": masked,

@@ -18,6 +18,8 @@ from maskpro_lightning.masks import distribution
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.admission import LARGEST, check_rule
 
+EstimatorName = Literal["straight_through", "policy"]
+
 # Standard deviations of a random walk between a typical choice and a change of mind. The walk
 # widens as a gap closes, and close calls start nearer: chance flips about 1 % of the groups.
 _WALK_MARGIN = 24.0
@@ -43,7 +45,7 @@ class StraightThrough:
     lr: float = 0.1
     logit_scale: float = 3.0
 
-    name: ClassVar[str] = "straight_through"
+    name: ClassVar[EstimatorName] = "straight_through"
     needs_gradients: ClassVar[bool] = True
     #: Whether the learning rate falls to 0 over a fit, unless a scheduler is given.
     rate_falls: ClassVar[bool] = True
@@ -91,7 +93,7 @@ class Policy:
     published: bool = False
     baseline_cache: int = 2**16
 
-    name: ClassVar[str] = "policy"
+    name: ClassVar[EstimatorName] = "policy"
     needs_gradients: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -132,7 +134,6 @@ class Policy:
 
 
 Estimator = StraightThrough | Policy
-EstimatorName = Literal["straight_through", "policy"]
 
 _BY_NAME: dict[str, type[Estimator]] = {kind.name: kind for kind in (StraightThrough, Policy)}
 

@@ -287,7 +287,7 @@ class MaskedWeight:
                     masks,
                     *([integers_of(rest)] if self.lean else []),
                 ),
-                seen=lambda flags, number=number: self.layout.seen_first(flags, number),
+                seen=partial(self.layout.seen_first, number),
                 redrawn=self.redrawn[number],
                 done=done,
                 number=number,
@@ -330,9 +330,9 @@ class MaskedWeight:
         share: int = 1,
     ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
         """Blocks of parts, of the weight, and of what masks of the held or some versions are in."""
-        state = self.rest, self.logits, self.masks
+        state = [self.rest, self.logits, self.masks]
         if self.best is not None and "best" in (*versions, self.held.version):
-            state = *state, self._padded_mask("best")
+            state.append(self._padded_mask("best"))
         return self.layout.blocks(*parts, self.weight, state=state, once=once, share=share)
 
     def _padded_mask(self, version: Version) -> Tensor:

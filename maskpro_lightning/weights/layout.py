@@ -147,7 +147,7 @@ class Layout:
         size[self._axis] = size[self._axis] // self.pattern.m * each
         return size
 
-    def seen_first(self, values: Tensor, block: int) -> Tensor:
+    def seen_first(self, block: int, values: Tensor) -> Tensor:
         """Of a value for each group of a block, those of groups that no earlier part begins."""
         if not self._before:
             return values
@@ -215,7 +215,8 @@ class Layout:
         units = self.padded_size[self._axis] // self._unit
         each = padded.shape[self._axis] // units if units else self._unit
         if not self.flat:
-            return padded.movedim(self._axis, -1).unflatten(-1, (units, each))
+            groups: Tensor = padded.movedim(self._axis, -1).unflatten(-1, (units, each))
+            return groups
         in_slab = self._unit // self.pattern.m
         return padded.view(units, each // in_slab, in_slab).movedim(1, -1)
 
