@@ -69,7 +69,7 @@ def run(bench: methods.Workbench, row: str, forwards: int) -> tuple[float, float
     with bench.restored():
         masks, spent = bench.one_shot(INITIAL[name])
         steps = methods.steps_within(forwards - spent, bench, policy=name == "policy")
-        estimator = estimator_of(name).for_steps(PATTERN, steps)
+        estimator = estimator_of(name).for_fit(PATTERN, len(bench.targets), steps)
         lr = estimator.rule()["lr"] * change.get("factor", 1.0)
         estimator = replace(estimator, lr=lr)
         learner = methods.MaskProLearner(bench, masks, steps, estimator)

@@ -268,7 +268,7 @@ def learner(
     if method == "published":
         estimator = Policy(lr=setting["lr"], logit_scale=setting["logit_scale"], published=True)
     elif policy:
-        estimator = Policy().for_steps(bench.pattern, steps)
+        estimator = Policy().for_fit(bench.pattern, len(bench.targets), steps)
     return MaskProLearner(bench, masks, steps, estimator), steps
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from maskpro_lightning.fit import neighbours, start, strategies
 from maskpro_lightning.fit.baseline import BaselineCache
@@ -186,6 +186,16 @@ class MaskProCallback(pl.Callback):
         masked = sum(math.prod(layout.shape) for layout in self.optimizer.layouts.values())
         return f"MaskProCallback({does}; {masked:,} weights after {group['step']} steps)"
 
+    def restore_dense(self) -> None:
+        """Give the module of the last fit its dense weights back.
+
+        Raises:
+            RuntimeError: there was no fit that has masked weights.
+        """
+        if self.optimizer is None or not self.optimizer.begun:
+            raise RuntimeError("This callback has masked no weights, so there are none to restore.")
+        self.optimizer.write("dense")
+
     # Entering and leaving the fit
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -234,6 +244,7 @@ class MaskProCallback(pl.Callback):
         for name, method in patches.items():
             put(strategy, name, method)
         self._gradients = strategies.Gradients(strategy, self._patches)
+        self._load_inside = put(pl_module, "on_load_checkpoint", self._before_loading)
         self._configure_model_inside = put(pl_module, "configure_model", self._configure_model)
         # Lightning's last call on the way out, after a fit that failed as well.
         self._teardown_inside = put(strategy, "teardown", self._leave)
@@ -273,10 +284,6 @@ class MaskProCallback(pl.Callback):
     def _deploy(self) -> None:
         """Leave the module with the mask to deploy, and the buffers that belong to it."""
         optimizer = self._optimizer
-        if not optimizer.begun:
-            _log.warning(
-                "This fit made no step, so nothing is masked: the module holds its dense weights."
-            )
         optimizer.write(self._best.version)
         self._best.put_buffers(self._module)
 
@@ -285,6 +292,12 @@ class MaskProCallback(pl.Callback):
         self._mlflow_run.end()
         try:
             if self.optimizer is not None:
+                if not self.optimizer.begun and not self._failed:
+                    _log.warning(
+                        "This fit made no step, so nothing is masked: the module holds its dense "
+                        "weights."
+                    )
+                self._make_sure()
                 self.optimizer.write("dense" if self._failed else self._best.version)
         finally:
             teardown = self._teardown_inside
@@ -311,6 +324,7 @@ class MaskProCallback(pl.Callback):
             return
         # Only now have all hooks run in which a module may load its weights. Reading calibration
         # batches takes random numbers, too.
+        start.refuse_sparse(self.init, self._targets, self._optimizer.layouts)
         with traceless(trainer, pl_module):
             masks = start.initial_masks(
                 self.init,
@@ -377,18 +391,37 @@ class MaskProCallback(pl.Callback):
     ) -> None:
         """Stands in for the module's optimizer_step: no clipping, no scaler."""
         optimizer_closure()
+        if not self._optimizer.begun:  # a trial run without callbacks, as of a BatchSizeFinder
+            self._window.clear()
+            self._module.zero_grad()
         if not self._window:
             return
         losses = torch.stack(self._window).mean(0)
         self._window.clear()
         self._optimizer.learn(*self._trainer.strategy.reduce(losses, reduce_op="mean"))
+        if self.estimator.needs_gradients:
+            strategies.lower_scale(self._trainer.precision_plugin, self._optimizer)
+            self._tell_of_weights_without_gradient()
         self._module.zero_grad()
         self._stepped = True
         if self._optimizer.param_groups[0]["step"] % _PATIENCE == 0:
             self._end_if_nothing_is_finite(batch_idx)
 
+    def _tell_of_weights_without_gradient(self) -> None:
+        """Say after the first step which masks it did not teach."""
+        names = self._optimizer.without_gradient
+        if names and self._optimizer.param_groups[0]["step"] == 1:
+            _log.warning(
+                f"{len(names)} of {len(self._targets)} masked weights got no gradient in the first "
+                f"step, such as {names[0]!r}: where that goes on (under torch.no_grad, or unused), "
+                f"they keep their initial masks. exclude leaves them dense."
+            )
+
     def _lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step()
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(float(self._optimizer.last["loss"]))
+        else:
+            scheduler.step()
 
     def _end_if_nothing_is_finite(self, batch_idx: int) -> None:
         skipped = int(self._optimizer.tracker["skipped_in_a_row"])
@@ -421,7 +454,8 @@ class MaskProCallback(pl.Callback):
         self._stepped = False
         values = self._cheap_numbers()
         self._log(values)
-        if trainer._logger_connector.should_update_logs:
+        # At the end of an epoch as well, when others may ask for them.
+        if trainer._logger_connector.should_update_logs or trainer.is_last_batch:
             found = self._costly_numbers()
             self._log(found)
             self._journal.step(trainer.global_step, values | found)
@@ -445,8 +479,22 @@ class MaskProCallback(pl.Callback):
 
     # Validation and checkpoints under the most likely mask
 
+    def _make_sure(self) -> None:
+        """Refuse to go on with weights that somebody else has written."""
+        if self._fitting and not self._failed and self.optimizer is not None:
+            names = self.optimizer.overwritten()
+            if names:
+                others = (type(c).__name__ for c in self._trainer.callbacks if c is not self)
+                raise RuntimeError(
+                    f"Somebody else has written into {names[0]!r} ({len(names)} of the masked "
+                    f"weights) since its mask was: the values are not those of the mask. Look at "
+                    f"hooks of {type(self._module).__name__} and of {', '.join(others)}, and leave "
+                    f"out what changes weights for this fit."
+                )
+
     def on_validation_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         if self._fitting:
+            self._make_sure()
             self._optimizer.write("mode")
             self._logged_before = dict(trainer.callback_metrics)
 
@@ -478,6 +526,7 @@ class MaskProCallback(pl.Callback):
     def _state_dict(self) -> dict[str, Any]:
         """Stands in for the strategy's state dict: the weights under the mask to deploy."""
         state: dict[str, Any]
+        self._make_sure()
         optimizer, version = self.optimizer, self._best.version
         with nullcontext() if optimizer is None else optimizer.applied(version):
             state = self._state_dict_inside()
@@ -493,6 +542,17 @@ class MaskProCallback(pl.Callback):
             "best": self._best.state_dict(module),
         }
 
+    def _before_loading(self, checkpoint: dict[str, Any]) -> None:
+        """Stands in for the module's hook: refuse a checkpoint before its weights are loaded."""
+        ours = checkpoint.get("callbacks", {}).get(self.state_key)
+        if ours is not None:
+            _refuse_newer(ours.get("format"))
+            if not strategies.shards(self._trainer.strategy):
+                groups = parameter_groups(self._find_targets())
+                trial = self._new_optimizer(groups, self.estimator, fused=False)
+                trial.check_state(*checkpoint["optimizer_states"])
+        self._load_inside(checkpoint)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         try:
             number = int(state_dict["format"])
@@ -507,11 +567,7 @@ class MaskProCallback(pl.Callback):
                 f"What this checkpoint holds of MaskProCallback is damaged ({error!r}): resume "
                 f"from another one."
             ) from error
-        if number > _FORMAT:
-            raise ValueError(
-                f"This checkpoint holds format {number} of MaskProCallback, and this version reads "
-                f"up to {_FORMAT}: pip install --upgrade maskpro-lightning."
-            )
+        _refuse_newer(number)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -547,24 +603,26 @@ class MaskProCallback(pl.Callback):
         sharded = strategies.sharded_model(self._trainer.strategy)
         module = self._module if sharded is None else sharded
         self._targets = self._find_targets(module)
-        estimator, steps = self.estimator, self._trainer.estimated_stepping_batches
+        steps = self._trainer.estimated_stepping_batches
         ends = 0 < steps < math.inf
-        if ends and self.lr_scheduler is None:
-            estimator = estimator.for_steps(self.pattern, int(steps))
+        falls = ends and self.lr_scheduler is None and self.estimator.rate_falls
+        estimator = self.estimator.for_fit(
+            self.pattern, len(self._targets), int(steps) if falls else None
+        )
         groups = parameter_groups(self._targets)
         self.optimizer = self._new_optimizer(groups, estimator, model=sharded)
         _log.info(describe(module, self._targets, self.pattern))
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(self.optimizer)
-        elif ends and estimator.rate_falls:
+        elif falls:
             # Not LinearLR, whose state holds the length: a fit resumed for longer would stay at 0.
             scheduler = LambdaLR(self.optimizer, lambda step: max(0.0, 1 - step / steps))
         else:
             return self.optimizer
-        return {
-            "optimizer": self.optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        about: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):  # goes by the loss under the drawn mask
+            about |= {"monitor": "maskpro/loss", "strict": False}
+        return {"optimizer": self.optimizer, "lr_scheduler": about}
 
     def _parameters(self, pl_module: nn.Module) -> dict[str, Any]:
         masked, total = count(
@@ -602,3 +660,11 @@ class MaskProCallback(pl.Callback):
                 f"{module}.training_step takes a dataloader_iter, which cannot be read twice, but "
                 f"MaskProCallback evaluates each batch under two masks: take a batch instead."
             )
+
+
+def _refuse_newer(number: Any) -> None:
+    if isinstance(number, int) and number > _FORMAT:
+        raise ValueError(
+            f"This checkpoint holds format {number} of MaskProCallback, and this version reads "
+            f"up to {_FORMAT}: pip install --upgrade maskpro-lightning."
+        )

@@ -15,6 +15,8 @@ from maskpro_lightning.files.maskfiles import load_maskllm, load_masks
 from maskpro_lightning.fit.traceless import fresh_batches
 from maskpro_lightning.initial import calibration
 from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.weights.admission import is_sparse
+from maskpro_lightning.weights.layout import Layout, local
 from maskpro_lightning.weights.targets import Target
 
 Init = str | PathLike[str] | Mapping[str, Tensor]
@@ -31,6 +33,32 @@ def check_init(init: Init) -> str | Mapping[str, Tensor]:
     if not _is_file(str(init)):
         calibration.check_method(str(init))
     return str(init)
+
+
+def refuse_sparse(
+    init: str | Mapping[str, Tensor], targets: Sequence[Target], layouts: Mapping[Tensor, Layout]
+) -> None:
+    """Refuse weights that are N:M already, whose zeros would be taken for dense values.
+
+    Args:
+        init: What :func:`check_init` returned; "nonzeros" says that they are.
+        targets: The weights to mask.
+        layouts: Which part of each is this rank's.
+
+    Raises:
+        ValueError: names the first of them, and the ways on.
+    """
+    if init == "nonzeros":
+        return
+    for target in targets:
+        layout = layouts[target.parameter]
+        if is_sparse(layout, local(target.parameter)):
+            raise ValueError(
+                f"{target.name!r} is {layout.pattern} already, as a fit leaves it: masks would "
+                f"choose among its zeros. Load the dense weights again (after a fit in this "
+                f"process, callback.restore_dense() gives them back), leave it out with "
+                f"exclude, or start from its zeros with init='nonzeros'."
+            )
 
 
 def initial_masks(

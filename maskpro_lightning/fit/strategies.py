@@ -126,6 +126,17 @@ class Gradients:
         return optimizer.taking_gradients(backward_passes, _average if own else None)
 
 
+def lower_scale(precision: Any, optimizer: MaskPro) -> None:
+    """Lower the scale of a GradScaler after a gradient that overflowed.
+
+    Nothing else would: a scaler learns of that from the optimizer steps that it makes itself. The
+    scale does not matter to the logits, since gradients are divided by their own size.
+    """
+    scaler = getattr(precision, "scaler", None)
+    if scaler is not None and scaler.is_enabled() and not optimizer.all_finite():
+        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+
+
 def _average(gradient: Tensor) -> None:
     all_reduce(gradient)
     gradient /= get_world_size()

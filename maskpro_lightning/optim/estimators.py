@@ -20,6 +20,8 @@ from maskpro_lightning.weights.admission import LARGEST, check_rule
 
 EstimatorName = Literal["straight_through", "policy"]
 
+# Step sizes that a Llama of 28 weights and SmolLM2, of 210, bear; larger ones are for no model.
+_STEP, _MOST = 1.5, 0.4
 # Standard deviations of a random walk between a typical choice and a change of mind. The walk
 # widens as a gap closes, and close calls start nearer: chance flips about 1 % of the groups.
 _WALK_MARGIN = 24.0
@@ -30,7 +32,8 @@ class StraightThrough:
     """Learn from gradients: a forward and a backward pass a step. The best masks for the compute.
 
     Args:
-        lr: Step size of the logits, in units of logits.
+        lr: Step size of the logits, in units of logits; no logit moves further in a step. By
+            default it follows from the number of weights, see :func:`straight_through_lr`.
         logit_scale: How far apart the logits of a kept and of a pruned weight start where the
             choice between them was typical, in units of logits; it is less where it was a close
             one, and more where it was easy, see :func:`graded`. The larger, the less is explored:
@@ -42,7 +45,7 @@ class StraightThrough:
         ValueError: a number is out of range.
     """
 
-    lr: float = 0.1
+    lr: float | None = None
     logit_scale: float = 3.0
 
     name: ClassVar[EstimatorName] = "straight_through"
@@ -55,11 +58,13 @@ class StraightThrough:
 
     def rule(self) -> dict[str, Any]:
         """The numbers that a parameter group holds."""
-        return {"lr": self.lr, "logit_scale": self.logit_scale}
+        return {"lr": 0.1 if self.lr is None else self.lr, "logit_scale": self.logit_scale}
 
-    def for_steps(self, pattern: NMPattern, steps: int) -> StraightThrough:
-        """The estimator of a fit of so many steps."""
-        return self
+    def for_fit(
+        self, pattern: NMPattern, weights: int, steps: int | None = None
+    ) -> StraightThrough:
+        """The estimator of a fit of so many weights and steps, if they are known."""
+        return self if self.lr is not None else replace(self, lr=straight_through_lr(weights))
 
     def initial_logits(
         self, weight: Tensor, mask: Tensor, pattern: NMPattern, input_dim: int, scale: float
@@ -118,9 +123,9 @@ class Policy:
             "published": self.published,
         }
 
-    def for_steps(self, pattern: NMPattern, steps: int) -> Policy:
-        """The estimator of a fit of so many steps."""
-        if self.lr is not None or self.published:
+    def for_fit(self, pattern: NMPattern, weights: int, steps: int | None = None) -> Policy:
+        """The estimator of a fit of so many weights and steps, if they are known."""
+        if self.lr is not None or self.published or steps is None:
             return self
         return replace(self, lr=policy_lr(pattern, self.logit_scale, steps))
 
@@ -155,6 +160,16 @@ def estimator_of(given: Estimator | EstimatorName) -> Estimator:
     if given not in _BY_NAME:
         raise ValueError(f"estimator is one of {', '.join(_BY_NAME)}; got {given!r}.")
     return _BY_NAME[given]()
+
+
+def straight_through_lr(weights: int) -> float:
+    """The step size of straight-through for a model of so many masked weights, one a layer.
+
+    Each batch moves the masks of all layers by chance, too, and what that costs adds up over
+    layers: it grows with the number of layers times the square of the step. So the step that a
+    model bears falls with the root of that number.
+    """
+    return min(_MOST, _STEP / math.sqrt(weights))
 
 
 def policy_lr(pattern: NMPattern, logit_scale: float, steps: int) -> float:

@@ -76,9 +76,15 @@ class Groups:
 
 @dataclass
 class Held:
-    """Which version a weight holds, and how far it is on its way to another."""
+    """Which version a weight holds, and how far it is on its way to another.
+
+    Attributes:
+        version: What the weight holds.
+        bits: The sum of the dense weight's bits, by which lean memory knows its values again.
+    """
 
     version: Version = "dense"
+    bits: Tensor | None = None
     _way: tuple[Version, Callable[[Tensor], None], Tensor] | None = field(default=None, init=False)
 
     def begin(self, version: Version, move: Callable[[Tensor], None]) -> Tensor:
@@ -187,18 +193,27 @@ class MaskedWeight:
             total += values.float().square().sum()
         return total
 
-    def move(self, draw: Draw, direction: Tensor, scale: Tensor, part: int, fusion: Fusion) -> None:
-        """Move the logits against ``scale * direction``.
+    def move(
+        self,
+        draw: Draw,
+        direction: Tensor,
+        scale: Tensor,
+        bound: float,
+        part: int,
+        fusion: Fusion,
+    ) -> None:
+        """Move the logits against ``scale * direction``, none of them by more than a bound.
 
         Args:
             draw: The next draw.
             direction: Shaped like the weight.
             scale: Scalar; at 0 the direction may be anything.
+            bound: The largest move.
             part: Number of the move before that draw, from 0.
             fusion: Runs the step of a block.
         """
         step = torch.full((), draw.step, device=self.weight.device)
-        about = self._key(draw), step, scale, part
+        about = self._key(draw), step, scale, bound, part
         for groups_G, (moves, logits) in self.layout.blocks(direction, state=(self.logits,)):
             groups = groups_G.view(logits.shape[:-1])
             (found,) = fusion(moved, self.layout.pattern, groups, logits_of(logits), moves, *about)
@@ -224,6 +239,25 @@ class MaskedWeight:
         if version != self.held.version:
             self.held.begin(version, partial(self._write, version))
             self.held.arrive()
+
+    def is_intact(self) -> Tensor:
+        """Whether the weight holds, to the bit, the version that was written last; a bool scalar.
+
+        In lean memory the dense values are in the weight alone: there it is looked at whether
+        what the mask leaves out is zero, and whether the sum of all bits is what it was.
+        """
+        self.held.arrive()
+        intact = torch.ones((), dtype=torch.bool, device=self.weight.device)
+        for _, (weight, *state) in self._blocks():
+            flags_M = self._flags(self.held.version, *state)
+            expected = _bits(weight if self.lean else state[0])
+            if flags_M is not None:
+                expected = expected & -torch.stack(flags_M, dim=-1).to(expected.dtype)
+            intact &= (_bits(weight) == expected).all()
+        if self.lean:
+            beside = 0 if self.held.version == "dense" else bits_in(self.rest)
+            intact &= bits_in(self.weight) + beside == self.held.bits
+        return intact
 
     def mask(self, version: Version) -> Tensor:
         """The mask of a version, bool in the weight's shape."""
@@ -377,6 +411,16 @@ class MaskedWeight:
             return [flag.int() for flag in best.unbind(-1)]
         initial_M, drawn_M = flags_of(masks, self.layout.pattern.m)
         return drawn_M if version == "drawn" else initial_M
+
+
+def bits_in(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's values as integers, int64; no exchange of values changes it."""
+    return _bits(tensor.detach()).sum(dtype=torch.int64)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.view(integer)
 
 
 def columns_of(block: Tensor) -> Tensor:

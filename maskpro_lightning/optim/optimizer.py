@@ -15,21 +15,24 @@ with sigma the running spread of r - delta (1 in the published rule). "straight_
 backward pass and learns from what keeping a weight does to the loss: with c the gradient with
 respect to the mask,
 
-.. math:: \pi \leftarrow \pi - \eta \, g / \mathrm{rms}(g), \quad
+.. math:: \pi \leftarrow \pi - \eta \, \mathrm{clip}(g / \mathrm{rms}(g), -1, 1), \quad
           g = \nabla_\pi \sum_j c_j P(j \in S)
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, count
+from types import FrameType
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import CheckpointFunction
 
 from maskpro_lightning.initial import initializers
 from maskpro_lightning.masks.pattern import NMPattern
@@ -98,8 +101,13 @@ class MaskPro(Optimizer):
         ):
             if given not in choices:
                 raise ValueError(f"{argument} is one of {', '.join(choices)}; got {given!r}.")
+        groups = [
+            {**each, "params": list(each["params"])} if isinstance(each, dict) else each
+            for each in params
+        ]
+        number = sum(len(g["params"]) if isinstance(g, dict) else 1 for g in groups)
         #: What the logits learn from, with the numbers that parameter groups start from.
-        self.estimator = estimator_of(estimator)
+        self.estimator = estimator_of(estimator).for_fit(NMPattern.parse(pattern), number)
         defaults = {
             "pattern": str(NMPattern.parse(pattern)),
             "input_dim": -1,
@@ -108,7 +116,7 @@ class MaskPro(Optimizer):
             "seed": seed,
             "step": 0,
         }
-        super().__init__(params, defaults)
+        super().__init__(groups, defaults)
         for group in self.param_groups:
             admission.check_rule(group)
             # The tracker of residuals; every group holds the same, since there is one loss.
@@ -131,6 +139,8 @@ class MaskPro(Optimizer):
         # Whether each gradient of this step was finite, and how many backward passes there were.
         self._finite: list[Tensor] = []
         self._passes = 0
+        self._all_finite = torch.tensor(True)
+        self._without_gradient = set(self.names)
         #: Loss, and for the policy baseline, residual and advantage, of the last step; scalars.
         self.last: dict[str, Tensor] = {}
 
@@ -161,6 +171,15 @@ class MaskPro(Optimizer):
         """The version of the weights that the parameters hold; None if they differ."""
         versions = {held.version for held in self._states.held.values()} or {"dense"}
         return versions.pop() if len(versions) == 1 else None
+
+    @property
+    def without_gradient(self) -> list[str]:
+        """The names of weights that no gradient has reached yet."""
+        return [name for name in self.names if name in self._without_gradient]
+
+    def all_finite(self) -> bool:
+        """Whether all gradients of the last step were finite; waits for the device."""
+        return bool(self._all_finite)
 
     @property
     def tracker(self) -> dict[str, Tensor]:
@@ -265,8 +284,8 @@ class MaskPro(Optimizer):
             admission.check_loss(baseline)
             assert baseline is not None
             change = self._judge(loss.detach().float(), baseline.detach().float())
+        self._check_rates()
         for group in self.param_groups:
-            admission.check_lr(group)
             group["step"] += 1
         self._draw(self._fusion, change)
         self._opt_called = True  # what learning rate schedulers look for
@@ -287,16 +306,23 @@ class MaskPro(Optimizer):
         """
         if not self.begun:
             self.begin()
-        for group in self.param_groups:
-            admission.check_lr(group)
+        self._check_rates()
         self.write("drawn")
         share, part = 1 / backward_passes, self._passes
         self._passes += backward_passes
 
-        def see(group: dict[str, Any], name: str, parameter: Tensor) -> None:
+        later: dict[str, tuple[dict[str, Any], str, Tensor]] = {}
+
+        def take(group: dict[str, Any], name: str, parameter: Tensor) -> None:
             if reduce is not None and parameter.grad is not None:
                 reduce(local(parameter.grad))
             self._take_gradient(group, name, parameter, share, part)
+
+        def see(group: dict[str, Any], name: str, parameter: Tensor) -> None:
+            if _recomputes():  # which may add another part to this gradient
+                later[name] = group, name, parameter
+            else:
+                take(group, name, parameter)
 
         handles = [
             parameter.register_post_accumulate_grad_hook(partial(see, group, name))
@@ -305,6 +331,8 @@ class MaskPro(Optimizer):
         ]
         try:
             yield
+            for waiting in later.values():
+                take(*waiting)
         except BaseException:
             self._finite.clear()
             raise
@@ -321,6 +349,7 @@ class MaskPro(Optimizer):
             return
         masked = self._states.masked(name, parameter, self.state[parameter])
         gradient = local(parameter.grad)
+        self._without_gradient.discard(name)
         self._finite.append(
             straight_through.learn(masked, gradient, group, self._fusion, share=share, part=part)
         )
@@ -337,6 +366,7 @@ class MaskPro(Optimizer):
             )
         device = self.last["loss"].device
         finite = torch.stack([each.to(device) for each in self._finite])
+        self._all_finite = finite.all()
         self._finite.clear()
         self._passes = 0
         for group in self.param_groups:
@@ -408,6 +438,11 @@ class MaskPro(Optimizer):
         finally:
             self.write(before)
 
+    @torch.no_grad()
+    def overwritten(self) -> list[str]:
+        """The names of weights that do not hold what was written into them last."""
+        return [m.name for _, _, m in self._masked_weights() if not bool(m.is_intact())]
+
     # Masks, logits and statistics
 
     @torch.no_grad()
@@ -475,6 +510,18 @@ class MaskPro(Optimizer):
         )
         return packed
 
+    def check_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Refuse a saved state that :meth:`load_state_dict` would; nothing is touched.
+
+        Returns:
+            The state as this version of the package saves it.
+
+        Raises:
+            ValueError: see :meth:`load_state_dict`.
+        """
+        weights = list(zip(self.names, self.layouts.values(), strict=True))
+        return saved_state.checked(state_dict, self.param_groups, weights)
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state; the parameters then hold the drawn mask of that state.
@@ -483,8 +530,7 @@ class MaskPro(Optimizer):
             ValueError: the state belongs to other weights, another pattern or another estimator, or
             it is damaged; nothing is touched then.
         """
-        weights = list(zip(self.names, self.layouts.values(), strict=True))
-        state_dict = saved_state.checked(state_dict, self.param_groups, weights)
+        state_dict = self.check_state(state_dict)
         self.write("dense")  # what is begun here ends here
         order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         state = {
@@ -502,7 +548,8 @@ class MaskPro(Optimizer):
         self.write("drawn")
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("estimator", "_states", "_fusion", "_finite", "_passes", "last")
+        kept = {"estimator", "last", "_states", "_fusion", "_finite", "_all_finite", "_passes"}
+        kept.add("_without_gradient")
         return super().__getstate__() | {name: vars(self)[name] for name in kept}
 
     # What is behind it
@@ -519,6 +566,10 @@ class MaskPro(Optimizer):
         self._states.reshard()
         for group, name, parameter in self._parameters() if self.begun else ():
             yield group, parameter, self._states.masked(name, parameter, self.state[parameter])
+
+    def _check_rates(self) -> None:
+        for group in self.param_groups:
+            admission.check_lr(group)
 
     def _largest(self) -> Iterator[tuple[str, Tensor]]:
         """Masks that keep the largest weights."""
@@ -539,3 +590,16 @@ class MaskPro(Optimizer):
                     f"the gradients of whole groups: use fully_shard (FSDP2), or choose "
                     f"estimator='policy'."
                 )
+
+
+def _recomputes() -> bool:
+    """Whether a gradient comes from within a reentrant checkpoint's own backward pass.
+
+    A weight that several checkpointed calls use gets a part of its gradient from each.
+    """
+    frame: FrameType | None = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.backward.__code__:
+            return True
+        frame = frame.f_back
+    return False

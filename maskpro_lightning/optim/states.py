@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from maskpro_lightning.masks.pattern import NMPattern
-from maskpro_lightning.optim.masked_weight import BITS, Held, MaskedWeight
+from maskpro_lightning.optim.masked_weight import BITS, Held, MaskedWeight, bits_in
 from maskpro_lightning.weights.layout import Layout, like, local
 from maskpro_lightning.weights.sharding import layouts, reshard
 
@@ -69,7 +69,8 @@ class States:
     def keep(self, parameter: Tensor, tensors: Tensors) -> dict[str, Tensor]:
         """Take a weight's tensors, padded where it is cut; what the optimizer's state holds."""
         layout = self.layouts[parameter]
-        self.held[parameter] = Held()
+        lean = "pruned" in tensors
+        self.held[parameter] = Held(bits=bits_in(local(parameter)) if lean else None)
         if layout.cut:
             self._padded[parameter] = dict(tensors)
         return {

@@ -24,8 +24,11 @@ def learn(
 ) -> Tensor:
     """Move a weight's logits by ``lr * share`` along the gradient of the expected loss in them.
 
-    The gradient's root mean square over the whole weight is divided by, so that one step size fits
-    all weights; where that is not finite or zero nothing is learned. A collective for shards.
+    The gradient is divided by its root mean square over the whole weight, so that one step size
+    fits all weights, and no element counts for more than that. Gradients of deep networks are
+    heavy-tailed: without the bound, a step moves a handful of decisive groups by many units in all
+    layers together, and the loss runs away. Where the root mean square is not finite or zero
+    nothing is learned. A collective for shards.
 
     Args:
         masked: The weight, or this rank's part of it.
@@ -42,6 +45,7 @@ def learn(
     (square,) = sums([layout], [masked.direction(gradient, fusion)])
     size = (square / math.prod(layout.shape)).sqrt()
     finite = size.isfinite()
-    scale = (group["lr"] * share / size).where(finite & (size > 0), 0)
-    masked.move(Draw(group["seed"], group["step"] + 1), gradient, scale, part, fusion)
+    bound = group["lr"] * share
+    scale = (bound / size).where(finite & (size > 0), 0)
+    masked.move(Draw(group["seed"], group["step"] + 1), gradient, scale, bound, part, fusion)
     return finite

@@ -181,9 +181,10 @@ def moved(
     key: philox.Key,
     step: Tensor,
     scale: Tensor,
+    bound: float | Tensor,
     part: int | Tensor,
 ) -> tuple[Tensor]:
-    """Move a block's logits against a direction.
+    """Move a block's logits against a direction, none of them by more than a bound.
 
     Args:
         pattern: The pattern.
@@ -193,12 +194,16 @@ def moved(
         key: What rounding depends on besides, see :func:`philox.exponential`.
         step: int64 scalar, the number of the draw that follows.
         scale: Scalar, how far to go along the direction; at 0 it may be anything.
+        bound: The largest move of a logit.
         part: Number of the move before that draw, from 0.
 
     Returns:
         The next logits.
     """
-    moves_M = [torch.where(scale > 0, scale * move.float(), 0) for move in direction.unbind(-1)]
+    moves_M = [
+        torch.where(scale > 0, (scale * move.float()).clamp(-bound, bound), 0)
+        for move in direction.unbind(-1)
+    ]
     logits_M: Sequence[Tensor] = _minus(logits_in(logits, pattern.m), moves_M)
     logits_M = _rounded(logits_M, logits, groups, key, step, stream=1 + part)
     return (logits_as(logits_M, logits),)

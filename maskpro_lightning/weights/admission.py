@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.weights.layout import Layout
 
 #: Bounds a rule's numbers; with residuals up to 1e18 no product of theirs leaves float32.
 LARGEST = 1e6
@@ -138,3 +139,15 @@ def check_loss(loss: Any, source: str = "The closure") -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"{source} must return the loss, a tensor of one number; got {what}.")
+
+
+def is_sparse(layout: Layout, weight: Tensor) -> bool:
+    """Whether this rank's part of a weight keeps at most N of every M already, and not nothing."""
+    where, weight = layout.uncut(weight.detach())
+    found = False
+    for _, (values,) in where.blocks(weight):
+        counts_G = (values != 0).sum(-1)
+        if (counts_G > where.pattern.n).any():
+            return False
+        found = found or bool(counts_G.any())
+    return found
