@@ -66,11 +66,13 @@ def digest(text: bytes) -> str:
 @pytest.mark.parametrize(("pattern", "shape", "dim"), CASES)
 @pytest.mark.parametrize(
     ("estimator", "memory", "logits_dtype", "dtype"),
-    product(
-        ("policy", "straight_through"),
-        ("plain", "lean"),
-        ("float32", "bfloat16"),
-        ("float32", "bfloat16"),
+    list(
+        product(
+            ("policy", "straight_through"),
+            ("plain", "lean"),
+            ("float32", "bfloat16"),
+            ("float32", "bfloat16"),
+        )
     ),
 )
 def test_the_same_masks_are_drawn_and_learned(
