@@ -307,7 +307,7 @@ def test_it_learns_most_of_the_way_from_a_random_mask_to_the_best() -> None:
         scheduler = LinearLR(optimizer, 1.0, 0.0, total_iters=120)
         optimizer.begin({"w": problem.random_mask})
         for _ in range(120):
-            optimizer.step(lambda: backward(problem.loss()))
+            optimizer.step(lambda p=problem: backward(p.loss()))
             scheduler.step()
         gained.append(problem.share_gained(optimizer))
     assert sum(gained) / len(gained) > 0.8

@@ -42,6 +42,7 @@ class BestMask:
         self._last: float | None = None
         self._logged: list[str] = []
         self._buffers: dict[str, Tensor] = {}
+        self._last_buffers: dict[str, Tensor] = {}
 
     def expect(self, logged: Mapping[str, Any]) -> None:
         """Learn from the sanity check whether validations log the metric."""
@@ -75,13 +76,10 @@ class BestMask:
         """Whether the last validation was not the best one; also if it was not finite."""
         return self.value is not None and self._last != self.value
 
-    @torch.no_grad()
     def put_buffers(self, module: nn.Module) -> None:
         """Give a module the buffers that belong to the mask to deploy."""
         if self._worse:
-            for name, buffer in module.named_buffers():
-                if name in self._buffers:
-                    buffer.copy_(self._buffers[name])
+            _put(self._buffers, module)
 
     def with_buffers(self, state: dict[str, Any]) -> dict[str, Any]:
         """A module's state dict with the buffers that belong to the mask to deploy."""
@@ -107,30 +105,35 @@ class BestMask:
             )
 
     def state_dict(self, module: nn.Module | None) -> dict[str, Any]:
-        """The numbers; and where a checkpoint's weights are not the last ones, those buffers."""
+        """The numbers and the buffers; those of the last step where a checkpoint has others."""
         numbers = {"value": self.value, "step": self.step, "last": self._last}
         state: dict[str, Any] = numbers | {"monitor": self.monitor}
-        if self._worse and module is not None and self._buffers:
+        state["buffers"] = {"best": self._buffers}
+        if self._worse and module is not None:
             last = {name: value.clone() for name, value in module.named_buffers()}
-            state |= {"buffers": {"best": self._buffers, "last": last}}
+            state["buffers"]["last"] = last
         return state
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any], module: nn.Module | None) -> None:
-        """Continue, unless by another metric; a module gets the buffers of the last step."""
-        saved = state.get("buffers", {})
-        own = {} if module is None else dict(module.named_buffers())
-        for name, buffer in own.items():
-            if name in saved.get("last", {}):
-                buffer.copy_(saved["last"][name])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue, unless by another metric."""
+        buffers = state.get("buffers", {})
+        self._last_buffers = dict(buffers.get("last", {}))
         if state["monitor"] != self.monitor:
             return
         self.value, self._last = (
             None if state[name] is None else float(state[name]) for name in ("value", "last")
         )
         self.step = int(state["step"])
-        self._buffers = {
-            name: value.to(buffer.device)
-            for name, buffer in own.items()
-            if (value := saved.get("best", {}).get(name)) is not None
-        }
+        self._buffers = dict(buffers.get("best", {}))
+
+    def put_last_buffers(self, module: nn.Module) -> None:
+        """After a checkpoint was loaded, give a module the buffers of the step it was saved at."""
+        _put(self._last_buffers, module)
+        self._last_buffers = {}
+
+
+@torch.no_grad()
+def _put(buffers: Mapping[str, Tensor], module: nn.Module) -> None:
+    for name, buffer in module.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])

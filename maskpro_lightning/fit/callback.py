@@ -222,7 +222,7 @@ class MaskProCallback(pl.Callback):
     def _stand_in(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         """Put methods of ours in the place of the module's and the strategy's."""
         put, strategy = self._patches.put, trainer.strategy
-        put(trainer, "callbacks", neighbours.without_rivals(trainer.callbacks))
+        neighbours.leave_out_rivals(trainer, self._patches)
         put(pl_module, "configure_optimizers", self._configure_optimizers)
         put(pl_module, "optimizer_step", self._optimizer_step)
         put(pl_module, "lr_scheduler_step", self._lr_scheduler_step)
@@ -259,6 +259,7 @@ class MaskProCallback(pl.Callback):
     def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         keeps = bool(trainer.loggers) and not trainer.fast_dev_run
         self._journal.open(self._tracker.folder(), keeps, writes=trainer.is_global_zero)
+        self._best.put_last_buffers(pl_module)
         parameters = self._parameters(pl_module)
         self._journal.parameters(parameters, self._tracker)
         if self._optimizer.begun:
@@ -297,7 +298,7 @@ class MaskProCallback(pl.Callback):
                         "This fit made no step, so nothing is masked: the module holds its dense "
                         "weights."
                     )
-                self._make_sure()
+                self._make_sure(self._trainer, self._module)
                 self.optimizer.write("dense" if self._failed else self._best.version)
         finally:
             teardown = self._teardown_inside
@@ -314,6 +315,11 @@ class MaskProCallback(pl.Callback):
             for name in [name for name in vars(self) if name.endswith("_inside")]:
                 del vars(self)[name]
             teardown()
+
+    def teardown(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # After all hooks of the fit but those of callbacks behind this one.
+        if stage == "fit" and self.optimizer is not None and not self.optimizer.sharded:
+            self._make_sure(trainer, pl_module)
 
     # Training under drawn masks
 
@@ -418,6 +424,8 @@ class MaskProCallback(pl.Callback):
             )
 
     def _lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if not self._optimizer.begun:
+            return
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(float(self._optimizer.last["loss"]))
         else:
@@ -479,22 +487,21 @@ class MaskProCallback(pl.Callback):
 
     # Validation and checkpoints under the most likely mask
 
-    def _make_sure(self) -> None:
+    def _make_sure(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Refuse to go on with weights that somebody else has written."""
-        if self._fitting and not self._failed and self.optimizer is not None:
-            names = self.optimizer.overwritten()
-            if names:
-                others = (type(c).__name__ for c in self._trainer.callbacks if c is not self)
-                raise RuntimeError(
-                    f"Somebody else has written into {names[0]!r} ({len(names)} of the masked "
-                    f"weights) since its mask was: the values are not those of the mask. Look at "
-                    f"hooks of {type(self._module).__name__} and of {', '.join(others)}, and leave "
-                    f"out what changes weights for this fit."
-                )
+        names = [] if self._failed or self.optimizer is None else self.optimizer.overwritten()
+        if names:
+            others = (type(each).__name__ for each in trainer.callbacks if each is not self)
+            raise RuntimeError(
+                f"Somebody else has written into {names[0]!r} ({len(names)} of the masked weights) "
+                f"since its mask was: the values are not those of the mask. Look at hooks of "
+                f"{type(pl_module).__name__} and of {', '.join(others)}, and leave out what "
+                f"changes weights for this fit."
+            )
 
     def on_validation_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         if self._fitting:
-            self._make_sure()
+            self._make_sure(trainer, pl_module)
             self._optimizer.write("mode")
             self._logged_before = dict(trainer.callback_metrics)
 
@@ -526,7 +533,7 @@ class MaskProCallback(pl.Callback):
     def _state_dict(self) -> dict[str, Any]:
         """Stands in for the strategy's state dict: the weights under the mask to deploy."""
         state: dict[str, Any]
-        self._make_sure()
+        self._make_sure(self._trainer, self._module)
         optimizer, version = self.optimizer, self._best.version
         with nullcontext() if optimizer is None else optimizer.applied(version):
             state = self._state_dict_inside()
@@ -534,12 +541,11 @@ class MaskProCallback(pl.Callback):
         return self._best.with_buffers(state)
 
     def state_dict(self) -> dict[str, Any]:
-        module = vars(self).get("_module")
         return {
             "format": _FORMAT,
             "baselines": self._baselines.state_dict(),
             "journal": self._journal.state_dict(),
-            "best": self._best.state_dict(module),
+            "best": self._best.state_dict(vars(self).get("_module")),
         }
 
     def _before_loading(self, checkpoint: dict[str, Any]) -> None:
@@ -560,8 +566,7 @@ class MaskProCallback(pl.Callback):
                 self._baselines.load_state_dict(state_dict["baselines"])
                 self._journal.load_state_dict(state_dict["journal"])
                 if "best" in state_dict:  # not in the first checkpoints of format 1
-                    # Only a fit goes on from the buffers; others take what a checkpoint deploys.
-                    self._best.load_state_dict(state_dict["best"], vars(self).get("_module"))
+                    self._best.load_state_dict(state_dict["best"])
         except Exception as error:
             raise ValueError(
                 f"What this checkpoint holds of MaskProCallback is damaged ({error!r}): resume "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
+
+from maskpro_lightning.fit.patches import Patches
 
 _log = logging.getLogger(__name__)
 
@@ -18,10 +19,10 @@ _RIVALS = {
 }
 
 
-def without_rivals(callbacks: Sequence[Any]) -> list[Any]:
-    """The callbacks of a Trainer without those that work against masks; says which are left out."""
+def leave_out_rivals(trainer: Any, patches: Patches) -> None:
+    """Leave the callbacks that work against masks out of a fit, and say which."""
     kept = []
-    for callback in callbacks:
+    for callback in trainer.callbacks:
         kinds = [kind.__name__ for kind in type(callback).__mro__]
         reason = next((_RIVALS[kind] for kind in kinds if kind in _RIVALS), None)
         if reason is None:
@@ -31,4 +32,6 @@ def without_rivals(callbacks: Sequence[Any]) -> list[Any]:
                 f"{type(callback).__name__} is left out of this fit: it {reason}. Use it in the "
                 f"training that follows."
             )
-    return kept
+            # Trainers that are setting up callbacks go on with the list they have.
+            patches.put(callback, "setup", lambda *args, **kwargs: None)
+    patches.put(trainer, "callbacks", kept)
