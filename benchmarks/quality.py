@@ -37,9 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models: dict[str, Callable[[], cases.Case]] = {
         "llama": cases.llama,
         "vision": partial(cases.vision, args.output),
+        "smollm2": partial(cases.smollm2, args.wikitext),
     }
     models = {name: cache(models[name]) for name in args.model}
-    if args.wikitext is not None:
+    if args.wikitext is not None and "llama" in args.model:
         models["llama on WikiText-2"] = cache(partial(cases.wikitext, args.wikitext))
     ledger = Ledger(args.output / "quality.csv")
     for (name, loaded), pattern in product(models.items(), args.pattern):
@@ -56,16 +57,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", nargs="+", choices=("llama", "vision"), default=["llama"])
+    parser.add_argument(
+        "--model", nargs="+", choices=("llama", "vision", "smollm2"), default=["llama"]
+    )
     parser.add_argument("--pattern", nargs="+", type=NMPattern.parse, default=["2:4"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--forwards", type=int, default=1500, help="for each learner")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument(
-        "--wikitext", type=Path, help="folder of valid.txt and test.txt: the Llama on them, too"
+        "--wikitext",
+        type=Path,
+        help="folder of valid.txt and test.txt: the Llama on them, too; SmolLM2 needs it",
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if "smollm2" in args.model and args.wikitext is None:
+        parser.error("--model smollm2 needs --wikitext FOLDER")
+    return args
 
 
 def wanted(
