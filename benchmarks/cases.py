@@ -79,7 +79,7 @@ def smollm2(wikitext: Path) -> Case:
         quantization_config=GgufConfig(dequantize=True),
         **about,
     )
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False).train(False)
 
     def batches(split: str) -> list[Tensor]:
         text = (wikitext / f"{split}.txt").read_text(encoding="utf-8")

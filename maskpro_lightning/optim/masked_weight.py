@@ -213,7 +213,8 @@ class MaskedWeight:
             fusion: Runs the step of a block.
         """
         step = torch.full((), draw.step, device=self.weight.device)
-        about = self._key(draw), step, scale, bound, part
+        most = torch.full((), bound, device=self.weight.device)
+        about = self._key(draw), step, scale, most, part
         for groups_G, (moves, logits) in self.layout.blocks(direction, state=(self.logits,)):
             groups = groups_G.view(logits.shape[:-1])
             (found,) = fusion(moved, self.layout.pattern, groups, logits_of(logits), moves, *about)

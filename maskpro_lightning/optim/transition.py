@@ -181,7 +181,7 @@ def moved(
     key: philox.Key,
     step: Tensor,
     scale: Tensor,
-    bound: float | Tensor,
+    bound: Tensor,
     part: int | Tensor,
 ) -> tuple[Tensor]:
     """Move a block's logits against a direction, none of them by more than a bound.
@@ -194,7 +194,7 @@ def moved(
         key: What rounding depends on besides, see :func:`philox.exponential`.
         step: int64 scalar, the number of the draw that follows.
         scale: Scalar, how far to go along the direction; at 0 it may be anything.
-        bound: The largest move of a logit.
+        bound: Scalar, the largest move of a logit.
         part: Number of the move before that draw, from 0.
 
     Returns:
