@@ -1,0 +1,80 @@
+"""What is known of layers: which weights they multiply with, and what each product sums over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+# Layers of transformers that multiply with parameters of their own, by the name of their class.
+# The tests watch the products of each.
+_BY_CLASS: Mapping[str, Mapping[str, int]] = {
+    "DbrxExpertGLU": {"w1": -1, "v1": -1, "w2": 0},
+    "FunnelRelMultiheadAttention": {"r_kernel": 0},
+    "GroupedLinearLayer": {"weight": -2},
+    "InklingSharedExperts": {"gate_proj": -1, "up_proj": -1, "down_proj": -1},
+    "JetMoeParallelExperts": {"weight": -1},
+    "Llama4TextExperts": {"gate_up_proj": -2, "down_proj": -2},
+    "LongcatFlashExperts": {"gate_up_proj": -1, "down_proj": -1},
+    "QuantLinear": {"weight": -1},
+    "RecurrentGemmaRglru": {"input_gate_weight": -2, "recurrent_gate_weight": -2},
+    "Step3p7Experts": {"gate_up_proj": -1, "down_proj": -1},
+    "XLNetRelativeAttention": {"q": 0, "k": 0, "v": 0, "r": 0, "o": -1},
+    "ZambaMambaMixer": {"x_proj_weight": -1, "dt_proj_weight": -1},
+}
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_RECURRENT = ("weight_ih", "weight_hh", "weight_hr")
+
+
+def weights_of(
+    module: nn.Module, shapes: Mapping[int, torch.Size]
+) -> Iterator[tuple[str, int, int]]:
+    """The weights that a layer multiplies its inputs with.
+
+    Args:
+        module: The layer, without those inside it.
+        shapes: Shapes of whole weights of which ``module`` shows pieces, by the parameter's id.
+
+    Yields:
+        The parameter's name in the layer, the dimension that the product sums over, and how many
+        products lie side by side in that dimension, each of which sums over its own part.
+    """
+    # Not the class's own name alone, as fully_shard puts a subclass in its place.
+    kinds = [kind.__name__ for kind in type(module).__mro__]
+    if isinstance(module, nn.Linear | nn.Bilinear):
+        yield "weight", -1, 1
+    elif "Conv1D" in kinds and hasattr(module, "nf"):
+        yield "weight", 0, 1  # transformers' Conv1D stores (inputs, outputs)
+    elif isinstance(module, _ConvTransposeNd):
+        yield "weight", 0, module.groups
+    elif isinstance(module, _ConvNd):
+        yield "weight", 1, 1
+    elif isinstance(module, nn.MultiheadAttention):
+        yield from ((name, -1, 1) for name in _ATTENTION if _has(module, name))
+    elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        names = dict(module.named_parameters(recurse=False))
+        yield from ((name, -1, 1) for name in names if name.startswith(_RECURRENT))
+    elif known := _of_transformers(module):
+        # DBRX keeps its experts side by side in one matrix.
+        experts = getattr(module, "moe_num_experts", 1)
+        for name, input_dim in known.items():
+            if _has(module, name):
+                yield name, input_dim, experts if input_dim == 0 else 1
+    elif any(kind.endswith("Experts") for kind in kinds) and hasattr(module, "is_transposed"):
+        # transformers' decorator for fused experts says how they lie.
+        for name, parameter in module.named_parameters(recurse=False):
+            if len(shapes.get(id(parameter), parameter.shape)) == 3:
+                yield name, -2 if module.is_transposed else -1, 1
+
+
+def _of_transformers(module: nn.Module) -> Mapping[str, int]:
+    for kind in type(module).__mro__:
+        if kind.__name__ in _BY_CLASS and kind.__module__.startswith("transformers"):
+            return _BY_CLASS[kind.__name__]
+    return {}
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return getattr(module, name, None) is not None
