@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import ParametrizationList
 
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.admission import is_maskable, kind_of
+from maskpro_lightning.weights.layers import weights_of
+from maskpro_lightning.weights.probing import computed_in_forward
 from maskpro_lightning.weights.sharding import flat_shapes
 
 # What wrappers of PyTorch put into names; without it one name holds under every strategy.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+_WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+_LORA = {"lora_a", "lora_b", "lora_embedding_a", "lora_embedding_b"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,36 @@ class Target:
     shape: torch.Size
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A weight of two or more dimensions that gets no mask.
+
+    Attributes:
+        name: The parameter's name, as that of a target.
+        parameter: The weight, or this rank's part of it.
+        numbers: How many numbers the whole weight holds.
+        reason: Why it is left out; reads on from the name.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    numbers: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A model's weights of two or more dimensions, each once.
+
+    Attributes:
+        targets: Those to mask, in the model's order.
+        left_out: The others.
+    """
+
+    targets: list[Target]
+    left_out: list[LeftOut]
+
+
 def find_targets(
     model: nn.Module,
     pattern: str | NMPattern,
@@ -47,16 +81,20 @@ def find_targets(
 ) -> list[Target]:
     """Choose the weights to mask.
 
-    By default these are the weights of ``nn.Linear``, Hugging Face's ``Conv1D``, convolutions
-    (along input channels, as hardware does it) and fused experts (3-D weights of a module whose
-    class is named ``…Experts``). Left out: embeddings and whatever is tied to one, output
-    embeddings (``lm_head``), depthwise convolutions, LoRA factors, everything inside a metric.
+    By default these are the weights that layers of PyTorch and transformers multiply with, along
+    the dimension that is summed over: linear layers, convolutions (along input channels, as
+    hardware does it), attention, recurrent layers, fused experts. Left out are embeddings and
+    whatever is tied to one, output embeddings (``lm_head``), LoRA factors, everything inside a
+    metric, and what cannot be masked: inputs that are no multiple of M, and weights that are
+    quantised, parametrised or computed in ``forward``. :func:`select` tells what and why.
 
     Args:
         model: Any module; names are relative to it.
         pattern: "2:4", or a pattern.
         include: Globs over the names of parameters, layers or whole parts of the model. They
-            replace the default choice: what they match is masked even if left out by default.
+            replace the default choice: what they match is masked even if left out by default. A
+            parameter of a layer that is not known needs the dimension that its product sums over,
+            behind its own name: ``"*.experts.w:-2"``.
         exclude: Globs, likewise, of what to leave out. A shared weight is left out by any of its
             names.
         on_meta: Whether weights without values will do, as for a plan.
@@ -65,33 +103,56 @@ def find_targets(
         The targets in the model's order, each weight once.
 
     Raises:
-        ValueError: nothing matched; a glob matches nothing; a chosen weight cannot be masked (its
-            inputs are not a multiple of M, it is quantised, parametrised or on the meta device).
+        ValueError: nothing is left to mask; a glob matches nothing; weights that are included by
+            name cannot be masked, all of which are told; weights have no values yet.
     """
-    pattern = NMPattern.parse(pattern)
-    include = _globs("include", include)
-    exclude = _globs("exclude", exclude) or ()
-    _refuse_idle_globs(model, (*(include or ()), *exclude))
-    named: dict[int, list[Target]] = {}  # a shared weight has several names
-    for target in _candidates(model):
-        named.setdefault(id(target.parameter), []).append(target)
+    return select(model, pattern, include, exclude, on_meta=on_meta).targets
 
-    left_out = _left_out_by_default(model) if include is None else set()
-    chosen = [
-        targets[0]
-        for weight, targets in named.items()
-        if weight not in left_out
-        and (include is None or any(_matches(include, target.name) for target in targets))
-        and not any(_matches(exclude, target.name) for target in targets)
-    ]
-    if not chosen:
+
+def select(
+    model: nn.Module,
+    pattern: str | NMPattern,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    *,
+    on_meta: bool = False,
+) -> Selection:
+    """Choose the weights to mask like :func:`find_targets`, and tell why the others are not."""
+    pattern = NMPattern.parse(pattern)
+    named = _dimensions(_globs("include", include))
+    exclude = _globs("exclude", exclude) or ()
+    _refuse_idle_globs(model, (*(named or ()), *exclude))
+    candidates: dict[int, list[_Candidate]] = {}  # a shared weight has several names
+    for candidate in _candidates(model, named or {}):
+        candidates.setdefault(id(candidate.target.parameter), []).append(candidate)
+    _refuse_unknown(named or {}, [one.target for several in candidates.values() for one in several])
+
+    reasons = _left_out_by_default(model) if named is None else {}
+    targets: list[Target] = []
+    unfit: dict[str, str] = {}
+    probed: dict[type[nn.Module], str | None] = {}
+    for weight, several in candidates.items():
+        target, names = several[0].target, [one.target.name for one in several]
+        if named is not None and not any(_matches(named, name) for name in names):
+            reasons[weight] = "is not included"
+        elif any(_matches(exclude, name) for name in names):
+            reasons[weight] = "is excluded"
+        elif weight not in reasons:
+            reason = _unfit(several[0], pattern, probed)
+            if reason is None:
+                targets.append(target)
+            else:
+                reasons[weight] = unfit[target.name] = reason
+    if named is not None:
+        _refuse_unfit(unfit)
+    left_out = list(_left_out(model, targets, reasons))
+    if not targets:
         raise ValueError(
-            f"No layer of {type(model).__name__} is left to mask: its {len(named)} maskable "
-            f"weights are all left out (include={include}, exclude={list(exclude)})."
+            f"No layer of {type(model).__name__} is left to mask (include={include}, "
+            f"exclude={list(exclude)}): {_told(left_out)}."
         )
-    for target in chosen:
-        _refuse_unsuitable(target, pattern, on_meta)
-    return chosen
+    _refuse_without_values(targets, on_meta)
+    return Selection(targets, left_out)
 
 
 def parameter_groups(targets: Iterable[Target]) -> list[dict[str, object]]:
@@ -120,15 +181,24 @@ def count(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int]:
 
 def clean_name(name: str) -> str:
     """A parameter's or module's name without what PyTorch's wrappers put into it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "").removesuffix("." + wrapper[:-1]).removesuffix(wrapper[:-1])
-    return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _globs(argument: str, globs: Sequence[str] | None) -> tuple[str, ...] | None:
     if isinstance(globs, str):
         raise TypeError(f'{argument} is a list of globs: write {argument}=["{globs}"].')
     return None if globs is None else tuple(globs)
+
+
+def _dimensions(globs: tuple[str, ...] | None) -> dict[str, int | None] | None:
+    """Globs without the dimension that some of them end in, and that."""
+    if globs is None:
+        return None
+    found = [re.fullmatch(r"(.+):(-?\d+)", glob) for glob in globs]
+    return {
+        end[1] if end else glob: int(end[2]) if end else None
+        for glob, end in zip(globs, found, strict=True)
+    }
 
 
 def _matches(globs: Iterable[str], name: str) -> bool:
@@ -138,53 +208,100 @@ def _matches(globs: Iterable[str], name: str) -> bool:
     return any(fnmatchcase(each, glob) for glob in globs for each in around)
 
 
-def _candidates(model: nn.Module) -> Iterator[Target]:
+@dataclass(frozen=True)
+class _Candidate:
+    """A weight that could be masked, and how many products lie side by side along its groups."""
+
+    target: Target
+    products: int
+
+
+def _candidates(model: nn.Module, named: Mapping[str, int | None]) -> Iterator[_Candidate]:
     """Everything that could be masked, a shared weight under each of its names."""
-    metrics = {
-        id(inner) for module in model.modules() if _is_metric(module) for inner in module.modules()
-    }
+    metrics = _metrics(model)
     shapes = flat_shapes(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in metrics:
             continue
-        for parameter_name, input_dim in _weights(module, shapes):
+        known = {name: (dim, products) for name, dim, products in weights_of(module, shapes)}
+        for parameter_name in dict.fromkeys((*known, *module._parameters)):
+            full_name = _joined(name, parameter_name)
+            said = [dim for glob, dim in named.items() if fnmatchcase(full_name, glob)]
+            dims = [(dim, 1) for dim in said if dim is not None]
+            dims += [known[parameter_name]] if parameter_name in known else []
             weight = getattr(module, parameter_name)
-            full_name = clean_name(f"{name}.{parameter_name}".removeprefix("."))
-            if weight is not None:
-                shape = shapes.get(id(weight), weight.shape)
-                yield Target(full_name, module, weight, input_dim, shape)
+            if dims and weight is not None:
+                dim, products = dims[0]
+                shape = shapes.get(id(weight), torch.Size(()))
+                if not nn.parameter.is_lazy(weight):
+                    shape = shapes.get(id(weight), weight.shape)
+                yield _Candidate(Target(full_name, module, weight, dim, shape), products)
 
 
-def _weights(module: nn.Module, shapes: Mapping[int, torch.Size]) -> Iterator[tuple[str, int]]:
-    """The weights that a layer multiplies its inputs with, and the dimension it sums over."""
-    # Not the class's own name alone, as fully_shard puts a subclass in its place.
-    kinds = [kind.__name__ for kind in type(module).__mro__]
-    if isinstance(module, nn.Linear):
-        yield "weight", -1
-    elif "Conv1D" in kinds and hasattr(module, "nf"):
-        yield "weight", 0  # transformers' Conv1D stores (inputs, outputs)
-    elif isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
-        if module.in_channels != module.groups:  # depthwise: nothing to cut into groups
-            yield "weight", 1
-    elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-        yield "in_proj_weight", -1
-    elif kinds[0].endswith("Experts"):
-        transposed = getattr(module, "is_transposed", False)
-        for name, parameter in module.named_parameters(recurse=False):
-            if len(shapes.get(id(parameter), parameter.shape)) == 3:
-                yield name, -2 if transposed else -1
-
-
-def _left_out_by_default(model: nn.Module) -> set[int]:
-    """Embeddings and output embeddings, with whatever is tied to them, and LoRA's factors."""
-    layers: list[nn.Module] = []
+def _left_out_by_default(model: nn.Module) -> dict[int, str]:
+    """Why weights are left out that could be masked, by their ids."""
+    reasons: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
+        parts = clean_name(name).lower().split(".")
+        inside = {id(weight) for weight in module.parameters()}
         output = getattr(module, "get_output_embeddings", lambda: None)()
-        layers += [] if output is None else [output]
-        by_name = clean_name(name).endswith("lm_head") or "lora_" in name
-        if by_name or isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            layers.append(module)
-    return {id(weight) for layer in layers for weight in layer.parameters()}
+        if output is not None:
+            reasons |= {id(weight): "is an output embedding" for weight in output.parameters()}
+        if "lm_head" in parts:
+            reasons |= dict.fromkeys(inside, "is an output embedding")
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            reasons |= dict.fromkeys(inside, "is an embedding")
+        if not _LORA.isdisjoint(parts):
+            reasons |= dict.fromkeys(inside, "is a factor of LoRA")
+        if "original_module" in module._modules and "modules_to_save" in module._modules:
+            original = module.get_submodule("original_module").parameters()
+            reasons |= {id(weight): "is what PEFT has a trained copy of" for weight in original}
+    return reasons
+
+
+def _left_out(
+    model: nn.Module, targets: Sequence[Target], reasons: Mapping[int, str]
+) -> Iterator[LeftOut]:
+    """All weights of two or more dimensions that are no targets."""
+    shapes = flat_shapes(model)
+    metrics = _metrics(model)
+    seen = {id(target.parameter) for target in targets}
+    for name, module in model.named_modules():
+        for parameter_name, weight in module._parameters.items():
+            if weight is None or id(weight) in seen:
+                continue
+            seen.add(id(weight))
+            lazy = nn.parameter.is_lazy(weight)
+            shape = torch.Size(()) if lazy else shapes.get(id(weight), weight.shape)
+            if len(shape) < 2 and id(weight) not in reasons:
+                continue
+            if id(module) in metrics:
+                reason = "is part of a metric"
+            elif _is_parametrised(module, parameter_name):
+                reason = "is what a parametrization computes a weight from"
+            else:
+                reason = "is of a layer whose product is not known"
+            reason = reasons.get(id(weight), reason)
+            yield LeftOut(_joined(name, parameter_name), weight, shape.numel(), reason)
+
+
+def _is_parametrised(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is what another one is computed from, in PyTorch's new or old way."""
+    if isinstance(module, ParametrizationList):
+        return True
+    owner, _, _ = name.rpartition("_")
+    return bool(owner) and owner not in module._parameters and hasattr(module, owner)
+
+
+def _joined(module_name: str, parameter_name: str) -> str:
+    return clean_name(f"{module_name}.{parameter_name}".removeprefix("."))
+
+
+def _metrics(model: nn.Module) -> set[int]:
+    """All modules inside of metrics."""
+    return {
+        id(inner) for module in model.modules() if _is_metric(module) for inner in module.modules()
+    }
 
 
 def _is_metric(module: nn.Module) -> bool:
@@ -203,27 +320,68 @@ def _refuse_idle_globs(model: nn.Module, globs: Iterable[str]) -> None:
             )
 
 
-def _refuse_unsuitable(target: Target, pattern: NMPattern, on_meta: bool) -> None:
-    weight, layer = target.parameter, target.name.rpartition(".")[0]
-    remedy = f'leave it out with exclude=["{layer or target.name}"]'
-    if target.name.rpartition(".")[2] not in target.module._parameters:
+def _refuse_unknown(named: Mapping[str, int | None], known: Sequence[Target]) -> None:
+    """Refuse globs that match only what cannot be multiplied with, as far as is known."""
+    idle = [glob for glob in named if not any(_matches([glob], target.name) for target in known)]
+    if idle:
         raise ValueError(
-            f"{target.name!r} is computed from other parameters (weight_norm or another "
-            f"parametrization), so a mask written into it is lost: {remedy} or remove the "
-            f"parametrization first."
+            f"include={idle} matches no weight whose product is known: give the parameter's own "
+            f'name and the dimension that is summed over, such as "{idle[0]}.weight:-1".'
         )
+
+
+def _unfit(
+    candidate: _Candidate, pattern: NMPattern, probed: dict[type[nn.Module], str | None]
+) -> str | None:
+    """Why a weight cannot be masked; reads on from its name. None if it can."""
+    target = candidate.target
+    weight, shape, module = target.parameter, target.shape, target.module
+    if target.name.rpartition(".")[2] not in module._parameters:
+        return "is computed from other parameters (weight_norm or another parametrization)"
+    if nn.parameter.is_lazy(weight):
+        return None  # refused with those that have no values
     if not is_maskable(weight):
+        return f"holds {kind_of(weight)} numbers, not dense floating-point ones of 16 bits or more"
+    if not -len(shape) <= target.input_dim < len(shape) or not shape.numel():
+        return f"has no groups along dimension {target.input_dim}, its shape being {tuple(shape)}"
+    inputs = shape[target.input_dim] // candidate.products
+    if inputs % pattern.m:
+        return f"has {inputs} inputs, not a multiple of {pattern.m}"
+    if type(module) not in probed:
+        probed[type(module)] = computed_in_forward(module, shape)
+    made_by = probed[type(module)]
+    if made_by is not None:
+        return f"is multiplied only through other weights that forward computes ({made_by})"
+    return None
+
+
+def _refuse_unfit(unfit: Mapping[str, str]) -> None:
+    if unfit:
+        told = "; ".join(f"{name!r} {reason}" for name, reason in unfit.items())
+        layers = ", ".join(f'"{name.rpartition(".")[0] or name}"' for name in unfit)
         raise ValueError(
-            f"{target.name!r} holds {kind_of(weight)} numbers; masks need dense floating-point "
-            f"weights of at least 16 bits: {remedy} or load the model unquantised."
+            f"{len(unfit)} of the included weights cannot be masked: {told}. Leave them out with "
+            f"exclude=[{layers}]."
         )
-    if weight.is_meta and not on_meta:
+
+
+def _refuse_without_values(targets: Sequence[Target], on_meta: bool) -> None:
+    lazy = [target.name for target in targets if nn.parameter.is_lazy(target.parameter)]
+    if lazy:
         raise ValueError(
-            f"{target.name!r} is on the meta device, without values: load the weights before "
-            f"masking."
+            f"{lazy[0]!r} has no shape yet ({len(lazy)} of {len(targets)} weights are lazy): run "
+            f"the model once on a batch before masking."
         )
-    if target.shape[target.input_dim] % pattern.m:
+    empty = [target.name for target in targets if target.parameter.is_meta]
+    if empty and not on_meta:
         raise ValueError(
-            f"{target.name!r} has {target.shape[target.input_dim]} input features, not a "
-            f"multiple of {pattern.m} (pattern {pattern}): {remedy} or choose another pattern."
+            f"{empty[0]!r} is on the meta device, without values ({len(empty)} of {len(targets)} "
+            f"weights): load the weights before masking."
         )
+
+
+def _told(left_out: Sequence[LeftOut]) -> str:
+    """Why weights are left out, each reason once with a name."""
+    first = {each.reason: each.name for each in reversed(left_out)}
+    told = [f"{name!r} {reason}" for reason, name in reversed(first.items())]
+    return "; ".join(told) or "it has no weights of two dimensions"
