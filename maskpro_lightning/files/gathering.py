@@ -13,6 +13,7 @@ from torch.distributed import all_reduce, get_rank
 from maskpro_lightning.files.grouping import check_sparse
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.layout import Layout, local
+from maskpro_lightning.weights.names import clean_name
 from maskpro_lightning.weights.sharding import layouts, own_state
 from maskpro_lightning.weights.targets import Target
 
@@ -116,10 +117,12 @@ class WholeState:
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """A model's state, its own tensors, not copies; of what is sharded this rank's part.
 
+    Names are free of what PyTorch's wrappers put into them, so that the bare model loads it.
+
     Raises:
         TypeError: something in it is not a tensor, so no file of tensors holds it.
     """
-    state = own_state(model)
+    state = {clean_name(name): value for name, value in own_state(model).items()}
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from maskpro_lightning.weights.targets import clean_name
+from maskpro_lightning.weights.names import clean_name
 
 # What makes a server look for packed or quantised weights, which are not there.
 _FOREIGN_CONFIGS = ("quantization_config", "sparsity_config", "compression_config")

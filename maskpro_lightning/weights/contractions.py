@@ -2,17 +2,16 @@
 
 Every operation of PyTorch passes by, below autograd and autocast. A storage is known if nothing of
 the batch is in it: parameters, buffers, and what is made from those alone. Of each known storage it
-is kept which parameter lies where, as *axes*, so that a view is understood by its strides, and a
-copy (a cast, ``contiguous``, ``cat``, an expert picked by its number) by the view it was made from.
+is kept which parameter lies where, so that a view is understood by its strides, and a copy (a cast,
+``contiguous``, ``cat``, an expert picked by its number) by the view it was made from.
 """
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +20,14 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from maskpro_lightning.weights.operations import (
+    FORGETS,
+    KEEPS_ZEROS,
+    PRODUCTS,
+    Operands,
+    tensors,
+)
+from maskpro_lightning.weights.pieces import Piece, extent, fits
 from maskpro_lightning.weights.sharding import flat_shapes
 
 
@@ -75,150 +82,17 @@ def observe(model: nn.Module) -> Iterator[Observed]:
         yield watch.observed
 
 
-# --- how a parameter lies in a storage ----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """One dimension of a parameter in a storage: steps of ``stride`` bytes along ``dim``."""
-
-    stride: int
-    size: int
-    dim: int
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A parameter, or a copy of a part of it, in a storage, in bytes from ``start`` on."""
-
-    parameter: int
-    start: int
-    stop: int
-    axes: tuple[_Axis, ...]  # the shortest stride first
-    computed_by: str | None = None
-
-    def along(self, stride: int, size: int) -> list[_Axis] | None:
-        """What ``size`` steps of ``stride`` bytes move along; None if that cannot be told."""
-        found: list[_Axis] = []
-        for axis in self.axes:
-            if size == 1 or stride == 0 or stride * size <= axis.stride:
-                break
-            if stride >= axis.stride * axis.size:
-                continue
-            if stride % axis.stride:
-                return None
-            count = min(size, math.ceil(axis.size * axis.stride / stride))
-            found.append(_Axis(stride, count, axis.dim))
-            if count < size and (size % count or count * stride != axis.size * axis.stride):
-                return found  # it goes on in what lies beside this piece
-            size, stride = size // count, stride * count
-        return found
-
-
-def _piece_of(parameter: Tensor, key: int) -> _Piece:
-    item = parameter.element_size()
-    axes = [
-        _Axis(stride * item, size, dim)
-        for dim, (stride, size) in enumerate(zip(parameter.stride(), parameter.shape, strict=True))
-        if size > 1 and stride > 0
-    ]
-    return _Piece(key, *_extent(parameter), tuple(sorted(axes, key=lambda axis: axis.stride)))
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First byte of a tensor in its storage, and the one after its last."""
-    item = tensor.element_size()
-    if not tensor.numel():
-        return 0, 0
-    steps = zip(tensor.stride(), tensor.shape, strict=True)
-    start = tensor.storage_offset()
-    return start * item, (start + sum(stride * (size - 1) for stride, size in steps) + 1) * item
-
-
-# --- operations ---------------------------------------------------------------------------------
-
-Operands = list[tuple[Tensor, Iterable[int]]]
-
-
-def _matrices(first: int, *, batch: bool = False) -> Callable[..., Operands]:
-    """A product of matrices, with the place of its first operand: dimensions -1 and -2."""
-
-    def operands(args: Sequence[Any]) -> Operands:
-        left, right = args[first : first + 2]
-        summed = (0,) if batch else ()
-        return [(left, (left.dim() - 1, *summed)), (right, (max(0, right.dim() - 2), *summed))]
-
-    return operands
-
-
-def _convolution(args: Sequence[Any]) -> Operands:
-    inputs, weight = args[:2]
-    kernel = range(2, weight.dim())
-    transposed = bool(args[6]) if len(args) > 6 else False
-    return [(inputs, (inputs.dim() - weight.dim() + 1,)), (weight, (int(not transposed), *kernel))]
-
-
-def _linear(args: Sequence[Any]) -> Operands:
-    return [(args[0], (args[0].dim() - 1,)), (args[1], (args[1].dim() - 1,))]
-
-
-def _time_batch_channel(args: Sequence[Any]) -> Operands:
-    return [(args[0], (2,)), (args[1], (0, 1))]
-
-
-def _trilinear(args: Sequence[Any]) -> Operands:
-    found: Operands = []
-    for tensor, expanded in zip(args[:3], args[3:6], strict=True):
-        kept = [dim for dim in range(tensor.dim() + len(expanded)) if dim not in expanded]
-        found.append((tensor, [place for place, dim in enumerate(kept) if dim in args[6]]))
-    return found
-
-
-def _fused(args: Sequence[Any]) -> Operands:
-    """A whole layer in one operation: its matrices are (outputs, inputs)."""
-    inputs = args[0]
-    matrices = [tensor for tensor in _tensors(args[1:]) if tensor.dim() == 2]
-    return [(inputs, (inputs.dim() - 1,)), *((matrix, (1,)) for matrix in matrices)]
-
-
-_PRODUCTS: Mapping[str, Callable[[Sequence[Any]], Operands]] = {
-    **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "_int_mm"), _matrices(0)),
-    **dict.fromkeys(("_scaled_mm", "_scaled_mm_v2", "_grouped_mm"), _matrices(0)),
-    **dict.fromkeys(("_scaled_grouped_mm", "_scaled_grouped_mm_v2"), _matrices(0)),
-    **dict.fromkeys(("addmm", "addmv", "baddbmm", "_addmm_activation"), _matrices(1)),
-    **dict.fromkeys(("addmm_", "addmv_", "baddbmm_"), _matrices(1)),
-    "addbmm": _matrices(1, batch=True),
-    **dict.fromkeys(("convolution", "_convolution", "convolution_overrideable"), _convolution),
-    **dict.fromkeys(("mkldnn_convolution", "cudnn_convolution", "miopen_convolution"), _convolution),
-    "conv_tbc": _time_batch_channel,
-    **dict.fromkeys(("linear", "_mkl_linear", "mkldnn_linear"), _linear),
-    "_trilinear": _trilinear,
-    **dict.fromkeys(("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "_lstm_mps"), _fused),
-    **dict.fromkeys(("_native_multi_head_attention", "_transformer_encoder_layer_fwd"), _fused),
-}
-# Results that are zero where the weight is zero.
-_KEEPS_ZEROS = {
-    *("_to_copy", "clone", "copy_", "contiguous", "to", "alias", "detach", "lift_fresh", "_conj"),
-    *("mul", "mul_", "div", "div_", "neg", "neg_", "native_dropout", "dropout", "expand_copy"),
-    *("abs", "sign", "round", "trunc", "tanh", "relu", "sin", "_fused_dropout", "bernoulli"),
-    *("fake_quantize_per_tensor_affine_cachemask", "fake_quantize_per_channel_affine_cachemask"),
-    *("_fake_quantize_learnable_per_tensor_affine", "where", "view_copy", "repeat"),
-}
-# Results in which nothing of the arguments is left but their shape.
-_FORGETS = ("_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
-
-
 class _Watch(TorchDispatchMode):
     """Sees every operation on its way to the device."""
 
     supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.observed = Observed()
         # What is known to lie in a storage. A weak reference keeps the address of a storage that
         # is gone from being given to another one.
-        self._known: dict[int, list[_Piece]] = {}
+        self._known: dict[int, list[Piece]] = {}
         self._references: list[StorageWeakRef] = []
         self._parameters: set[int] = set()  # storages
         self._missing: list[tuple[nn.Module, str, int, torch.Size]] = []
@@ -246,18 +120,18 @@ class _Watch(TorchDispatchMode):
         if storage is not None:
             before = self._known.get(storage, [])
             if all(piece.parameter != key for piece in before):  # not under a second name
-                self._learn(weight, [*before, _piece_of(weight, key)])
+                self._learn(weight, [*before, Piece.of(weight, key)])
                 self._parameters.add(storage)
 
     def _gather(self) -> None:
         """Look whether a wrapper has put whole weights in the place of shards."""
         for module, name, key, shape in self._missing:
-            weight = getattr(module, name, None)
+            weight: Any = getattr(module, name, None)
             whole = isinstance(weight, Tensor) and not isinstance(weight, DTensor)
             if whole and weight.shape == shape:
                 self._watch(weight, key)
 
-    def _learn(self, tensor: Tensor, pieces: list[_Piece]) -> None:
+    def _learn(self, tensor: Tensor, pieces: list[Piece]) -> None:
         storage = _storage(tensor)
         if storage is None:
             return
@@ -265,12 +139,12 @@ class _Watch(TorchDispatchMode):
             self._references.append(StorageWeakRef(tensor.untyped_storage()))
         self._known[storage] = pieces
 
-    def _pieces(self, tensor: Tensor) -> list[_Piece]:
+    def _pieces(self, tensor: Tensor) -> list[Piece]:
         """What of parameters lies where a tensor looks."""
         pieces = self._known.get(_storage(tensor) or 0, [])
         if not pieces:
             return pieces
-        start, stop = _extent(tensor)
+        start, stop = extent(tensor)
         return [piece for piece in pieces if piece.start < stop and start < piece.stop]
 
     def __torch_dispatch__(
@@ -280,14 +154,14 @@ class _Watch(TorchDispatchMode):
         if not isinstance(func, torch._ops.OpOverload) or func.namespace == "prim":
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
-        if name not in _PRODUCTS and func._can_decompose():
+        if name not in PRODUCTS and func._can_decompose():
             with self:  # in inference mode composed operations come whole
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        if name in _PRODUCTS and func.namespace == "aten":
-            self._see_product(name, _PRODUCTS[name](args), result)
+        if name in PRODUCTS and func.namespace == "aten":
+            self._see_product(name, PRODUCTS[name](args), result)
         else:
             self._see_other(func, name, args, kwargs, result)
         return result
@@ -295,7 +169,7 @@ class _Watch(TorchDispatchMode):
     def _see_other(
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> None:
-        inputs = [*_tensors(args), *_tensors(kwargs.values())]
+        inputs = [*tensors(args), *tensors(kwargs.values())]
         if all(_storage(each) in self._known for each in inputs):
             self._see_made(name, args, inputs, result)
             return
@@ -308,7 +182,7 @@ class _Watch(TorchDispatchMode):
             # A buffer that something of the batch is written into; weights stay weights.
             for declared, each in zip(func._schema.arguments, args, strict=False):
                 if declared.is_out or (declared.alias_info and declared.alias_info.is_write):
-                    for written in _tensors(each):
+                    for written in tensors(each):
                         storage = _storage(written)
                         if storage is not None and storage not in self._parameters:
                             self._known.pop(storage, None)
@@ -322,50 +196,39 @@ class _Watch(TorchDispatchMode):
             for piece in pieces:
                 if not all(others):
                     self.observed.with_data.add(piece.parameter)
-                summed = self._summed(piece, operand, dims)
+                summed = piece.summed(operand, dims)
                 if summed:
                     product = Product(summed, name, piece.computed_by)
                     self.observed.products.setdefault(piece.parameter, set()).add(product)
         if all(found):  # of weights alone, as of LoRA's factors
-            for each in _tensors(result):
+            for each in tensors(result):
                 self._learn(each, [])
-
-    def _summed(self, piece: _Piece, operand: Tensor, dims: Iterable[int]) -> frozenset[int]:
-        """Which dimensions of the parameter dimensions of an operand are; empty if unclear."""
-        summed: set[int] = set()
-        for dim in dims:
-            stride = operand.stride(dim) * operand.element_size()
-            axes = piece.along(stride, operand.shape[dim])
-            if axes is None:
-                return frozenset()
-            summed.update(axis.dim for axis in axes)
-        return frozenset(summed)
 
     def _see_made(
         self, name: str, args: tuple[Any, ...], inputs: Sequence[Tensor], result: Any
     ) -> None:
         """Something was made of known tensors alone."""
-        for made in _tensors(result):
+        for made in tensors(result):
             storage = _storage(made)
             if storage is None or storage in self._parameters:
                 continue
             if name == "copy_":
-                start, stop = _extent(made)
+                start, stop = extent(made)
                 kept = [p for p in self._known[storage] if p.stop <= start or stop <= p.start]
                 self._learn(made, [*kept, *self._copied(args[1], made)])
             elif any(_storage(each) == storage for each in inputs):  # a view, or in place
-                if name.endswith("_") and name not in _KEEPS_ZEROS:
-                    self._known[storage] = [_computed(p, name) for p in self._known[storage]]
-            elif not made.is_floating_point() or name.endswith(_FORGETS):
+                if name.endswith("_") and name not in KEEPS_ZEROS:
+                    self._known[storage] = [p.changed(name) for p in self._known[storage]]
+            elif not made.is_floating_point() or name.endswith(FORGETS):
                 self._learn(made, [])
             elif name in ("cat", "stack"):
                 self._see_joined(name, args, made)
             elif name == "index":
                 self._see_picked(args, made)
             else:
-                changed_by = None if name in _KEEPS_ZEROS else name
+                changed_by = None if name in KEEPS_ZEROS else name
                 pieces = [piece for each in inputs for piece in self._copied(each, made)]
-                self._learn(made, [_computed(piece, changed_by) for piece in pieces])
+                self._learn(made, [piece.changed(changed_by) for piece in pieces])
 
     def _see_joined(self, name: str, args: tuple[Any, ...], made: Tensor) -> None:
         """Tensors were put side by side."""
@@ -384,37 +247,17 @@ class _Watch(TorchDispatchMode):
         source, indices = args[:2]
         kept = source.dim() - len(indices)
         whole = kept > 0 and all(index is not None and not _is_mask(index) for index in indices)
-        pieces: list[_Piece] = []
+        pieces: list[Piece] = []
         if whole and source.numel():
             pieces = list(self._copied(source[(0,) * len(indices)], made))
         self._learn(made, pieces)
 
-    def _copied(self, source: Tensor, made: Tensor) -> Iterator[_Piece]:
+    def _copied(self, source: Tensor, made: Tensor) -> list[Piece]:
         """Where the pieces of a tensor lie in a copy of its shape, or one broadcast to more."""
-        more = made.dim() - source.dim()
-        fits = more >= 0 and all(
-            size in (1, of) for size, of in zip(source.shape, made.shape[more:], strict=True)
-        )
-        if not fits or source.numel() <= 1:
-            return
-        for piece in self._pieces(source):
-            axes: list[_Axis] = []
-            for dim, size in enumerate(source.shape):
-                found = piece.along(source.stride(dim) * source.element_size(), size)
-                if found is None:
-                    break
-                stride = made.stride(dim + more) * made.element_size()
-                for axis in found:
-                    axes.append(_Axis(stride, axis.size, axis.dim))
-                    stride *= axis.size
-            else:
-                lying = tuple(sorted(axes, key=lambda axis: axis.stride))
-                start, stop = _extent(made)
-                yield replace(piece, start=start, stop=stop, axes=lying)
-
-
-def _computed(piece: _Piece, changed_by: str | None) -> _Piece:
-    return replace(piece, computed_by=piece.computed_by or changed_by)
+        if not fits(source, made):
+            return []
+        copies = (piece.copied(source, made) for piece in self._pieces(source))
+        return [copy for copy in copies if copy is not None]
 
 
 def _is_mask(index: Tensor) -> bool:
@@ -429,17 +272,3 @@ def _storage(tensor: Tensor) -> int | None:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """The tensors in arguments or results, also those in lists."""
-    if isinstance(values, Tensor):
-        yield values
-        return
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        return
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)

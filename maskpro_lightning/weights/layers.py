@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 # Layers of transformers that multiply with parameters of their own, by the name of their class.
 # The tests watch the products of each.
 _BY_CLASS: Mapping[str, Mapping[str, int]] = {
+    "Conv1D": {"weight": 0},  # (inputs, outputs)
     "DbrxExpertGLU": {"w1": -1, "v1": -1, "w2": 0},
     "FunnelRelMultiheadAttention": {"r_kernel": 0},
     "GroupedLinearLayer": {"weight": -2},
@@ -41,40 +42,37 @@ def weights_of(
         The parameter's name in the layer, the dimension that the product sums over, and how many
         products lie side by side in that dimension, each of which sums over its own part.
     """
-    # Not the class's own name alone, as fully_shard puts a subclass in its place.
-    kinds = [kind.__name__ for kind in type(module).__mro__]
-    if isinstance(module, nn.Linear | nn.Bilinear):
-        yield "weight", -1, 1
-    elif "Conv1D" in kinds and hasattr(module, "nf"):
-        yield "weight", 0, 1  # transformers' Conv1D stores (inputs, outputs)
-    elif isinstance(module, _ConvTransposeNd):
+    if isinstance(module, _ConvTransposeNd):
         yield "weight", 0, module.groups
-    elif isinstance(module, _ConvNd):
-        yield "weight", 1, 1
-    elif isinstance(module, nn.MultiheadAttention):
-        yield from ((name, -1, 1) for name in _ATTENTION if _has(module, name))
-    elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        names = dict(module.named_parameters(recurse=False))
-        yield from ((name, -1, 1) for name in names if name.startswith(_RECURRENT))
-    elif known := _of_transformers(module):
-        # DBRX keeps its experts side by side in one matrix.
-        experts = getattr(module, "moe_num_experts", 1)
-        for name, input_dim in known.items():
-            if _has(module, name):
-                yield name, input_dim, experts if input_dim == 0 else 1
-    elif any(kind.endswith("Experts") for kind in kinds) and hasattr(module, "is_transposed"):
-        # transformers' decorator for fused experts says how they lie.
-        for name, parameter in module.named_parameters(recurse=False):
-            if len(shapes.get(id(parameter), parameter.shape)) == 3:
-                yield name, -2 if module.is_transposed else -1, 1
+        return
+    dims = _of_torch(module) or _of_transformers(module, shapes)
+    # DBRX keeps its experts side by side in one matrix.
+    experts = getattr(module, "moe_num_experts", 1)
+    for name, dim in dims.items():
+        if getattr(module, name, None) is not None:
+            yield name, dim, experts if dim == 0 else 1
 
 
-def _of_transformers(module: nn.Module) -> Mapping[str, int]:
-    for kind in type(module).__mro__:
-        if kind.__name__ in _BY_CLASS and kind.__module__.startswith("transformers"):
-            return _BY_CLASS[kind.__name__]
+def _of_torch(module: nn.Module) -> Mapping[str, int]:
+    if isinstance(module, nn.Linear | nn.Bilinear):
+        return {"weight": -1}
+    if isinstance(module, _ConvNd):
+        return {"weight": 1}
+    if isinstance(module, nn.MultiheadAttention):
+        return dict.fromkeys(_ATTENTION, -1)
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        names = (name for name, _ in module.named_parameters(recurse=False))
+        return {name: -1 for name in names if name.startswith(_RECURRENT)}
     return {}
 
 
-def _has(module: nn.Module, name: str) -> bool:
-    return getattr(module, name, None) is not None
+def _of_transformers(module: nn.Module, shapes: Mapping[int, torch.Size]) -> Mapping[str, int]:
+    # Not the class's own name alone, as fully_shard puts a subclass in its place.
+    for kind in type(module).__mro__:
+        if kind.__name__ in _BY_CLASS and kind.__module__.startswith("transformers"):
+            return _BY_CLASS[kind.__name__]
+    if hasattr(module, "is_transposed"):  # fused experts say how they lie
+        weights = dict(module.named_parameters(recurse=False))
+        dim = -2 if module.is_transposed else -1
+        return {n: dim for n, w in weights.items() if len(shapes.get(id(w), w.shape)) == 3}
+    return {}

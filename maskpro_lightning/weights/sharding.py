@@ -62,14 +62,12 @@ def reshard(model: nn.Module) -> None:
 def own_state(model: nn.Module) -> dict[str, Any]:
     """A model's state as it lies on this rank: its own parameters, and nothing gathered.
 
-    Names are free of what FSDP1 puts into them.
-
     Raises:
         ValueError: a part of a model whose weights lie in flat parameters outside of it.
     """
     reshard(model)
     with _without_gathering(model):
-        state = model.state_dict(keep_vars=True)
+        state: dict[str, Any] = model.state_dict(keep_vars=True)
     inside = {
         id(weight)
         for module in FullyShardedDataParallel.fsdp_modules(model)
@@ -84,7 +82,7 @@ def own_state(model: nn.Module) -> dict[str, Any]:
                 f"{type(model).__name__}: give the outermost one, which is trainer.strategy.model "
                 f"in a Trainer."
             )
-    return {name.replace("_fsdp_wrapped_module.", ""): value for name, value in state.items()}
+    return state
 
 
 @contextmanager

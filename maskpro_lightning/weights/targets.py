@@ -9,17 +9,13 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from maskpro_lightning.masks.pattern import NMPattern
-from maskpro_lightning.weights.admission import is_maskable, kind_of
+from maskpro_lightning.weights import reasons
 from maskpro_lightning.weights.layers import weights_of
+from maskpro_lightning.weights.names import clean_name, joined
 from maskpro_lightning.weights.probing import computed_in_forward
 from maskpro_lightning.weights.sharding import flat_shapes
-
-# What wrappers of PyTorch put into names; without it one name holds under every strategy.
-_WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
-_LORA = {"lora_a", "lora_b", "lora_embedding_a", "lora_embedding_b"}
 
 
 @dataclass(frozen=True)
@@ -92,9 +88,10 @@ def find_targets(
         model: Any module; names are relative to it.
         pattern: "2:4", or a pattern.
         include: Globs over the names of parameters, layers or whole parts of the model. They
-            replace the default choice: what they match is masked even if left out by default. A
-            parameter of a layer that is not known needs the dimension that its product sums over,
-            behind its own name: ``"*.experts.w:-2"``.
+            replace the default choice: what they match is masked even if left out by default. With
+            a dimension, ``"*.experts.w:-2"``, a glob over the names of parameters adds to the
+            choice instead, and says what their product sums over, as is needed where the layer is
+            not known.
         exclude: Globs, likewise, of what to leave out. A shared weight is left out by any of its
             names.
         on_meta: Whether weights without values will do, as for a plan.
@@ -119,38 +116,37 @@ def select(
 ) -> Selection:
     """Choose the weights to mask like :func:`find_targets`, and tell why the others are not."""
     pattern = NMPattern.parse(pattern)
-    named = _dimensions(_globs("include", include))
+    include, dimensions = _with_dimensions(_globs("include", include))
     exclude = _globs("exclude", exclude) or ()
-    _refuse_idle_globs(model, (*(named or ()), *exclude))
+    named = (*(include or ()), *dimensions)
+    _refuse_idle_globs(model, (*named, *exclude))
     candidates: dict[int, list[_Candidate]] = {}  # a shared weight has several names
-    for candidate in _candidates(model, named or {}):
+    for candidate in _candidates(model, dimensions):
         candidates.setdefault(id(candidate.target.parameter), []).append(candidate)
-    _refuse_unknown(named or {}, [one.target for several in candidates.values() for one in several])
+    _refuse_unknown(named, [one.target for several in candidates.values() for one in several])
 
-    reasons = _left_out_by_default(model) if named is None else {}
+    why = reasons.left_out_by_default(model) if include is None else {}
     targets: list[Target] = []
     unfit: dict[str, str] = {}
     probed: dict[type[nn.Module], str | None] = {}
     for weight, several in candidates.items():
         target, names = several[0].target, [one.target.name for one in several]
-        if named is not None and not any(_matches(named, name) for name in names):
-            reasons[weight] = "is not included"
-        elif any(_matches(exclude, name) for name in names):
-            reasons[weight] = "is excluded"
-        elif weight not in reasons:
+        by_name = any(_matches(named, name) for name in names)
+        if any(_matches(exclude, name) for name in names):
+            why[weight] = "is excluded"
+        elif include is not None and not by_name:
+            why[weight] = "is not included"
+        elif by_name or weight not in why:
             reason = _unfit(several[0], pattern, probed)
             if reason is None:
                 targets.append(target)
             else:
-                reasons[weight] = unfit[target.name] = reason
-    if named is not None:
-        _refuse_unfit(unfit)
-    left_out = list(_left_out(model, targets, reasons))
+                why[weight] = reason
+                unfit |= {target.name: reason} if by_name else {}
+    _refuse_unfit(unfit)
+    left_out = list(_left_out(model, targets, why))
     if not targets:
-        raise ValueError(
-            f"No layer of {type(model).__name__} is left to mask (include={include}, "
-            f"exclude={list(exclude)}): {_told(left_out)}."
-        )
+        raise ValueError(f"No layer of {type(model).__name__} is left to mask: {_told(left_out)}.")
     _refuse_without_values(targets, on_meta)
     return Selection(targets, left_out)
 
@@ -175,13 +171,8 @@ def describe(model: nn.Module, targets: Sequence[Target], pattern: NMPattern) ->
 def count(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int]:
     """Numbers in the targets and in the whole model, over all ranks that share it."""
     shapes = flat_shapes(model)
-    sizes = [shapes.get(id(p), p.shape).numel() for p in model.parameters()]
+    sizes = [_shape(parameter, shapes).numel() for parameter in model.parameters()]
     return sum(target.shape.numel() for target in targets), sum(sizes)
-
-
-def clean_name(name: str) -> str:
-    """A parameter's or module's name without what PyTorch's wrappers put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _globs(argument: str, globs: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -190,15 +181,14 @@ def _globs(argument: str, globs: Sequence[str] | None) -> tuple[str, ...] | None
     return None if globs is None else tuple(globs)
 
 
-def _dimensions(globs: tuple[str, ...] | None) -> dict[str, int | None] | None:
-    """Globs without the dimension that some of them end in, and that."""
-    if globs is None:
-        return None
-    found = [re.fullmatch(r"(.+):(-?\d+)", glob) for glob in globs]
-    return {
-        end[1] if end else glob: int(end[2]) if end else None
-        for glob, end in zip(globs, found, strict=True)
-    }
+def _with_dimensions(
+    globs: tuple[str, ...] | None,
+) -> tuple[tuple[str, ...] | None, dict[str, int]]:
+    """The globs that replace the default choice, if any do, and those that name a dimension."""
+    ends = {glob: re.fullmatch(r"(.+):(-?\d+)", glob) for glob in globs or ()}
+    dimensions = {end[1]: int(end[2]) for end in ends.values() if end}
+    plain = tuple(glob for glob, end in ends.items() if not end)
+    return (None if dimensions and not plain else globs and plain), dimensions
 
 
 def _matches(globs: Iterable[str], name: str) -> bool:
@@ -206,6 +196,29 @@ def _matches(globs: Iterable[str], name: str) -> bool:
     parts = name.split(".")
     around = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
     return any(fnmatchcase(each, glob) for glob in globs for each in around)
+
+
+def _left_out(
+    model: nn.Module, targets: Sequence[Target], why: Mapping[int, str]
+) -> Iterator[LeftOut]:
+    """All weights of two or more dimensions that are no targets."""
+    shapes = flat_shapes(model)
+    metrics = reasons.metrics_in(model)
+    seen = {id(target.parameter) for target in targets}
+    for name, module in model.named_modules():
+        for parameter_name, weight in module._parameters.items():
+            if weight is None or id(weight) in seen:
+                continue
+            seen.add(id(weight))
+            shape = _shape(weight, shapes)
+            if len(shape) > 1:
+                reason = why.get(id(weight)) or reasons.unknown(module, parameter_name, metrics)
+                yield LeftOut(joined(name, parameter_name), weight, shape.numel(), reason)
+
+
+def _shape(weight: Tensor, shapes: Mapping[int, torch.Size]) -> torch.Size:
+    """A whole weight's shape; of one that waits for its first batch, that of a number."""
+    return torch.Size(()) if reasons.is_lazy(weight) else shapes.get(id(weight), weight.shape)
 
 
 @dataclass(frozen=True)
@@ -216,96 +229,23 @@ class _Candidate:
     products: int
 
 
-def _candidates(model: nn.Module, named: Mapping[str, int | None]) -> Iterator[_Candidate]:
+def _candidates(model: nn.Module, dimensions: Mapping[str, int]) -> Iterator[_Candidate]:
     """Everything that could be masked, a shared weight under each of its names."""
-    metrics = _metrics(model)
+    metrics = reasons.metrics_in(model)
     shapes = flat_shapes(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in metrics:
             continue
         known = {name: (dim, products) for name, dim, products in weights_of(module, shapes)}
         for parameter_name in dict.fromkeys((*known, *module._parameters)):
-            full_name = _joined(name, parameter_name)
-            said = [dim for glob, dim in named.items() if fnmatchcase(full_name, glob)]
-            dims = [(dim, 1) for dim in said if dim is not None]
-            dims += [known[parameter_name]] if parameter_name in known else []
-            weight = getattr(module, parameter_name)
-            if dims and weight is not None:
-                dim, products = dims[0]
-                shape = shapes.get(id(weight), torch.Size(()))
-                if not nn.parameter.is_lazy(weight):
-                    shape = shapes.get(id(weight), weight.shape)
-                yield _Candidate(Target(full_name, module, weight, dim, shape), products)
-
-
-def _left_out_by_default(model: nn.Module) -> dict[int, str]:
-    """Why weights are left out that could be masked, by their ids."""
-    reasons: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        parts = clean_name(name).lower().split(".")
-        inside = {id(weight) for weight in module.parameters()}
-        output = getattr(module, "get_output_embeddings", lambda: None)()
-        if output is not None:
-            reasons |= {id(weight): "is an output embedding" for weight in output.parameters()}
-        if "lm_head" in parts:
-            reasons |= dict.fromkeys(inside, "is an output embedding")
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            reasons |= dict.fromkeys(inside, "is an embedding")
-        if not _LORA.isdisjoint(parts):
-            reasons |= dict.fromkeys(inside, "is a factor of LoRA")
-        if "original_module" in module._modules and "modules_to_save" in module._modules:
-            original = module.get_submodule("original_module").parameters()
-            reasons |= {id(weight): "is what PEFT has a trained copy of" for weight in original}
-    return reasons
-
-
-def _left_out(
-    model: nn.Module, targets: Sequence[Target], reasons: Mapping[int, str]
-) -> Iterator[LeftOut]:
-    """All weights of two or more dimensions that are no targets."""
-    shapes = flat_shapes(model)
-    metrics = _metrics(model)
-    seen = {id(target.parameter) for target in targets}
-    for name, module in model.named_modules():
-        for parameter_name, weight in module._parameters.items():
-            if weight is None or id(weight) in seen:
-                continue
-            seen.add(id(weight))
-            lazy = nn.parameter.is_lazy(weight)
-            shape = torch.Size(()) if lazy else shapes.get(id(weight), weight.shape)
-            if len(shape) < 2 and id(weight) not in reasons:
-                continue
-            if id(module) in metrics:
-                reason = "is part of a metric"
-            elif _is_parametrised(module, parameter_name):
-                reason = "is what a parametrization computes a weight from"
-            else:
-                reason = "is of a layer whose product is not known"
-            reason = reasons.get(id(weight), reason)
-            yield LeftOut(_joined(name, parameter_name), weight, shape.numel(), reason)
-
-
-def _is_parametrised(module: nn.Module, name: str) -> bool:
-    """Whether a parameter is what another one is computed from, in PyTorch's new or old way."""
-    if isinstance(module, ParametrizationList):
-        return True
-    owner, _, _ = name.rpartition("_")
-    return bool(owner) and owner not in module._parameters and hasattr(module, owner)
-
-
-def _joined(module_name: str, parameter_name: str) -> str:
-    return clean_name(f"{module_name}.{parameter_name}".removeprefix("."))
-
-
-def _metrics(model: nn.Module) -> set[int]:
-    """All modules inside of metrics."""
-    return {
-        id(inner) for module in model.modules() if _is_metric(module) for inner in module.modules()
-    }
-
-
-def _is_metric(module: nn.Module) -> bool:
-    return any(kind.__module__.startswith("torchmetrics") for kind in type(module).__mro__)
+            full_name = joined(name, parameter_name)
+            said = [(dim, 1) for glob, dim in dimensions.items() if fnmatchcase(full_name, glob)]
+            said += [known[parameter_name]] if parameter_name in known else []
+            weight = getattr(module, parameter_name) if said else None
+            if weight is not None:
+                dim, products = said[0]
+                target = Target(full_name, module, weight, dim, _shape(weight, shapes))
+                yield _Candidate(target, products)
 
 
 def _refuse_idle_globs(model: nn.Module, globs: Iterable[str]) -> None:
@@ -320,13 +260,13 @@ def _refuse_idle_globs(model: nn.Module, globs: Iterable[str]) -> None:
             )
 
 
-def _refuse_unknown(named: Mapping[str, int | None], known: Sequence[Target]) -> None:
+def _refuse_unknown(named: Iterable[str], known: Sequence[Target]) -> None:
     """Refuse globs that match only what cannot be multiplied with, as far as is known."""
     idle = [glob for glob in named if not any(_matches([glob], target.name) for target in known)]
     if idle:
         raise ValueError(
-            f"include={idle} matches no weight whose product is known: give the parameter's own "
-            f'name and the dimension that is summed over, such as "{idle[0]}.weight:-1".'
+            f"include={idle} matches no weight whose product is known: give a parameter's own name "
+            f'and the dimension that its product sums over, such as "{idle[0]}.weight:-1".'
         )
 
 
@@ -334,19 +274,15 @@ def _unfit(
     candidate: _Candidate, pattern: NMPattern, probed: dict[type[nn.Module], str | None]
 ) -> str | None:
     """Why a weight cannot be masked; reads on from its name. None if it can."""
-    target = candidate.target
-    weight, shape, module = target.parameter, target.shape, target.module
+    target, module = candidate.target, candidate.target.module
     if target.name.rpartition(".")[2] not in module._parameters:
         return "is computed from other parameters (weight_norm or another parametrization)"
-    if nn.parameter.is_lazy(weight):
+    if reasons.is_lazy(target.parameter):
         return None  # refused with those that have no values
-    if not is_maskable(weight):
-        return f"holds {kind_of(weight)} numbers, not dense floating-point ones of 16 bits or more"
-    if not -len(shape) <= target.input_dim < len(shape) or not shape.numel():
-        return f"has no groups along dimension {target.input_dim}, its shape being {tuple(shape)}"
-    inputs = shape[target.input_dim] // candidate.products
-    if inputs % pattern.m:
-        return f"has {inputs} inputs, not a multiple of {pattern.m}"
+    shape, dim = target.shape, target.input_dim
+    reason = reasons.unfit(target.parameter, shape, dim, candidate.products, pattern)
+    if reason is not None:
+        return reason
     if type(module) not in probed:
         probed[type(module)] = computed_in_forward(module, shape)
     made_by = probed[type(module)]
@@ -366,7 +302,7 @@ def _refuse_unfit(unfit: Mapping[str, str]) -> None:
 
 
 def _refuse_without_values(targets: Sequence[Target], on_meta: bool) -> None:
-    lazy = [target.name for target in targets if nn.parameter.is_lazy(target.parameter)]
+    lazy = [target.name for target in targets if reasons.is_lazy(target.parameter)]
     if lazy:
         raise ValueError(
             f"{lazy[0]!r} has no shape yet ({len(lazy)} of {len(targets)} weights are lazy): run "

@@ -1,0 +1,118 @@
+"""Where parameters, and copies of parts of them, lie in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of a parameter in a storage: ``size`` steps of ``stride`` bytes."""
+
+    stride: int
+    size: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter, or a copy of a part of it, in a storage.
+
+    Attributes:
+        parameter: The parameter's id.
+        start: Its first byte in the storage.
+        stop: The byte behind its last.
+        axes: How its dimensions lie, the shortest stride first.
+        computed_by: The operation that put other values in the place of the parameter's.
+    """
+
+    parameter: int
+    start: int
+    stop: int
+    axes: tuple[Axis, ...]
+    computed_by: str | None = None
+
+    @classmethod
+    def of(cls, parameter: Tensor, key: int) -> Piece:
+        """A whole parameter that goes by an id."""
+        item = parameter.element_size()
+        sizes = zip(parameter.stride(), parameter.shape, strict=True)
+        axes = [
+            Axis(stride * item, size, dim)
+            for dim, (stride, size) in enumerate(sizes)
+            if size > 1 and stride > 0
+        ]
+        return cls(key, *extent(parameter), _in_order(axes))
+
+    def along(self, stride: int, size: int) -> list[Axis] | None:
+        """What ``size`` steps of ``stride`` bytes move along; None if that cannot be told."""
+        found: list[Axis] = []
+        for axis in self.axes:
+            if size == 1 or stride == 0 or stride * size <= axis.stride:
+                break
+            if stride >= axis.stride * axis.size:
+                continue
+            if stride % axis.stride:
+                return None
+            count = min(size, math.ceil(axis.size * axis.stride / stride))
+            found.append(Axis(stride, count, axis.dim))
+            if count < size and (size % count or count * stride != axis.size * axis.stride):
+                break  # it goes on in what lies beside this piece
+            size, stride = size // count, stride * count
+        return found
+
+    def summed(self, view: Tensor, dims: Iterable[int]) -> frozenset[int]:
+        """Which dimensions of the parameter dimensions of a view are; empty if unclear."""
+        found: set[int] = set()
+        for dim in dims:
+            axes = self.along(view.stride(dim) * view.element_size(), view.shape[dim])
+            if axes is None:
+                return frozenset()
+            found.update(axis.dim for axis in axes)
+        return frozenset(found)
+
+    def copied(self, source: Tensor, made: Tensor) -> Piece | None:
+        """Where this lies in a copy of a view of it, of the view's shape or broadcast to more."""
+        more = made.dim() - source.dim()
+        axes: list[Axis] = []
+        for dim, size in enumerate(source.shape):
+            found = self.along(source.stride(dim) * source.element_size(), size)
+            if found is None:
+                return None
+            stride = made.stride(dim + more) * made.element_size()
+            for axis in found:
+                axes.append(Axis(stride, axis.size, axis.dim))
+                stride *= axis.size
+        start, stop = extent(made)
+        return replace(self, start=start, stop=stop, axes=_in_order(axes))
+
+    def changed(self, by: str | None) -> Piece:
+        """The same with other values, by an operation; the first one counts."""
+        return replace(self, computed_by=self.computed_by or by)
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """First byte of a tensor in its storage, and the one behind its last."""
+    if not tensor.numel():
+        return 0, 0
+    item, first = tensor.element_size(), int(tensor.storage_offset())
+    steps = zip(tensor.stride(), tensor.shape, strict=True)
+    return first * item, (first + sum(stride * (size - 1) for stride, size in steps) + 1) * item
+
+
+def fits(source: Tensor, made: Tensor) -> bool:
+    """Whether a tensor may be another one's copy, or that broadcast to more dimensions."""
+    more = made.dim() - source.dim()
+    return (
+        source.numel() > 1
+        and more >= 0
+        and all(a in (1, b) for a, b in zip(source.shape, made.shape[more:], strict=True))
+    )
+
+
+def _in_order(axes: Iterable[Axis]) -> tuple[Axis, ...]:
+    return tuple(sorted(axes, key=lambda axis: axis.stride))

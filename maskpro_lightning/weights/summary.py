@@ -1,0 +1,136 @@
+"""What a fit masks, what it leaves out and why: a table for the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.distributed import get_rank, is_available, is_initialized
+
+from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.weights.targets import LeftOut, Selection, count
+from maskpro_lightning.weights.verification import Verdict
+
+# Names that stand for all of a row, and weights that are told of below the table.
+_NAMES, _TOLD = 2, 5
+# A weight is large from this share of the model on.
+_LARGE = 0.01
+_COLUMNS = ("", "weights", "numbers", "share", "such as")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some weights of a model.
+
+    Attributes:
+        what: What becomes of them.
+        weights: How many there are.
+        numbers: How many numbers they hold together.
+        share: That as a share of the model.
+        names: The largest of them, and how many more there are.
+    """
+
+    what: str
+    weights: int
+    numbers: int
+    share: float
+    names: str
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as texts."""
+        return self.what, f"{self.weights:,}", f"{self.numbers:,}", f"{self.share:.1%}", self.names
+
+
+def show(
+    model: nn.Module, selection: Selection, pattern: NMPattern, verdict: Verdict | None = None
+) -> None:
+    """Print the table of a selection, on the first rank only; with rich where it is installed.
+
+    Args:
+        model: The model.
+        selection: Its weights, masked and left out.
+        pattern: The pattern of the masks.
+        verdict: What a forward pass says of the selection, if one was watched.
+    """
+    if is_available() and is_initialized() and get_rank() != 0:
+        return
+    title = f"{pattern} masks of {type(model).__name__}"
+    found = rows(model, selection)
+    notes = list(remarks(model, selection, verdict))
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print("\n".join([title, *_aligned([_COLUMNS, *(row.cells() for row in found)]), *notes]))
+        return
+    table = Table(title=title, title_justify="left")
+    for name in _COLUMNS:
+        table.add_column(name, justify="right" if name in _COLUMNS[1:4] else "left")
+    for row in found:
+        table.add_row(*row.cells(), style="bold" if row is found[0] else None)
+    console = Console()
+    console.print(table)
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+
+
+def rows(model: nn.Module, selection: Selection) -> list[Row]:
+    """The masked weights, those left out by their reasons, and the vectors; all of the model."""
+    masked, total = count(model, selection.targets)
+    targets = sorted(selection.targets, key=lambda target: -target.shape.numel())
+    names = _named([target.name for target in targets])
+    found = [Row("masked", len(targets), masked, masked / total, names)]
+    together: dict[str, list[LeftOut]] = {}
+    for each in sorted(selection.left_out, key=lambda each: -each.numbers):
+        together.setdefault(each.reason, []).append(each)
+    for reason, some in together.items():
+        numbers, names = sum(each.numbers for each in some), _named([each.name for each in some])
+        found.append(Row(f"left out: {reason}", len(some), numbers, numbers / total, names))
+    found[1:] = sorted(found[1:], key=lambda row: -row.numbers)
+    rest = sum(1 for _ in model.parameters()) - sum(row.weights for row in found)
+    if rest:
+        numbers = total - sum(row.numbers for row in found)
+        found.append(Row("vectors", rest, numbers, numbers / total, "biases, norms"))
+    return found
+
+
+def remarks(model: nn.Module, selection: Selection, verdict: Verdict | None) -> Iterator[str]:
+    """What the forward pass adds to the table, a sentence each."""
+    if verdict is None:
+        return
+    _, total = count(model, selection.targets)
+    large = [each for each in verdict.unmasked if each.numbers >= _LARGE * total]
+    if large:
+        told = "; ".join(
+            f"{each.name} ({each.numbers / total:.1%}) {each.reason}" for each in large[:_TOLD]
+        )
+        more = f"; and {len(large) - _TOLD} more" if len(large) > _TOLD else ""
+        yield (
+            f"Large weights that are multiplied without a mask: {told}{more}. include names "
+            f'what to mask, "name:dimension" where the layer is not known.'
+        )
+    if verdict.idle:
+        names = _named([target.name for target in verdict.idle], _TOLD)
+        yield f"Masked, but in no product of the first batch: {names}."
+    if verdict.unobserved:
+        yield (
+            f"The products of {len(verdict.unobserved)} masked weights were not observed, as they "
+            f"are sharded."
+        )
+
+
+def _named(names: Sequence[str], most: int = _NAMES) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(line[place]) for line in lines) for place in range(len(_COLUMNS))]
+    return [
+        "  ".join(
+            cell.rjust(width) if 0 < place < 4 else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]

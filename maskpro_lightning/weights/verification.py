@@ -1,0 +1,79 @@
+"""Whether masks lie along what products really sum over, and what multiplies without a mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maskpro_lightning.weights.contractions import Observed, Product
+from maskpro_lightning.weights.targets import LeftOut, Selection, Target
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a forward pass says of a selection.
+
+    Attributes:
+        unmasked: Weights that were multiplied with data and get no mask, the largest first.
+        idle: Targets that took part in no product, with what else used them.
+        unobserved: Targets of which nothing was seen, as a part of the model is sharded.
+    """
+
+    unmasked: list[LeftOut]
+    idle: list[Target]
+    unobserved: list[Target]
+
+
+def verify(selection: Selection, observed: Observed) -> Verdict:
+    """Hold a selection against the products of a forward pass.
+
+    Args:
+        selection: What is to be masked, and what is not.
+        observed: What :func:`observe` saw of the same model.
+
+    Raises:
+        ValueError: names all targets that are multiplied along another dimension than their groups
+            lie along, or only through a copy whose zeros are not the weight's.
+    """
+    wrong = [
+        reason
+        for target in selection.targets
+        if (reason := _wrong(target, observed.products.get(id(target.parameter), set())))
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(selection.targets)} weights would get masks that no product "
+            f"sees: {'; '.join(wrong)}."
+        )
+    unseen = [each for each in selection.targets if id(each.parameter) not in observed.products]
+    multiplied = observed.with_data.intersection(observed.products)
+    return Verdict(
+        unmasked=sorted(
+            (each for each in selection.left_out if id(each.parameter) in multiplied),
+            key=lambda each: -each.numbers,
+        ),
+        idle=[] if observed.hidden else unseen,
+        unobserved=unseen if observed.hidden else [],
+    )
+
+
+def _wrong(target: Target, products: set[Product]) -> str | None:
+    """What is wrong with a target, if anything was seen of it and it is no right product."""
+    own = [product for product in products if product.computed_by is None]
+    dims = len(target.shape)
+    if any(target.input_dim % dims in product.dims for product in own) or not products:
+        return None
+    layer = target.name.rpartition(".")[0] or target.name
+    if not own:
+        made_by = ", ".join(sorted({str(product.computed_by) for product in products}))
+        return (
+            f"{target.name!r} is multiplied only through other weights that the forward pass "
+            f'computes from it ({made_by}): leave it out with exclude=["{layer}"]'
+        )
+    seen = sorted({dim for product in own for dim in product.dims})
+    operations = ", ".join(sorted({product.operation for product in own}))
+    return (
+        f"{target.name!r} of shape {tuple(target.shape)} has groups along dimension "
+        f"{target.input_dim % dims}, but its product ({operations}) sums over "
+        f"{' and '.join(map(str, seen))}: name that with "
+        f'include=["{target.name}:{seen[-1]}"]'
+    )
