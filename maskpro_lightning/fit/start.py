@@ -8,6 +8,7 @@ from itertools import islice
 from os import PathLike
 from typing import Any
 
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from tqdm import tqdm
 
@@ -104,6 +105,12 @@ def initial_masks(
         reduce=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"),
         whole=whole,
     )
+
+
+def arguments(module: Any, batch: Any, number: int) -> tuple[Any, ...]:
+    """What Lightning's loop would give the module's training step."""
+    numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    return (batch, number) if numbered else (batch,)
 
 
 def _batches(trainer: Any, count: int, title: str) -> Iterator[Any]:

@@ -188,9 +188,10 @@ class _Watch(TorchDispatchMode):
                             self._known.pop(storage, None)
 
     def _see_product(self, name: str, operands: Operands, result: Any) -> None:
-        if self._missing and any(_storage(each) not in self._known for each, _ in operands):
-            self._gather()
         found = [self._pieces(operand) for operand, _ in operands]
+        if self._missing and not any(found):
+            self._gather()
+            found = [self._pieces(operand) for operand, _ in operands]
         for place, ((operand, dims), pieces) in enumerate(zip(operands, found, strict=True)):
             others = [each for other, each in enumerate(found) if other != place]
             for piece in pieces:

@@ -10,6 +10,8 @@ from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.admission import is_maskable, kind_of
 from maskpro_lightning.weights.names import clean_name
 
+#: Of what may well be multiplied, but along a dimension that only the user can name.
+UNKNOWN = "is of a layer whose product is not known"
 _LORA = {"lora_a", "lora_b", "lora_embedding_a", "lora_embedding_b"}
 
 
@@ -63,7 +65,7 @@ def unknown(module: nn.Module, name: str, metrics: set[int]) -> str:
         return "is part of a metric"
     if _is_parametrised(module, name):
         return "is what a parametrization computes a weight from"
-    return "is of a layer whose product is not known"
+    return UNKNOWN
 
 
 def unfit(

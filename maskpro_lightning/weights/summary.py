@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from torch.distributed import get_rank, is_available, is_initialized
 
 from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.weights.contractions import observe
+from maskpro_lightning.weights.reasons import UNKNOWN, unfit
 from maskpro_lightning.weights.targets import LeftOut, Selection, count
-from maskpro_lightning.weights.verification import Verdict
+from maskpro_lightning.weights.verification import Verdict, verify
 
 # Names that stand for all of a row, and weights that are told of below the table.
 _NAMES, _TOLD = 2, 5
@@ -42,6 +44,25 @@ class Row:
         return self.what, f"{self.weights:,}", f"{self.numbers:,}", f"{self.share:.1%}", self.names
 
 
+def announce(
+    model: nn.Module, selection: Selection, pattern: NMPattern, run: Callable[[], object]
+) -> None:
+    """Watch a forward pass, refuse masks that no product would see, and print the table.
+
+    Args:
+        model: The model.
+        selection: Its weights, masked and left out.
+        pattern: The pattern of the masks.
+        run: Runs the model on a batch.
+
+    Raises:
+        ValueError: see :func:`verify`.
+    """
+    with observe(model) as seen:
+        run()
+    show(model, selection, pattern, verify(selection, seen))
+
+
 def show(
     model: nn.Module, selection: Selection, pattern: NMPattern, verdict: Verdict | None = None
 ) -> None:
@@ -57,7 +78,7 @@ def show(
         return
     title = f"{pattern} masks of {type(model).__name__}"
     found = rows(model, selection)
-    notes = list(remarks(model, selection, verdict))
+    notes = list(remarks(model, selection, pattern, verdict))
     try:
         from rich.console import Console
         from rich.table import Table
@@ -95,21 +116,20 @@ def rows(model: nn.Module, selection: Selection) -> list[Row]:
     return found
 
 
-def remarks(model: nn.Module, selection: Selection, verdict: Verdict | None) -> Iterator[str]:
+def remarks(
+    model: nn.Module, selection: Selection, pattern: NMPattern, verdict: Verdict | None
+) -> Iterator[str]:
     """What the forward pass adds to the table, a sentence each."""
     if verdict is None:
         return
     _, total = count(model, selection.targets)
-    large = [each for each in verdict.unmasked if each.numbers >= _LARGE * total]
+    large = [pair for pair in verdict.unmasked if pair[0].numbers >= _LARGE * total]
     if large:
-        told = "; ".join(
-            f"{each.name} ({each.numbers / total:.1%}) {each.reason}" for each in large[:_TOLD]
-        )
-        more = f"; and {len(large) - _TOLD} more" if len(large) > _TOLD else ""
-        yield (
-            f"Large weights that are multiplied without a mask: {told}{more}. include names "
-            f'what to mask, "name:dimension" where the layer is not known.'
-        )
+        told = [f"{each.name} ({each.numbers / total:.1%}) {each.reason}" for each, _ in large]
+        yield f"Large weights that are multiplied without a mask: {_named(told, _TOLD, '; ')}."
+    fitting = [f'"{each.name}:{dim}"' for each, dim in large if _can_be_masked(each, dim, pattern)]
+    if fitting:
+        yield f"A mask on them, too: include=[{', '.join(fitting[:_TOLD])}]."
     if verdict.idle:
         names = _named([target.name for target in verdict.idle], _TOLD)
         yield f"Masked, but in no product of the first batch: {names}."
@@ -120,9 +140,15 @@ def remarks(model: nn.Module, selection: Selection, verdict: Verdict | None) -> 
         )
 
 
-def _named(names: Sequence[str], most: int = _NAMES) -> str:
+def _can_be_masked(each: LeftOut, dim: int | None, pattern: NMPattern) -> bool:
+    if dim is None or each.reason != UNKNOWN:
+        return False
+    return unfit(each.parameter, each.parameter.shape, dim, 1, pattern) is None
+
+
+def _named(names: Sequence[str], most: int = _NAMES, comma: str = ", ") -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return comma.join(names[:most]) + more
 
 
 def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:

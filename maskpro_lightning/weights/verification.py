@@ -13,12 +13,13 @@ class Verdict:
     """What a forward pass says of a selection.
 
     Attributes:
-        unmasked: Weights that were multiplied with data and get no mask, the largest first.
+        unmasked: Weights that were multiplied with data and get no mask, the largest first, each
+            with a dimension that was summed over; None where other weights were made of it before.
         idle: Targets that took part in no product, with what else used them.
         unobserved: Targets of which nothing was seen, as a part of the model is sharded.
     """
 
-    unmasked: list[LeftOut]
+    unmasked: list[tuple[LeftOut, int | None]]
     idle: list[Target]
     unobserved: list[Target]
 
@@ -47,13 +48,21 @@ def verify(selection: Selection, observed: Observed) -> Verdict:
     unseen = [each for each in selection.targets if id(each.parameter) not in observed.products]
     multiplied = observed.with_data.intersection(observed.products)
     return Verdict(
-        unmasked=sorted(
-            (each for each in selection.left_out if id(each.parameter) in multiplied),
-            key=lambda each: -each.numbers,
-        ),
+        unmasked=[
+            (each, _dimension(observed.products[id(each.parameter)]))
+            for each in sorted(selection.left_out, key=lambda each: -each.numbers)
+            if id(each.parameter) in multiplied
+        ],
         idle=[] if observed.hidden else unseen,
         unobserved=unseen if observed.hidden else [],
     )
+
+
+def _dimension(products: set[Product]) -> int | None:
+    """A dimension that all products sum over, of several the last."""
+    if any(product.computed_by is not None for product in products):
+        return None
+    return max(frozenset.intersection(*(product.dims for product in products)), default=None)
 
 
 def _wrong(target: Target, products: set[Product]) -> str | None:
