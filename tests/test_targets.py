@@ -10,14 +10,14 @@ import lightning.pytorch as pl
 import pytest
 import tiny_models
 import torch
-from rules import mask_optimizer
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, parametrize
 from torchmetrics import Metric, MetricCollection
 
-from maskpro_lightning import NMPattern, find_targets, parameter_groups
-from maskpro_lightning.weights.targets import clean_name, describe
+from maskpro_lightning import MaskPro, NMPattern, find_targets, parameter_groups
+from maskpro_lightning.weights.names import clean_name
+from maskpro_lightning.weights.targets import LeftOut, describe, select
 
 ATTENTION = [f"self_attn.{projection}_proj.weight" for projection in "qkvo"]
 LLAMA = [*ATTENTION, *(f"mlp.{projection}_proj.weight" for projection in ("gate", "up", "down"))]
@@ -63,6 +63,16 @@ class Measured(pl.LightningModule):
         super().__init__()
         self.metric = Distance()
         self.metrics = MetricCollection([Distance()])
+        self.fc = nn.Linear(8, 8)
+
+
+class Raw(nn.Module):
+    """A parameter of a layer that nobody knows, beside a known one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 8, 4))
+        self.norm = nn.LayerNorm(8)
         self.fc = nn.Linear(8, 8)
 
 
@@ -119,8 +129,30 @@ def in_layer_0(layers: str, weights: Sequence[str], input_dim: int) -> list[tupl
                 nn.ConvTranspose2d(8, 8, 3),
                 nn.BatchNorm2d(8),
             ),
-            [("0.weight", 1), ("1.weight", 1), ("2.weight", 1)],
+            [("0.weight", 1), ("1.weight", 1), ("2.weight", 1), ("4.weight", 0)],
             id="convolutions",
+        ),
+        pytest.param(
+            lambda: nn.LSTM(8, 12, proj_size=4),
+            [("weight_ih_l0", -1), ("weight_hh_l0", -1), ("weight_hr_l0", -1)],
+            id="a recurrent layer with projections",
+        ),
+        pytest.param(
+            lambda: nn.GRU(8, 4, 2, bidirectional=True),
+            [
+                (f"weight_{kind}_l{layer}{side}", -1)
+                for layer in (0, 1)
+                for side in ("", "_reverse")
+                for kind in ("ih", "hh")
+            ],
+            id="a deep recurrent layer in both directions",
+        ),
+        pytest.param(lambda: nn.GRUCell(8, 8), [("weight_ih", -1), ("weight_hh", -1)], id="a cell"),
+        pytest.param(lambda: nn.Bilinear(3, 8, 5), [("weight", -1)], id="a bilinear layer"),
+        pytest.param(
+            lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=12),
+            [*((f"{each}_proj_weight", -1) for each in "qkv"), ("out_proj.weight", -1)],
+            id="attention with projections of their own",
         ),
         pytest.param(
             tiny_models.llama, in_layer_0("model.layers", LLAMA, -1), id="Llama with its lm_head"
@@ -158,6 +190,24 @@ def in_layer_0(layers: str, weights: Sequence[str], input_dim: int) -> list[tupl
             id="gpt-oss",
         ),
         pytest.param(Shared, [("one.weight", -1)], id="a shared weight, once"),
+        pytest.param(
+            tiny_models.llama4,
+            [
+                *in_layer_0("model.layers", ATTENTION, -1),
+                ("model.layers.0.feed_forward.experts.gate_up_proj", -2),
+                ("model.layers.0.feed_forward.experts.down_proj", -2),
+                ("model.layers.0.feed_forward.router.weight", -1),
+                *in_layer_0(
+                    "model.layers",
+                    [
+                        f"feed_forward.shared_expert.{projection}_proj.weight"
+                        for projection in ("gate", "up", "down")
+                    ],
+                    -1,
+                ),
+            ],
+            id="Llama 4",
+        ),
         pytest.param(LinearWithLora, [("weight", -1)], id="without LoRA's factors"),
         pytest.param(Measured, [("fc.weight", -1)], id="without metrics"),
     ],
@@ -231,28 +281,102 @@ def test_a_string_in_place_of_a_list_is_refused(argument: str) -> None:
         find_targets(Parts(), "2:4", **{argument: "fc1"})
 
 
+def test_a_dimension_behind_a_glob_adds_to_the_choice() -> None:
+    model = Raw()
+    assert chosen(model) == [("fc.weight", -1)]
+    assert chosen(model, include=["experts:1"]) == [("experts", 1), ("fc.weight", -1)]
+    assert chosen(model, include=["*.weight:0"]) == [("fc.weight", 0)]
+    assert chosen(model, include=["experts:-2", "fc"]) == [("experts", -2), ("fc.weight", -1)]
+    assert chosen(model, include=["experts:-2"], exclude=["fc"]) == [("experts", -2)]
+
+
 @pytest.mark.parametrize(
-    ("model", "globs", "what"),
+    ("include", "idle", "such_as"),
     [
-        (Parts, {"exclude": ["*"]}, "Parts 3 None ['*']"),
-        (Parts, {"include": ["embedding"]}, "Parts 3 ('embedding',) []"),
-        (nn.ReLU, {}, "ReLU 0 None []"),
+        (["experts"], "experts", "experts.weight:-1"),
+        (["fc", "norm"], "norm", "norm.weight:-1"),
     ],
-    ids=["all left out", "an embedding", "no weights"],
 )
-def test_a_choice_of_nothing_is_refused(
-    model: Callable[[], nn.Module], globs: dict[str, Any], what: str
+def test_a_name_without_a_known_product_is_refused(
+    include: list[str], idle: str, such_as: str
 ) -> None:
-    name, count, include, exclude = what.split()
     message = (
-        f"No layer of {name} is left to mask: its {count} maskable weights are all left out "
-        f"(include={include}, exclude={exclude})."
+        f"include=['{idle}'] matches no weight whose product is known: give a parameter's own name "
+        f'and the dimension that its product sums over, such as "{such_as}".'
     )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        find_targets(Raw(), "2:4", include)
+
+
+@pytest.mark.parametrize(
+    ("model", "globs", "why"),
+    [
+        (
+            Parts,
+            {"exclude": ["*"]},
+            "'embedding.weight' is an embedding; 'fc1.weight' is excluded",
+        ),
+        (lambda: nn.Linear(6, 8), {}, "'weight' has 6 inputs, not a multiple of 4"),
+        (nn.ReLU, {}, "it has no weights of two dimensions"),
+    ],
+    ids=["all left out", "six inputs", "no weights"],
+)
+def test_a_choice_of_nothing_is_refused_with_its_reasons(
+    model: Callable[[], nn.Module], globs: dict[str, Any], why: str
+) -> None:
+    name = type(model()).__name__
+    message = f"No layer of {name} is left to mask: {why}."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         find_targets(model(), "2:4", **globs)
 
 
+# --- names by their whole parts -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["flora_a", "lora_analysis", "film_head", "lm_header", "weight"])
+def test_a_name_that_contains_another_is_not_that(part: str) -> None:
+    model = nn.ModuleDict({part: nn.Linear(8, 8)})
+    assert names(model) == [f"{part}.weight"]
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lm_head"])
+def test_a_part_of_that_name_is_left_out_with_all_inside(part: str) -> None:
+    inside = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
+    model = nn.ModuleDict({part: inside, "body": nn.Linear(8, 8)})
+    assert names(model) == ["body.weight"]
+
+
+def test_what_peft_has_a_trained_copy_of_is_left_out() -> None:
+    model = nn.ModuleDict(
+        {
+            "wrapped": nn.ModuleDict(
+                {
+                    "original_module": nn.Linear(8, 8),
+                    "modules_to_save": nn.ModuleDict({"default": nn.Linear(8, 8)}),
+                }
+            ),
+            "original_module": nn.Linear(8, 8),  # the user's own name for something
+        }
+    )
+    assert names(model) == ["wrapped.modules_to_save.default.weight", "original_module.weight"]
+
+
 # --- weights that cannot be masked --------------------------------------------------------------
+
+
+class Standardised(nn.Conv2d):
+    """A convolution with a standardised weight, as in BiT."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight / weight.std(), self.bias)
+
+
+class Padded(nn.Conv2d):
+    """A convolution with a forward of its own, which multiplies with the weight as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1))) * 2
 
 
 def quantised() -> nn.Module:
@@ -261,41 +385,104 @@ def quantised() -> nn.Module:
     return layer
 
 
-INDIVISIBLE = (
-    "has {} input features, not a multiple of 4 (pattern 2:4): {} or choose another pattern."
-)
-INTEGER = (
-    "holds torch.int8 numbers; masks need dense floating-point weights of at least 16 bits: {} or "
-    "load the model unquantised."
-)
-NO_VALUES = "is on the meta device, without values: load the weights before masking."
-REMEDY = 'leave it out with exclude=["1"]'
+UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "three channels": (lambda: nn.Conv2d(3, 8, 3), "has 3 inputs, not a multiple of 4"),
+    "six inputs": (lambda: nn.Linear(6, 8), "has 6 inputs, not a multiple of 4"),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), "has 1 inputs, not a multiple of 4"),
+    "groups across convolutions": (
+        lambda: nn.ConvTranspose2d(12, 8, 3, groups=2),
+        "has 6 inputs, not a multiple of 4",
+    ),
+    "quantised": (
+        quantised,
+        "holds torch.int8 numbers, not dense floating-point ones of 16 bits or more",
+    ),
+    "empty": (
+        lambda: nn.Linear(0, 8),
+        "has no groups along dimension -1, its shape being (8, 0)",
+    ),
+    "standardised": (
+        lambda: Standardised(8, 8, 3),
+        "is multiplied only through other weights that forward computes (sub)",
+    ),
+}
+PARAMETRISED = "is computed from other parameters (weight_norm or another parametrization)"
 
 
-@pytest.mark.parametrize(
-    ("layer", "message"),
-    [
-        (lambda: nn.Conv2d(3, 8, 3), INDIVISIBLE.format(3, REMEDY)),
-        (lambda: nn.Linear(6, 8), INDIVISIBLE.format(6, REMEDY)),
-        (quantised, INTEGER.format(REMEDY)),
-        (lambda: nn.Linear(8, 8, device="meta"), NO_VALUES),
-    ],
-    ids=["three channels", "six inputs", "quantised", "meta"],
-)
-def test_a_weight_that_cannot_be_masked_is_refused_by_name(
-    layer: Callable[[], nn.Module], message: str
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+@pytest.mark.parametrize(("layer", "reason"), UNFIT.values(), ids=UNFIT)
+def test_what_does_not_fit_is_left_out_and_told(
+    layer: Callable[[], nn.Module], reason: str
 ) -> None:
-    model = nn.Sequential(nn.Linear(8, 8), layer())
-    message = f"'1.weight' {message}"
+    unfit = layer()
+    assert isinstance(unfit.weight, nn.Parameter)
+    found = select(nn.Sequential(nn.Linear(8, 8), unfit), "2:4")
+    assert [target.name for target in found.targets] == ["0.weight"]
+    assert found.left_out == [LeftOut("1.weight", unfit.weight, unfit.weight.numel(), reason)]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+def test_all_that_is_included_and_does_not_fit_is_refused_at_once() -> None:
+    layers = [layer() for layer, _ in UNFIT.values()]
+    layers.append(parametrizations.weight_norm(nn.Linear(8, 8)))
+    reasons = [reason for _, reason in UNFIT.values()] + [PARAMETRISED]
+    told = "; ".join(f"'{place}.weight' {reason}" for place, reason in enumerate(reasons))
+    excluded = ", ".join(f'"{place}"' for place in range(len(layers)))
+    message = (
+        f"{len(layers)} of the included weights cannot be masked: {told}. Leave them out with "
+        f"exclude=[{excluded}]."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        find_targets(nn.Sequential(*layers, nn.Linear(8, 8)), "2:4", ["*"])
+    assert names(nn.Sequential(*layers, nn.Linear(8, 8))) == [f"{len(layers)}.weight"]
+
+
+@pytest.mark.parametrize("normalise", [parametrizations.weight_norm, nn.utils.spectral_norm])
+def test_a_parametrised_weight_is_left_out_with_what_it_is_made_of(
+    normalise: Callable[[nn.Module], nn.Module],
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), normalise(nn.Linear(8, 8)))
+    found = select(model, "2:4")
+    assert [target.name for target in found.targets] == ["0.weight"]
+    assert found.left_out
+    parameters = dict(model.named_parameters())
+    for each in found.left_out:
+        assert each.parameter is parameters[each.name]
+        assert each.reason == "is what a parametrization computes a weight from"
+
+
+def test_a_layer_with_a_forward_of_its_own_is_masked_where_it_multiplies_with_its_weight() -> None:
+    assert names(nn.Sequential(Padded(8, 8, 3))) == ["0.weight"]
+
+
+def test_a_layer_that_is_tried_stays_as_it_was() -> None:
+    layer = Standardised(8, 8, 3)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    model = nn.Sequential(layer, nn.Linear(8, 8))
+    state = torch.get_rng_state()
+    select(model, "2:4")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(layer.state_dict()[name], value) for name, value in before.items())
+    assert layer.weight.device.type == "cpu"
+
+
+def test_weights_without_values_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta"))
+    message = (
+        "'1.weight' is on the meta device, without values (1 of 2 weights): load the weights "
+        "before masking."
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         find_targets(model, "2:4")
-    assert names(model, exclude=["1"]) == ["0.weight"]
+    assert len(find_targets(model, "2:4", on_meta=True)) == 2
 
 
-def test_a_parametrised_weight_is_refused_by_name() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), parametrizations.weight_norm(nn.Linear(8, 8)))
-    with pytest.raises(ValueError, match=r"^'1.weight' is computed from other parameters"):
+def test_weights_without_a_shape_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8))
+    with pytest.raises(ValueError, match=r"^'1.weight' has no shape yet \(1 of 2 weights are lazy"):
         find_targets(model, "2:4")
+    model(torch.zeros(1, 8))
+    assert names(model) == ["0.weight", "1.weight"]
 
 
 def test_a_weight_beside_a_parametrised_bias_is_masked() -> None:
@@ -320,6 +507,7 @@ def test_a_weight_beside_a_parametrised_bias_is_masked() -> None:
         ("net._fsdp_wrapped_module._orig_mod", "net"),
         ("net._orig_mod._fsdp_wrapped_module", "net"),
         ("_orig_mod", ""),
+        ("my_orig_mod.weight", "my_orig_mod.weight"),
         ("", ""),
     ],
 )
@@ -345,7 +533,7 @@ def test_wrapped_layers_have_the_names_of_bare_ones() -> None:
 
 def test_parameter_groups_are_what_maskpro_takes() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 3), nn.Linear(8, 4))
-    optimizer = mask_optimizer(parameter_groups(find_targets(model, "2:4")), "2:4")
+    optimizer = MaskPro(parameter_groups(find_targets(model, "2:4")), "2:4")
     found = {name: g["input_dim"] for g in optimizer.param_groups for name in g["param_names"]}
     assert found == {"0.weight": -1, "1.weight": 1, "2.weight": -1}
 

@@ -9,6 +9,8 @@ from transformers import (
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -49,3 +51,12 @@ def mixtral() -> PreTrainedModel:
 def gpt_oss() -> PreTrainedModel:
     """A model of fused experts, whose weights are (experts, inputs, outputs)."""
     return GptOssForCausalLM(GptOssConfig(**_SIZES, **_EXPERTS, **_SPECIAL, head_dim=8))
+
+
+def llama4() -> PreTrainedModel:
+    """A model of fused experts, whose weights are (experts, inputs, outputs)."""
+    sizes = {"intermediate_size_mlp": 32, "head_dim": 8, "attn_temperature_tuning": False}
+    config = Llama4TextConfig(
+        **_SIZES, **_EXPERTS, **_SPECIAL, **sizes, interleave_moe_layer_step=1
+    )
+    return Llama4ForCausalLM(config)

@@ -89,9 +89,9 @@ def find_targets(
         pattern: "2:4", or a pattern.
         include: Globs over the names of parameters, layers or whole parts of the model. They
             replace the default choice: what they match is masked even if left out by default. With
-            a dimension, ``"*.experts.w:-2"``, a glob over the names of parameters adds to the
-            choice instead, and says what their product sums over, as is needed where the layer is
-            not known.
+            a dimension, ``"*.experts.w:-2"``, a glob over the names of parameters (of two or more
+            dimensions) adds to the choice instead, and says what their product sums over, as is
+            needed where the layer is not known.
         exclude: Globs, likewise, of what to leave out. A shared weight is left out by any of its
             names.
         on_meta: Whether weights without values will do, as for a plan.
@@ -243,9 +243,9 @@ def _candidates(model: nn.Module, dimensions: Mapping[str, int]) -> Iterator[_Ca
             said += [known[parameter_name]] if parameter_name in known else []
             weight = getattr(module, parameter_name) if said else None
             if weight is not None:
-                dim, products = said[0]
-                target = Target(full_name, module, weight, dim, _shape(weight, shapes))
-                yield _Candidate(target, products)
+                shape, (dim, products) = _shape(weight, shapes), said[0]
+                if parameter_name in known or len(shape) > 1:
+                    yield _Candidate(Target(full_name, module, weight, dim, shape), products)
 
 
 def _refuse_idle_globs(model: nn.Module, globs: Iterable[str]) -> None:
