@@ -11,9 +11,13 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 # Layers of transformers that multiply with parameters of their own, by the name of their class.
 # The tests watch the products of each.
 _BY_CLASS: Mapping[str, Mapping[str, int]] = {
+    "AriaGroupedExpertsGemm": {"weight": -2},
     "Conv1D": {"weight": 0},  # (inputs, outputs)
     "DbrxExpertGLU": {"w1": -1, "v1": -1, "w2": 0},
     "FunnelRelMultiheadAttention": {"r_kernel": 0},
+    "GraniteMoeHybridParallelExperts": {"weight": -1},
+    "GraniteMoeParallelExperts": {"weight": -1},
+    "GraniteMoeSharedParallelExperts": {"weight": -1},
     "GroupedLinearLayer": {"weight": -2},
     "InklingSharedExperts": {"gate_proj": -1, "up_proj": -1, "down_proj": -1},
     "JetMoeParallelExperts": {"weight": -1},
