@@ -388,7 +388,7 @@ def quantised() -> nn.Module:
 UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "three channels": (lambda: nn.Conv2d(3, 8, 3), "has 3 inputs, not a multiple of 4"),
     "six inputs": (lambda: nn.Linear(6, 8), "has 6 inputs, not a multiple of 4"),
-    "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), "has 1 inputs, not a multiple of 4"),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), "has 1 input, not a multiple of 4"),
     "groups across convolutions": (
         lambda: nn.ConvTranspose2d(12, 8, 3, groups=2),
         "has 6 inputs, not a multiple of 4",

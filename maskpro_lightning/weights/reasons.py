@@ -86,7 +86,7 @@ def unfit(
         return f"has no groups along dimension {input_dim}, its shape being {tuple(shape)}"
     inputs = shape[input_dim] // products
     if inputs % pattern.m:
-        return f"has {inputs} inputs, not a multiple of {pattern.m}"
+        return f"has {inputs} input{'s' * (inputs != 1)}, not a multiple of {pattern.m}"
     return None
 
 
