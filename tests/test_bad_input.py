@@ -142,31 +142,34 @@ for argument in ("include", "exclude"):
         "'conv*' matches no layer or parameter of Net; its layers are named like 'net.0.weight'."
     )
     add(f"{argument} that is idle", chosen(**{argument: ["conv*"]}), ValueError, message)
-LEFT = "No layer of {} is left to mask: its {} maskable weights are all left out ({})."
+LEFT = "No layer of {} is left to mask: {}. Choose another pattern, include or exclude."
 add(
     "everything excluded",
     chosen(exclude=["*"]),
     ValueError,
-    LEFT.format("Net", 2, "include=None, exclude=['*']"),
+    LEFT.format("Net", "'net.0.weight' is excluded"),
 )
 add(
     "nothing included",
     chosen(include=[]),
     ValueError,
-    LEFT.format("Net", 2, "include=(), exclude=[]"),
+    LEFT.format("Net", "'net.0.weight' is not included"),
 )
 add(
     "no layers",
     chosen(lambda: nn.Embedding(4, 4)),
     ValueError,
-    LEFT.format("Embedding", 0, "include=None, exclude=[]"),
+    LEFT.format("Embedding", "'weight' is an embedding"),
 )
 add(
     "indivisible",
     chosen(pattern="2:32"),
     ValueError,
-    "'net.0.weight' has 16 input features, not a multiple of 32 (pattern 2:32): leave it out with "
-    'exclude=["net.0"] or choose another pattern.',
+    LEFT.format("Net", "'net.0.weight' has 16 inputs, not a multiple of 32"),
+)
+UNFIT = (
+    "1 of the included weights cannot be masked: 'net.0.weight' {}. Leave them out with "
+    'exclude=["net.0"].'
 )
 for name, kind, change in [
     ("int8", torch.int8, lambda w: w.to(torch.int8)),
@@ -174,26 +177,25 @@ for name, kind, change in [
     ("float8", torch.float8_e4m3fn, lambda w: w.to(torch.float8_e4m3fn)),
     ("sparse", torch.sparse_coo, lambda w: w.to_sparse()),
 ]:
+    reason = f"holds {kind} numbers, not dense floating-point ones of 16 bits or more"
     add(
         f"{name} weights",
-        chosen(holding(change)),
+        chosen(holding(change), include=["net.0"]),
         ValueError,
-        f"'net.0.weight' holds {kind} numbers; masks need dense floating-point weights of at least "
-        f'16 bits: leave it out with exclude=["net.0"] or load the model unquantised.',
+        UNFIT.format(reason),
     )
 add(
     "meta weights",
     chosen(holding(lambda w: w.to("meta"))),
     ValueError,
-    "'net.0.weight' is on the meta device, without values: load the weights before masking.",
+    "'net.0.weight' is on the meta device, without values (1 of 2 weights): load the weights "
+    "before masking.",
 )
 add(
     "pruned by torch",
-    chosen(pruned),
+    chosen(pruned, include=["net.0"]),
     ValueError,
-    "'net.0.weight' is computed from other parameters (weight_norm or another parametrization), so "
-    'a mask written into it is lost: leave it out with exclude=["net.0"] or remove the '
-    "parametrization first.",
+    UNFIT.format("is computed from other parameters (weight_norm or another parametrization)"),
 )
 
 

@@ -15,9 +15,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations, parametrize
 from torchmetrics import Metric, MetricCollection
 
-from maskpro_lightning import MaskPro, NMPattern, find_targets, parameter_groups
+from maskpro_lightning import MaskPro, find_targets, parameter_groups
 from maskpro_lightning.weights.names import clean_name
-from maskpro_lightning.weights.targets import LeftOut, describe, select
+from maskpro_lightning.weights.targets import LeftOut, select
 
 ATTENTION = [f"self_attn.{projection}_proj.weight" for projection in "qkvo"]
 LLAMA = [*ATTENTION, *(f"mlp.{projection}_proj.weight" for projection in ("gate", "up", "down"))]
@@ -325,7 +325,9 @@ def test_a_choice_of_nothing_is_refused_with_its_reasons(
     model: Callable[[], nn.Module], globs: dict[str, Any], why: str
 ) -> None:
     name = type(model()).__name__
-    message = f"No layer of {name} is left to mask: {why}."
+    message = (
+        f"No layer of {name} is left to mask: {why}. Choose another pattern, include or exclude."
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         find_targets(model(), "2:4", **globs)
 
@@ -536,10 +538,3 @@ def test_parameter_groups_are_what_maskpro_takes() -> None:
     optimizer = MaskPro(parameter_groups(find_targets(model, "2:4")), "2:4")
     found = {name: g["input_dim"] for g in optimizer.param_groups for name in g["param_names"]}
     assert found == {"0.weight": -1, "1.weight": 1, "2.weight": -1}
-
-
-def test_describe_counts_layers_and_numbers() -> None:
-    model = nn.Sequential(nn.Linear(200, 8), nn.Linear(8, 4))
-    targets = find_targets(model, "2:4", exclude=["1"])
-    expected = "2:4 masks on 1 weights: 1,600 of the model's 1,644 numbers (97.3%)."
-    assert describe(model, targets, NMPattern(2, 4)) == expected

@@ -146,7 +146,10 @@ def select(
     _refuse_unfit(unfit)
     left_out = list(_left_out(model, targets, why))
     if not targets:
-        raise ValueError(f"No layer of {type(model).__name__} is left to mask: {_told(left_out)}.")
+        raise ValueError(
+            f"No layer of {type(model).__name__} is left to mask: {_told(left_out)}. Choose "
+            f"another pattern, include or exclude."
+        )
     _refuse_without_values(targets, on_meta)
     return Selection(targets, left_out)
 
@@ -157,15 +160,6 @@ def parameter_groups(targets: Iterable[Target]) -> list[dict[str, object]]:
     for target in targets:
         groups.setdefault(target.input_dim, []).append((target.name, target.parameter))
     return [{"params": params, "input_dim": dim} for dim, params in groups.items()]
-
-
-def describe(model: nn.Module, targets: Sequence[Target], pattern: NMPattern) -> str:
-    """One line: layers, weights and share of the model that are masked."""
-    masked, total = count(model, targets)
-    return (
-        f"{pattern} masks on {len(targets)} weights: {masked:,} of the model's {total:,} "
-        f"numbers ({masked / total:.1%})."
-    )
 
 
 def count(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int]:
