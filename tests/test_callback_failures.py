@@ -271,7 +271,7 @@ def test_two_callbacks_of_a_kind_are_refused_by_lightning(tmp_path: Path) -> Non
 
 def test_layers_that_the_pattern_does_not_fit_are_named(tmp_path: Path) -> None:
     module = Net()
-    with pytest.raises(ValueError, match=r"'net\.0\.weight' has 16 input features, not a multiple"):
+    with pytest.raises(ValueError, match=r"'net\.0\.weight' has 16 inputs, not a multiple"):
         fit(module, mask_callback("2:32"), folder=tmp_path, max_steps=1)
     assert "configure_optimizers" not in vars(module)
 
@@ -281,7 +281,7 @@ def test_layers_that_the_pattern_does_not_fit_are_named(tmp_path: Path) -> None:
 def test_a_checkpoint_on_exception_does_not_hide_the_error(tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, save_on_exception=True)
     fit(Net(), save, folder=tmp_path, max_steps=1)  # so that there is something new to save
-    with pytest.raises(ValueError, match=r"'net\.0\.weight' has 16 input features"):
+    with pytest.raises(ValueError, match=r"'net\.0\.weight' has 16 inputs"):
         fit(Net(), mask_callback("2:32"), save, folder=tmp_path, max_steps=1)
 
 

@@ -79,6 +79,11 @@ PRODUCTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], s
     "every second column": ((8, 32), lambda x, w: linear(x, w[:, ::2]), {1}),
     "flattened": ((8, 2, 8), lambda x, w: linear(x, w.flatten(1)), {1, 2}),
     "unflattened": ((4 * 16, 8), lambda x, w: x @ w.view(4, 16, 8)[3], {0}),
+    "flattened, copied and unflattened": (
+        (8, 2, 16),
+        lambda x, w: linear(x, (w * 1).permute(0, 2, 1).flatten(1).clone().view(8, 16, 2)[..., 1]),
+        {2},
+    ),
     "permuted and copied": ((8, 2, 16), lambda x, w: x @ w.permute(2, 1, 0).reshape(16, 16), {2}),
     "side by side": ((8, 16), lambda x, w: linear(x, torch.cat([w, -w])), {1}),
     "one behind the other": (
@@ -227,13 +232,24 @@ def test_a_weight_that_becomes_data_is_not_multiplied_by_what_comes_after(
     assert id(model.w) not in seen.with_data
 
 
-def test_a_buffer_that_the_batch_is_written_into_is_no_weight() -> None:
-    model = nn.Linear(16, 8)
-    model.register_buffer("cache", torch.zeros(2, 5, 16))
+def test_a_copy_that_the_batch_is_written_into_is_no_weight_any_more() -> None:
+    def overwritten(x: Tensor, w: Tensor) -> Tensor:
+        copy = w.clone()
+        copy.copy_(x)
+        return copy @ torch.ones(16, 4)
+
+    model = Raw((2, 5, 16), overwritten)
+    with observe(model) as seen, torch.no_grad():
+        model(X)
+    assert seen.products == {}
+
+
+def test_weights_that_are_multiplied_with_each_other_alone_are_not_multiplied_with_data() -> None:
+    model = Raw((16, 16), lambda x, w: linear(x, w @ w.t()))
     with observe(model) as seen:
-        model.cache.copy_(X)
-        model(model.cache)
-    assert id(model.weight) in seen.with_data
+        model(X)
+    assert seen.products[id(model.w)]
+    assert seen.with_data == set()
 
 
 # --- other weights made of the weight -----------------------------------------------------------

@@ -10,12 +10,13 @@ import lightning.pytorch as pl
 import pytest
 import tiny_models
 import torch
+from rules import mask_optimizer
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, parametrize
 from torchmetrics import Metric, MetricCollection
 
-from maskpro_lightning import MaskPro, find_targets, parameter_groups
+from maskpro_lightning import find_targets, parameter_groups
 from maskpro_lightning.weights.names import clean_name
 from maskpro_lightning.weights.targets import LeftOut, select
 
@@ -535,6 +536,6 @@ def test_wrapped_layers_have_the_names_of_bare_ones() -> None:
 
 def test_parameter_groups_are_what_maskpro_takes() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 3), nn.Linear(8, 4))
-    optimizer = MaskPro(parameter_groups(find_targets(model, "2:4")), "2:4")
+    optimizer = mask_optimizer(parameter_groups(find_targets(model, "2:4")), "2:4")
     found = {name: g["input_dim"] for g in optimizer.param_groups for name in g["param_names"]}
     assert found == {"0.weight": -1, "1.weight": 1, "2.weight": -1}
