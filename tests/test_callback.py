@@ -78,9 +78,9 @@ def test_training_sees_drawn_masks_and_validation_the_most_likely_one(tmp_path: 
     callback = fast()
     module = Watched(callback)
     fit(module, callback, folder=tmp_path, max_epochs=3, num_sanity_val_steps=1)
-    # In the first epoch each batch's baseline is measured, in the second it is audited, and from
+    # First it is watched what multiplies. In the first epoch each batch's baseline is measured, in the second it is audited, and from
     # then on it is remembered.
-    expected = ["initial", "drawn"] * 8 + ["drawn"] * 4
+    expected = ["dense"] + ["initial", "drawn"] * 8 + ["drawn"] * 4
     for version, seen in zip(expected, module.seen["trained"], strict=True):
         assert version in seen
     assert module.seen["trained"][-1] == {"drawn"}
@@ -91,7 +91,8 @@ def test_with_gradients_training_sees_drawn_masks_alone(tmp_path: Path) -> None:
     callback = fast(estimator="straight_through")
     module = Watched(callback)
     fit(module, callback, folder=tmp_path, max_epochs=2)
-    assert len(module.seen["trained"]) == 8
+    assert len(module.seen["trained"]) == 9
+    assert module.seen["trained"].pop(0) == {"dense"}  # watched for what multiplies
     assert all("drawn" in seen for seen in module.seen["trained"])
     assert {"drawn"} in module.seen["trained"]  # late draws are sharp, and may be the mode
     assert len(module.seen["validated"]) == 6

@@ -35,13 +35,8 @@ from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.tracking.mlflow_run import MLflowRun
 from maskpro_lightning.tracking.runs import TAGGED
 from maskpro_lightning.tracking.standin import watch_loggers
-from maskpro_lightning.weights.targets import (
-    Target,
-    count,
-    describe,
-    find_targets,
-    parameter_groups,
-)
+from maskpro_lightning.weights import summary
+from maskpro_lightning.weights.targets import Selection, Target, count, parameter_groups, select
 
 _log = logging.getLogger(__name__)
 
@@ -253,7 +248,7 @@ class MaskProCallback(pl.Callback):
         """Stands in for the module's: then choose the weights, before a strategy wraps them."""
         self._configure_model_inside()
         if self.estimator.needs_gradients:
-            weights = [target.parameter for target in self._find_targets()]
+            weights = [target.parameter for target in self._select().targets]
             self._gradients.expect(self._module, weights)
 
     def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
@@ -264,6 +259,8 @@ class MaskProCallback(pl.Callback):
         self._journal.parameters(parameters, self._tracker)
         if self._optimizer.begun:
             self._tracker.resume()
+            model = strategies.sharded_model(trainer.strategy) or pl_module
+            summary.show(model, self._selection, self.pattern)
         self._mlflow_run.begin({f"maskpro.{name}": parameters[name] for name in TAGGED})
 
     def on_train_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
@@ -310,7 +307,8 @@ class MaskProCallback(pl.Callback):
             # All that leads to the trainer, so that the callback can be copied and pickled.
             self._tracking = None
             self._targets = []
-            for name in ("_trainer", "_module", "_passes", "_gradients", "_mlflow_run", "log"):
+            gone = ("_trainer", "_module", "_selection", "_passes", "_gradients", "_mlflow_run")
+            for name in (*gone, "log"):
                 vars(self).pop(name, None)
             for name in [name for name in vars(self) if name.endswith("_inside")]:
                 del vars(self)[name]
@@ -331,6 +329,13 @@ class MaskProCallback(pl.Callback):
         # Only now have all hooks run in which a module may load its weights. Reading calibration
         # batches takes random numbers, too.
         start.refuse_sparse(self.init, self._targets, self._optimizer.layouts)
+        with torch.set_grad_enabled(self.estimator.needs_gradients):
+            summary.announce(
+                strategies.sharded_model(trainer.strategy) or pl_module,
+                self._selection,
+                self.pattern,
+                lambda: self._passes.plain(*start.arguments(pl_module, batch, batch_idx)),
+            )
         with traceless(trainer, pl_module):
             masks = start.initial_masks(
                 self.init,
@@ -554,7 +559,7 @@ class MaskProCallback(pl.Callback):
         if ours is not None:
             _refuse_newer(ours.get("format"))
             if not strategies.shards(self._trainer.strategy):
-                groups = parameter_groups(self._find_targets())
+                groups = parameter_groups(self._select().targets)
                 trial = self._new_optimizer(groups, self.estimator, fused=False)
                 trial.check_state(*checkpoint["optimizer_states"])
         self._load_inside(checkpoint)
@@ -601,13 +606,14 @@ class MaskProCallback(pl.Callback):
         assert self._tracking is not None
         return self._tracking
 
-    def _find_targets(self, module: nn.Module | None = None) -> list[Target]:
-        return find_targets(module or self._module, self.pattern, self.include, self.exclude)
+    def _select(self, module: nn.Module | None = None) -> Selection:
+        return select(module or self._module, self.pattern, self.include, self.exclude)
 
     def _configure_optimizers(self) -> Any:
         sharded = strategies.sharded_model(self._trainer.strategy)
         module = self._module if sharded is None else sharded
-        self._targets = self._find_targets(module)
+        self._selection = self._select(module)
+        self._targets = self._selection.targets
         steps = self._trainer.estimated_stepping_batches
         ends = 0 < steps < math.inf
         falls = ends and self.lr_scheduler is None and self.estimator.rate_falls
@@ -616,7 +622,6 @@ class MaskProCallback(pl.Callback):
         )
         groups = parameter_groups(self._targets)
         self.optimizer = self._new_optimizer(groups, estimator, model=sharded)
-        _log.info(describe(module, self._targets, self.pattern))
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(self.optimizer)
         elif falls:
