@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from maskpro_lightning.masks.pattern import NMPattern
     from maskpro_lightning.optim.estimators import Policy, StraightThrough
     from maskpro_lightning.optim.optimizer import MaskPro
+    from maskpro_lightning.weights.adapters import merge_adapters
     from maskpro_lightning.weights.kept import keep_sparse
     from maskpro_lightning.weights.targets import find_targets, parameter_groups
 
@@ -31,6 +32,7 @@ __all__ = [
     "keep_sparse",
     "load_compressed",
     "load_masks",
+    "merge_adapters",
     "parameter_groups",
     "save_masks",
 ]
@@ -48,6 +50,7 @@ _HOMES = {
     "keep_sparse": "weights.kept",
     "load_compressed": "files.compressed",
     "load_masks": "files.maskfiles",
+    "merge_adapters": "weights.adapters",
     "parameter_groups": "weights.targets",
     "save_masks": "files.maskfiles",
 }

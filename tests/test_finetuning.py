@@ -47,6 +47,7 @@ from maskpro_lightning import (
     save_masks,
 )
 from maskpro_lightning.files.maskfiles import save_maskllm
+from maskpro_lightning.weights import kept
 
 PATTERN = NMPattern(2, 4)
 Make = Callable[[Any], Optimizer]
@@ -623,6 +624,19 @@ def test_what_others_put_into_gradients_is_zeroed_before_the_step() -> None:
     optimizer.step()
     assert_trained_under(module)
     assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("how", "passes"), [("closure", 2), ("plain", 3)])
+def test_gradients_are_zeroed_again_only_if_they_were_written_into(
+    how: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pruned(Trained())
+    optimizer = module.make(module.parameters())
+    keep_sparse(optimizer, module)
+    inside, calls = kept._Kept.apply, []
+    monkeypatch.setattr(kept._Kept, "apply", lambda *args: (calls.append(args), inside(*args)))
+    train(module, optimizer, 5, how)  # clips gradients, or does not
+    assert len(calls) == 5 * 2 * passes
 
 
 def test_weights_are_left_alone_once_released() -> None:

@@ -16,6 +16,7 @@ from maskpro_lightning.fit.baseline import traceless
 from maskpro_lightning.fit.callback import MaskProCallback
 from maskpro_lightning.fit.patches import Patches
 from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.weights.adapters import adapted_layers
 from maskpro_lightning.weights.kept import Masks, SparseWeights, pack_bits, unpack_bits
 from maskpro_lightning.weights.layout import Layout, local
 from maskpro_lightning.weights.sharding import layouts
@@ -274,12 +275,7 @@ def _unpacked(
 def _tell_of_adapters(model: nn.Module, targets: Iterable[Target]) -> None:
     """Say before the training what would undo it."""
     masked = {id(target.module) for target in targets}
-    adapted = [
-        name
-        for name, module in model.named_modules()
-        if type(module).__module__.startswith("peft.")
-        and id(getattr(module, "base_layer", None)) in masked
-    ]
+    adapted = [name for name, layer in adapted_layers(model) if id(layer) in masked]
     if adapted:
         _log.warning(
             f"{len(adapted)} sparse layers have adapters, such as {adapted[0]!r}. "

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import is_initialized
 from torch.optim import Optimizer
 
 from maskpro_lightning.masks.pattern import NMPattern
@@ -92,6 +93,7 @@ class SparseWeights:
         self._names = {weight: name for name, weight in self._weights.items()}
         self._kept: dict[str, _Kept] = {}
         self._handles: list[Any] = []
+        self._zeroed: dict[Tensor, tuple[int, int]] = {}  # gradients, since the last step
         found = self._nonzeros() if masks is None else each_once(list(self._weights), masks)
         for name, mask in found:
             if masks is not None:
@@ -99,7 +101,7 @@ class SparseWeights:
             layout = self._layouts[name]
             own = layout.own(layout.take(mask))
             self._kept[name] = _Kept(own.to(local(self._weights[name]).device))
-        self.zero(self._weights.values())
+        self.zero_all()
 
     @property
     def bytes(self) -> int:
@@ -128,15 +130,16 @@ class SparseWeights:
         while self._handles:
             self._handles.pop().remove()
 
-    def zero(self, weights: Iterable[Tensor]) -> None:
-        """Zero what is pruned of some of the weights."""
-        for weight in weights:
-            self._kept[self._names[weight]].apply(weight)
+    def zero_all(self) -> None:
+        """Zero what is pruned of all weights."""
+        for name, kept in self._kept.items():
+            kept.apply(self._weights[name])
 
     def zero_gradients(self, optimizer: Optimizer) -> None:
         """Zero the gradients that an optimizer has of pruned weights."""
         for weight in self._held_by(optimizer):
-            self._zero_gradient(weight)
+            if weight.grad is None or self._zeroed.get(weight) != _state(weight.grad):
+                self._zero_gradient(weight)
 
     def zero_copy(self, model: nn.Module, prefix: str = "") -> None:
         """Zero what is pruned in a copy of the model, whose parameters have the same names."""
@@ -195,11 +198,15 @@ class SparseWeights:
         return (args[0], masked, *args[2:]), kwargs
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.zero(self._held_by(optimizer))
+        for weight in self._held_by(optimizer):
+            self._zeroed.pop(weight, None)
+            self._kept[self._names[weight]].apply(weight)
 
     def _zero_gradient(self, weight: Tensor) -> None:
         if weight.grad is not None:
             self._kept[self._names[weight]].apply(weight.grad)
+            if not is_initialized():  # what other ranks write into it is not counted
+                self._zeroed[weight] = _state(weight.grad)
 
     def _nonzeros(self) -> Iterator[tuple[str, Tensor]]:
         for name, weight in self._weights.items():
@@ -249,6 +256,11 @@ def unpack_bits(bits_W: Tensor, shape: Sequence[int]) -> Tensor:
     size = torch.Size(shape)
     mask_8W = (bits_W & _powers(bits_W.device)[:, None]).bool()
     return mask_8W.flatten()[: size.numel()].view(size)
+
+
+def _state(gradient: Tensor) -> tuple[int, int]:
+    """What is another once a gradient is another, or was written into."""
+    return id(gradient), gradient._version
 
 
 @cache
