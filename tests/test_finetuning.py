@@ -33,12 +33,14 @@ from modules import (
     same_bits,
     traces,
 )
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from maskpro_lightning import (
+    Distillation,
     MaskProCallback,
     NMPattern,
     SparseFinetuning,
@@ -680,3 +682,93 @@ def test_blocks_of_a_large_weight_are_all_masked(monkeypatch: pytest.MonkeyPatch
     sparse = keep_sparse(torch.optim.SGD(layer.parameters()), layer, masks={"weight": mask})
     assert torch.equal(layer.weight != 0, mask)
     assert equal(dict(sparse.masks()), {"weight": mask})
+
+
+# --- learning from the dense model ----------------------------------------------------------------
+
+
+def distilled_by_hand(steps: int) -> Trained:
+    """In plain PyTorch: the mean square error to the dense outputs, relative to their size."""
+    module, teacher = pruned(Trained()), Net()
+    optimizer = module.make(module.parameters())
+    keep_sparse(optimizer, module)
+    batches = [*loader()]
+    for step in range(steps):
+        inputs, _ = batches[step % len(batches)]
+        with torch.no_grad():
+            dense = teacher.net(inputs)
+        optimizer.zero_grad()
+        ((module.net(inputs) - dense).square().mean() / dense.square().mean()).backward()
+        optimizer.step()
+    return module
+
+
+def dense_as(kind: str, folder: Path) -> Any:
+    net = Net()
+    if kind == "checkpoint":
+        torch.save({"state_dict": net.state_dict()}, folder / "dense.ckpt")
+        return folder / "dense.ckpt"
+    if kind == "folder":
+        for number, layer in (("0", net.net[0]), ("2", net.net[2])):
+            state = {f"{number}.{name}": value for name, value in layer.state_dict().items()}
+            save_file(state, folder / f"model-{number}.safetensors")
+        return folder
+    kinds = {"module": net.net, "whole": net.state_dict(), "part": net.net.state_dict()}
+    return kinds.get(kind)
+
+
+@pytest.mark.parametrize("kind", ["kept", "module", "whole", "part", "checkpoint", "folder"])
+def test_sparse_weights_learn_from_dense_outputs(kind: str, tmp_path: Path) -> None:
+    distillation = Distillation("net", "mse")
+    dense = dense_as(kind, tmp_path)
+    if kind == "kept":
+        module, callback = (
+            Trained(),
+            SparseFinetuning(init=masks_of(Net()), distillation=distillation),
+        )
+    else:
+        module, callback = (
+            pruned(Trained()),
+            SparseFinetuning(distillation=distillation, dense=dense),
+        )
+    fit(module, callback, folder=tmp_path, max_steps=6)
+    assert_trained_under(module)
+    expected = distilled_by_hand(6)
+    for one, other in zip(module.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (4, 4)])
+def test_dense_weights_of_another_model_are_refused(shape: tuple[int, int], tmp_path: Path) -> None:
+    state = {"net.0.weight": torch.zeros(shape), "net.0.bias": torch.zeros(16)}
+    if shape == (4, 4):
+        state = {**Net().state_dict(), **state}
+    callback = SparseFinetuning(distillation=Distillation("net"), dense=state)
+    said = "lack '2.weight', and 1 more" if shape == (16, 16) else "do not fit 'net'.*size mismatch"
+    with pytest.raises(ValueError, match=re.compile(said, re.DOTALL)):
+        fit(pruned(Trained()), callback, folder=tmp_path, max_steps=1)
+
+
+def test_a_distillation_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    net = Distillation("net")
+    with pytest.raises(ValueError, match="no dense one to learn from"):
+        SparseFinetuning(distillation=net)
+    with pytest.raises(ValueError, match="Hand optimizes manually"):
+        fit(
+            Hand(),
+            SparseFinetuning(init="magnitude", distillation=net),
+            folder=tmp_path,
+            max_steps=1,
+        )
+    unused = SparseFinetuning(init="magnitude", distillation=Distillation("net.1"), dense=nn.Tanh())
+    with pytest.raises(RuntimeError, match=r"did not call 'net\.1'"):
+        fit(Unused(), unused, folder=tmp_path, max_steps=1)
+    given: dict[str, Any] = {"init": "magnitude", "distillation": net}
+    resumable(tmp_path, 3, **given)
+    with pytest.raises(ValueError, match="the dense ones to learn from are gone"):
+        resumable(tmp_path, 4, tmp_path / "step=3.ckpt", **given)
+
+
+class Unused(Trained):
+    def loss(self, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(self.net[2](self.net[0](batch[0])), batch[1])

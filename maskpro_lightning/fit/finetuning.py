@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from maskpro_lightning.catalog import resolve
 from maskpro_lightning.fit import start, strategies
 from maskpro_lightning.fit.baseline import traceless
 from maskpro_lightning.fit.callback import MaskProCallback
+from maskpro_lightning.fit.distillation import Dense, DenseTeacher, Distillation, dense_part
 from maskpro_lightning.fit.patches import Patches
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.adapters import adapted_layers
@@ -50,6 +52,12 @@ class SparseFinetuning(pl.Callback):
         exclude: Globs of layers that are not.
         calibration_batches: Training batches that "wanda", "sparsegpt" and "reconstruction" look
             at.
+        distillation: Learn from the distance to the dense model's outputs instead of the loss of
+            the training step; keeps the part's dense weights, and costs one more forward pass of
+            it.
+        dense: Where these are: the dense part as a module, or its weights, or those of the whole
+            module, by name or as a file or folder. By default what the module holds before
+            ``init`` is applied, which may not be "nonzeros" then.
 
     Attributes:
         sparse: The weights under their masks of the last fit; None before its first step.
@@ -63,6 +71,8 @@ class SparseFinetuning(pl.Callback):
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         calibration_batches: int = 16,
+        distillation: Distillation | None = None,
+        dense: Dense | None = None,
     ) -> None:
         self.pattern = NMPattern.parse(pattern)
         self.include, self.exclude = include, exclude
@@ -73,6 +83,13 @@ class SparseFinetuning(pl.Callback):
                 f"hold."
             )
         self.calibration_batches = calibration_batches
+        self.distillation = distillation
+        self.dense = resolve(dense) if isinstance(dense, str) else dense
+        if distillation is not None and dense is None and self.init == "nonzeros":
+            raise ValueError(
+                "The module is sparse (init='nonzeros'), so there is no dense one to learn from: "
+                "give it, or its weights (dense=...)."
+            )
         self.sparse: SparseWeights | None = None
         self._resumed: dict[str, Tensor] | None = None
         self._failed = False
@@ -86,7 +103,10 @@ class SparseFinetuning(pl.Callback):
         self._refuse_unsupported(trainer, pl_module)
         self._trainer = trainer
         self.sparse, self._resumed, self._failed = None, None, False
+        self._teacher: DenseTeacher | None = None
         put, strategy = self._patches.put, trainer.strategy
+        if self.distillation is not None:
+            self._step_inside = put(strategy, "training_step", self._training_step)
         self._save_inside = put(strategy, "save_checkpoint", self._save_checkpoint)
         # Lightning's last call on the way out, after a fit that failed as well.
         self._teardown_inside = put(strategy, "teardown", self._leave)
@@ -101,6 +121,16 @@ class SparseFinetuning(pl.Callback):
         model = pl_module if sharded is None else sharded
         targets = find_targets(model, self.pattern, self.include, self.exclude)
         masks = self._masks(trainer, pl_module, targets, sharded)
+        if self.distillation is not None:
+            if self._resumed is not None and self.dense is None:
+                raise ValueError(
+                    "This checkpoint holds the sparse weights, and the dense ones to learn from "
+                    "are gone: give them (dense=...) to go on."
+                )
+            dense = dense_part(self.distillation, pl_module, self.dense)
+            self._teacher = DenseTeacher(
+                self.distillation, pl_module, dense.to(trainer.strategy.root_device)
+            )
         self.sparse = SparseWeights(targets, self.pattern, masks, model=sharded)
         for optimizer in trainer.strategy.optimizers:
             self.sparse.follow(optimizer)
@@ -108,6 +138,16 @@ class SparseFinetuning(pl.Callback):
             self.sparse.zero_copy(average, prefix="module.")
         _log.info(describe(model, targets, self.pattern))
         _tell_of_adapters(model, targets)
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the strategy's method: the distance to the dense outputs as loss."""
+        if self._teacher is None:  # while masks are calibrated
+            return self._step_inside(*args, **kwargs)
+        with self._teacher.asking() as losses:
+            output = self._step_inside(*args, **kwargs)
+        if output is None:
+            return None
+        return {**output, "loss": losses[0]} if isinstance(output, Mapping) else losses[0]
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -132,7 +172,9 @@ class SparseFinetuning(pl.Callback):
             if self.sparse is not None:
                 self.sparse.release()
             # All that leads to the trainer, so that the callback can be copied and pickled.
-            for name in ("_trainer", "_save_inside", "_teardown_inside", "log", "log_dict"):
+            for name in ("_trainer", "_save_inside", "_teardown_inside", "_step_inside"):
+                vars(self).pop(name, None)
+            for name in ("_teacher", "log", "log_dict"):
                 vars(self).pop(name, None)
         teardown()
 
@@ -228,6 +270,16 @@ class SparseFinetuning(pl.Callback):
             raise ValueError(
                 "MaskProCallback leaves the weights as they are, and SparseFinetuning trains them: "
                 "fit twice, each with a Trainer of its own."
+            )
+        if self.distillation is not None and not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{type(pl_module).__name__} optimizes manually (automatic_optimization=False), so "
+                f"its loss cannot be another one: leave distillation out."
+            )
+        if self.distillation is not None and strategies.shards(trainer.strategy):
+            raise ValueError(
+                f"distillation keeps a second copy of whole weights, which "
+                f'{type(trainer.strategy).__name__} shards: choose strategy="ddp", or leave it out.'
             )
         if strategies.shards(trainer.strategy):
             for callback in trainer.callbacks:
