@@ -107,7 +107,8 @@ class _Built(LightningCLI):
     @property
     def masked(self) -> MaskProCallback | SparseFinetuning:
         """The callback that says which weights are masked."""
-        found = [c for c in self.trainer.callbacks if isinstance(c, SparseFinetuning)]
+        trainer: Any = self.trainer
+        found = [c for c in trainer.callbacks if isinstance(c, SparseFinetuning)]
         return found[0] if found else self.callback
 
 

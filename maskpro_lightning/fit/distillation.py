@@ -190,10 +190,10 @@ def dense_part(distillation: Distillation, module: nn.Module, dense: Dense | Non
         return part
     state = dense if isinstance(dense, Mapping) else _read(Path(dense))
     prefix = f"{distillation.part}." if distillation.part else ""
-    own = {name.removeprefix(prefix): value for name, value in state.items()}
     by_name = part.state_dict(keep_vars=True)
-    found = {id(by_name[name]) for name in own.keys() & by_name.keys()}
-    missing = [name for name, value in by_name.items() if id(value) not in found]
+    # Named as in the part or as in the module; the same name can be in both.
+    named = [state, {name.removeprefix(prefix): value for name, value in state.items()}]
+    own, missing = min(((n, _missing(by_name, n)) for n in named), key=lambda pair: len(pair[1]))
     if missing:
         raise ValueError(
             f"The dense weights lack {missing[0]!r}, and {len(missing) - 1} more of the "
@@ -206,6 +206,12 @@ def dense_part(distillation: Distillation, module: nn.Module, dense: Dense | Non
     except RuntimeError as error:
         raise ValueError(f"The dense weights do not fit {distillation.part!r}: {error}") from None
     return part
+
+
+def _missing(by_name: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """The names that are not given, under none of their names if they are shared."""
+    found = {id(value) for name, value in by_name.items() if name in given}
+    return [name for name, value in by_name.items() if id(value) not in found]
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
