@@ -21,7 +21,7 @@ from unittest import mock
 import lightning.pytorch as pl
 import oracle
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies import fsdp as lightning_fsdp
@@ -610,7 +610,8 @@ def train(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
         except RuntimeError as error:
             yield f"{name} written", str(error)
     try:
-        train_sparse("fsdp2 full", ranks, folder / "averaged", EMAWeightAveraging())
+        average = StochasticWeightAveraging(0.1, 1)
+        train_sparse("fsdp2 full", ranks, folder / "averaged", average)
     except ValueError as error:
         yield "averaged", str(error)
 

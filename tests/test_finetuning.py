@@ -13,11 +13,8 @@ import lightning.pytorch as pl
 import oracle
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from modules import (
     BATCH,
@@ -321,10 +318,11 @@ def test_a_layer_that_is_frozen_until_later_stays_sparse(tmp_path: Path) -> None
 # --- averages ------------------------------------------------------------------------------------
 
 AVERAGES: dict[str, Callable[[], pl.Callback]] = {
-    "ema": partial(EMAWeightAveraging, decay=0.5),
-    "late ema": partial(EMAWeightAveraging, decay=0.5, update_starting_at_step=6),
     "swa": partial(StochasticWeightAveraging, swa_lrs=1e-2, swa_epoch_start=1),
 }
+if hasattr(callbacks, "EMAWeightAveraging"):  # since Lightning 2.6
+    ema = partial(callbacks.EMAWeightAveraging, decay=0.5)
+    AVERAGES |= {"ema": ema, "late ema": partial(ema, update_starting_at_step=6)}
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -493,8 +491,8 @@ def resumable(folder: Path, steps: int, path: Path | None = None, **given: Any) 
     if not given and path is None:
         pruned(module)
     save = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
-    callbacks = [SparseFinetuning(**given), Zeroes(), *([save] if path is None else [])]
-    trainer = quiet_trainer(folder, *callbacks, max_steps=steps)
+    others = [save] if path is None else []
+    trainer = quiet_trainer(folder, SparseFinetuning(**given), Zeroes(), *others, max_steps=steps)
     trainer.fit(
         module, ResumableLoader(dataset(), batch_size=BATCH), ckpt_path=path, weights_only=True
     )
@@ -551,9 +549,9 @@ def test_a_fit_leaves_no_trace(fails: bool, tmp_path: Path) -> None:
             return super().training_step(batch, batch_idx)
 
     left = []
-    for callbacks in ([], [SparseFinetuning()]):
+    for ours in ([], [SparseFinetuning()]):
         module = pruned(Fails())
-        trainer = quiet_trainer(tmp_path, *callbacks, max_steps=4)
+        trainer = quiet_trainer(tmp_path, *ours, max_steps=4)
         if fails:
             with pytest.raises(KeyError):
                 trainer.fit(module, loader())
@@ -563,7 +561,7 @@ def test_a_fit_leaves_no_trace(fails: bool, tmp_path: Path) -> None:
         hooks = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
         on_weights = [len(p._post_accumulate_grad_hooks or ()) for p in module.parameters()]
         left.append((traces(trainer, module), [len(h) for h in hooks], on_weights))
-        for callback in callbacks:
+        for callback in ours:
             pickle.loads(pickle.dumps(callback))
     assert left[0] == left[1]
 

@@ -124,4 +124,4 @@ def test_zeros_that_one_rank_fills_end_the_fit_on_all(
 @pytest.mark.parametrize("ranks", RANKS)
 def test_averages_of_sharded_weights_are_refused_by_name(trained: Told, ranks: int) -> None:
     for told in trained[ranks]:
-        assert "EMAWeightAveraging averages whole weights" in told["averaged"]
+        assert "StochasticWeightAveraging averages whole weights" in told["averaged"]
