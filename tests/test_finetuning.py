@@ -30,6 +30,7 @@ from modules import (
     same_bits,
     traces,
 )
+from rules import mask_callback
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -411,7 +412,7 @@ def test_zeros_among_kept_weights_stay_zero_too(tmp_path: Path) -> None:
 
 
 def test_the_masks_of_a_fit_before_are_those_of_the_training(tmp_path: Path) -> None:
-    module, learned = Trained(), MaskProCallback(lr=FAST)
+    module, learned = Trained(), mask_callback(lr=FAST)
     fit(module, learned, folder=tmp_path, max_steps=8)
     masks = {name: module.get_parameter(name) != 0 for name in masks_of(Net())}
     assert not equal(masks, masks_of(Net()))

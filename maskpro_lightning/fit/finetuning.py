@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 from maskpro_lightning.catalog import resolve
 from maskpro_lightning.fit import start, strategies
-from maskpro_lightning.fit.baseline import traceless
 from maskpro_lightning.fit.callback import MaskProCallback
 from maskpro_lightning.fit.distillation import Dense, DenseTeacher, Distillation, dense_part
 from maskpro_lightning.fit.patches import Patches
+from maskpro_lightning.fit.traceless import traceless
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.adapters import adapted_layers
 from maskpro_lightning.weights.kept import Masks, SparseWeights, pack_bits, unpack_bits

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.admission import check_mask, each_once
 from maskpro_lightning.weights.layout import block_size, local
-from maskpro_lightning.weights.sharding import layouts, settle
+from maskpro_lightning.weights.sharding import layouts, reshard
 from maskpro_lightning.weights.targets import Target, clean_name, find_targets
 
 Masks = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -86,7 +86,7 @@ class SparseWeights:
         model: nn.Module | None = None,
     ) -> None:
         self.pattern, self._model = pattern, model
-        self._settle()
+        self._reshard()
         parts = [(t.parameter, pattern, t.input_dim) for t in targets]
         self._layouts = dict(zip([t.name for t in targets], layouts(model, parts), strict=True))
         self._weights: dict[str, Tensor] = {t.name: t.parameter for t in targets}
@@ -161,7 +161,7 @@ class SparseWeights:
             state: Look at a state dict's whole tensors instead of the weights.
         """
         if state is None:
-            self._settle()
+            self._reshard()
             state = self._weights
         found = []
         for name, value in state.items():
@@ -173,9 +173,9 @@ class SparseWeights:
                 found.append(f"{name!r} has {wrong} numbers that are not zero where it is pruned")
         return found
 
-    def _settle(self) -> None:
+    def _reshard(self) -> None:
         if self._model is not None:
-            settle(self._model)
+            reshard(self._model)
 
     def _held_by(self, optimizer: Optimizer) -> Iterator[Tensor]:
         for group in optimizer.param_groups:
