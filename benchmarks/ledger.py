@@ -73,14 +73,19 @@ class Result:
 
 
 class Ledger:
-    """The finished runs in a CSV file, which each new one is added to at once."""
+    """The finished runs in a CSV file, which each new one is added to at once.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        path: The file.
+        kind: What a line of it holds.
+    """
+
+    def __init__(self, path: Path, kind: type[Result] = Result) -> None:
+        self._path, self._kind = path, kind
         self.results: dict[Key, Result] = {}
         if path.exists():
             with path.open(newline="") as file:
-                found = [_read(row) for row in csv.DictReader(file)]
+                found = [_read(kind, row) for row in csv.DictReader(file)]
             self.results = {result.key: result for result in found}
 
     def add(self, result: Result) -> None:
@@ -89,7 +94,7 @@ class Ledger:
         with self._path.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if new:
-                writer.writerow(field.name for field in fields(Result))
+                writer.writerow(field.name for field in fields(self._kind))
             cells = asdict(result).values()
             writer.writerow(f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells)
         self.results[result.key] = result
@@ -124,8 +129,6 @@ def _choosing_loss(result: Result) -> float:
     return math.inf if math.isnan(result.choosing_loss) else result.choosing_loss
 
 
-def _read(row: Mapping[str, str]) -> Result:
+def _read(kind: type[Result], row: Mapping[str, str]) -> Result:
     kinds = {"int": int, "float": float, "str": str}
-    return Result(
-        **{field.name: kinds[str(field.type)](row[field.name]) for field in fields(Result)}
-    )
+    return kind(**{field.name: kinds[str(field.type)](row[field.name]) for field in fields(kind)})

@@ -46,13 +46,13 @@ def lines(rows: Mapping[str, Sequence[Result]]) -> list[list[str]]:
     for method, results in rows.items():
         closed = [""]
         if method != "dense" and {"dense", "sparsegpt"} <= rows.keys():
-            closed = [_spread([share_closed(rows, r) for r in results], "{:.0%}".format)]
+            closed = [spread([share_closed(rows, r) for r in results], "{:.0%}".format)]
         learned = [f"{r.bytes_per_weight:.1f}" for r in results if r.bytes_per_weight]
         found.append(
             [
                 METHODS[method],
                 str(len(results)),
-                _spread([r.loss for r in results], "{:.3f}".format),
+                spread([r.loss for r in results], "{:.3f}".format),
                 *closed,
                 f"{results[0].forwards:,}",
                 f"{mean(r.seconds for r in results):.0f}",
@@ -149,7 +149,7 @@ def _legend(axes: Axes) -> tuple[Sequence[Artist], Sequence[str]]:
     return axes.get_legend_handles_labels() if axes.get_visible() else ([], [])
 
 
-def _spread(values: Sequence[float], show: Callable[[float], str]) -> str:
+def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
     """The mean, and the range if it shows."""
     low, high = show(min(values)), show(max(values))
     return show(mean(values)) + (f" ({low} to {high})" if low != high else "")

@@ -9,9 +9,12 @@ if TYPE_CHECKING:
     from maskpro_lightning.files.maskfiles import load_masks, save_masks
     from maskpro_lightning.fit.callback import MaskProCallback
     from maskpro_lightning.fit.distillation import Distillation
+    from maskpro_lightning.fit.finetuning import SparseFinetuning
     from maskpro_lightning.masks.pattern import NMPattern
     from maskpro_lightning.optim.estimators import Policy, StraightThrough
     from maskpro_lightning.optim.optimizer import MaskPro
+    from maskpro_lightning.weights.adapters import merge_adapters
+    from maskpro_lightning.weights.kept import keep_sparse
     from maskpro_lightning.weights.targets import find_targets, parameter_groups
 
 __version__ = "0.1.0"
@@ -22,11 +25,14 @@ __all__ = [
     "MaskProCallback",
     "NMPattern",
     "Policy",
+    "SparseFinetuning",
     "StraightThrough",
     "export_sparse",
     "find_targets",
+    "keep_sparse",
     "load_compressed",
     "load_masks",
+    "merge_adapters",
     "parameter_groups",
     "save_masks",
 ]
@@ -37,11 +43,14 @@ _HOMES = {
     "MaskProCallback": "fit.callback",
     "NMPattern": "masks.pattern",
     "Policy": "optim.estimators",
+    "SparseFinetuning": "fit.finetuning",
     "StraightThrough": "optim.estimators",
     "export_sparse": "files.export",
     "find_targets": "weights.targets",
+    "keep_sparse": "weights.kept",
     "load_compressed": "files.compressed",
     "load_masks": "files.maskfiles",
+    "merge_adapters": "weights.adapters",
     "parameter_groups": "weights.targets",
     "save_masks": "files.maskfiles",
 }

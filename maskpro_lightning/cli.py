@@ -22,6 +22,7 @@ from maskpro_lightning.commands.compare import callback_of, compare, table, writ
 from maskpro_lightning.commands.plan import Strategy, plan
 from maskpro_lightning.files.export import Format, export_sparse
 from maskpro_lightning.fit.callback import MaskProCallback
+from maskpro_lightning.fit.finetuning import SparseFinetuning
 from maskpro_lightning.tracking.credentials import without_credentials
 from maskpro_lightning.tracking.loggers import Tracking
 from maskpro_lightning.tracking.mlflow_run import log_model
@@ -103,6 +104,13 @@ class _Built(LightningCLI):
     def callback(self) -> MaskProCallback:
         return callback_of(self.trainer)
 
+    @property
+    def masked(self) -> MaskProCallback | SparseFinetuning:
+        """The callback that says which weights are masked."""
+        trainer: Any = self.trainer
+        found = [c for c in trainer.callbacks if isinstance(c, SparseFinetuning)]
+        return found[0] if found else self.callback
+
 
 class _Measured(_Built):
     """Adds the options of ``maskpro measure``."""
@@ -164,7 +172,7 @@ class _AfterFit(_WithCheckpoint):
         )
 
     def export(self) -> Path:
-        callback, output = self.callback, self.config["output"]
+        callback, output = self.masked, self.config["output"]
         folder = export_sparse(
             self.model,
             output,
@@ -251,9 +259,8 @@ def _evaluate() -> None:
 
     cli = _Evaluated()
     sparse, data, window = cli.checkpoint(), cli.datamodule, cli.config["window"]
-    targets = find_targets(
-        cli.model, cli.callback.pattern, cli.callback.include, cli.callback.exclude
-    )
+    masked = cli.masked
+    targets = find_targets(cli.model, masked.pattern, masked.include, masked.exclude)
     sets = {"held-out": data}
     if cli.config["wikitext2"] is not None and isinstance(cli.model, CausalLM):
         name = f"WikiText-2 (windows of {window})"
@@ -275,7 +282,7 @@ def _export() -> None:
 
 def _measure() -> None:
     cli = _Measured()
-    callback, device = cli.callback, cli.trainer.strategy.root_device
+    callback, device = cli.masked, cli.trainer.strategy.root_device
     targets = find_targets(cli.model, "2:4", callback.include, callback.exclude)
     dtype = getattr(torch, cli.config["dtype"])
     found = measure.measure(targets, device, dtype, cli.config["batch_sizes"])

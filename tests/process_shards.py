@@ -21,7 +21,7 @@ from unittest import mock
 import lightning.pytorch as pl
 import oracle
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies import fsdp as lightning_fsdp
@@ -53,6 +53,8 @@ from maskpro_lightning import (
     Distillation,
     MaskPro,
     MaskProCallback,
+    NMPattern,
+    SparseFinetuning,
     export_sparse,
     find_targets,
     parameter_groups,
@@ -510,6 +512,110 @@ def learn(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
             yield f"{estimator} fused={fused}", run.told()
 
 
+# --- training under masks -------------------------------------------------------------------------
+
+
+class Pruned(Fitted):
+    """The model under the masks of its largest weights, and an optimizer that has moments."""
+
+    callback: Any = None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = Model(self._channels)
+            for group in weights(self.model):
+                ((_, weight),) = group["params"]
+                weight.data.mul_(largest(weight.data, group["input_dim"]))
+            if self._wrap is not None:
+                self._wrap(self.model, self.device_mesh)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        sparse = self.callback[0].sparse
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                if weight in sparse._names and weight.grad is not None:
+                    kept = sparse._kept[sparse._names[weight]]
+                    self.losses.append(float(kept.violations(layout.local(weight.grad))))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+def largest(weight: Tensor, input_dim: int) -> Tensor:
+    """The mask of 2:4 that keeps the largest weights."""
+    kept_GM = NMPattern(2, 4).top(NMPattern(2, 4).group(weight.abs(), input_dim))
+    return kept_GM.flatten(-2).movedim(-1, input_dim)
+
+
+class WritesOnOneRank(pl.Callback):
+    """Fills the last rank's zeros when the training has ended."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_rank == trainer.world_size - 1:
+            for weight in pl_module.parameters():
+                layout.local(weight.detach()).add_(1.0)
+
+
+def train_sparse(
+    name: str, ranks: int, folder: Path, *others: pl.Callback, ckpt_path: Path | None = None
+) -> dict[str, Any]:
+    """A training whose every step sees the eight rows that one rank would see."""
+    make, wrap, copies = FITS[name]
+    parts, part = ranks // copies(ranks), dist.get_rank() // copies(ranks)
+    batches = [
+        (oracle.random(8, 4, 2, 2, seed=20 + i), oracle.random(8, 3, seed=30 + i))
+        for i in range(SAVED_STEP)
+    ]
+    own = [tuple(tensor.chunk(parts)[part] for tensor in batch) for batch in batches]
+    callback, module = SparseFinetuning(), Pruned(wrap)
+    module.callback = [callback]
+    save = ModelCheckpoint(folder, "{step}", every_n_train_steps=SAVED_STEP, save_top_k=-1)
+    trainer = quiet_trainer(
+        folder,
+        callback,
+        *others,
+        *([save] if ckpt_path is None and not others else []),
+        devices=ranks,
+        strategy=make(ranks),
+        use_distributed_sampler=False,
+        max_steps=FIT_STEPS,
+    )
+    with mock.patch.object(lightning_fsdp, "_get_full_state_dict_context", _whole_on_cpu):
+        trainer.fit(module, DataLoader(own, batch_size=None), ckpt_path=ckpt_path)
+    sparse = callback.sparse
+    assert sparse is not None
+    return {
+        "weights": {
+            n: sparse._layouts[n].whole(layout.local(w.detach())).clone()
+            for n, w in sparse._weights.items()
+        },
+        "masks": dict(sparse.masks()),
+        "gradients": module.losses,
+        "bytes": sparse.bytes,
+    }
+
+
+def train(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """Weights move under masks, however they are cut."""
+    for name in FITS:
+        if not fits_on(name, ranks):
+            continue
+        path = folder / f"{name}-{ranks}"
+        yield name, train_sparse(name, ranks, path)
+        saved = path / f"step={SAVED_STEP}.ckpt"
+        yield f"{name} resumed", train_sparse(name, ranks, folder / "resumed", ckpt_path=saved)
+    for name in ("ddp", "fsdp1 full", "fsdp2 full"):
+        try:
+            train_sparse(name, ranks, folder / "written", WritesOnOneRank())
+        except RuntimeError as error:
+            yield f"{name} written", str(error)
+    try:
+        average = StochasticWeightAveraging(0.1, 1)
+        train_sparse("fsdp2 full", ranks, folder / "averaged", average)
+    except ValueError as error:
+        yield "averaged", str(error)
+
+
 # --- exports --------------------------------------------------------------------------------------
 
 
@@ -615,6 +721,7 @@ TASKS = {
     "resume": resume,
     "export": export,
     "learn": learn,
+    "train": train,
 }
 
 

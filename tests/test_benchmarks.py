@@ -140,6 +140,49 @@ def test_few_sequences_are_all_that_is_learned_from(
         assert float(last["seen"]) < float(first["seen"])
 
 
+@pytest.mark.usefixtures("quality")
+def test_training_under_masks_spends_what_learning_them_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import finetuning
+
+    command = ["--model", "vision", "--forwards", str(FORWARDS), "--output", str(tmp_path)]
+    finetuning.main([*command, "--seeds", "0", "1"])
+    rows = rows_of(tmp_path / "finetuning.csv")
+    grids = {"magnitude_trained": 3, "sr_ste": 3, "sparsegpt_trained": 3, "learned_trained": 3}
+    for method in finetuning.ROWS:
+        runs = [row for row in rows if row["method"] == method]
+        size = grids.get(method, 3 if method.endswith("trained") else 1)
+        assert len(runs) == size + (method != "dense"), method
+        if method not in ("dense", "sparsegpt"):
+            assert {FORWARDS - 4 < int(row["forwards"]) <= FORWARDS for row in runs} == {True}
+    losses = {(row["method"], row["setting"]): row["loss"] for row in rows if row["seed"] == "0"}
+    assert len(set(losses.values())) == len(losses)  # each is a model of its own
+    dense = next(row for row in rows if row["method"] == "dense")
+    assert dense["loss"] != dense["elsewhere"]
+    told = capsys.readouterr().out
+    assert all(name.replace("**", "") in told for name in finetuning.ROWS.values())
+    finetuning.main([*command, "--seeds", "0", "1"])
+    assert rows_of(tmp_path / "finetuning.csv") == rows
+
+
+def test_training_under_masks_is_timed_beside_plain_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    import kept
+
+    small = ["--device", "cpu", "--width", "32", "--layers", "1", "--tokens", "4", "8"]
+    monkeypatch.setattr("sys.argv", ["kept.py", *small, "--repeats", "3"])
+    kept.main()
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert [cells[1].strip() for cells in rows] == ["4", "8"]
+    for cells in rows:
+        assert float(cells[2]) > 0
+        assert float(cells[3]) > 0
+        assert cells[5].strip() == "1"
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
 def test_the_categoricals_masks_are_strict_and_learned(quality: ModuleType, pattern: str) -> None:
     from categorical import CategoricalMasks

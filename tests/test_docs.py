@@ -33,7 +33,7 @@ def commands() -> set[str]:
 
 def test_pages_are_listed_and_found() -> None:
     index = PAGES["README.md"].read_text()
-    assert len(WITH_CODE) == 7
+    assert len(WITH_CODE) == 8
     for name in PAGES.keys() - {"README.md", "recipes"}:
         assert f"]({name})" in index, name
 
@@ -78,4 +78,5 @@ def test_every_command_is_understood(
         return
     with pytest.raises(SystemExit, match="0"):
         main([command, *options, *([] if "--print_config" in options else ["--print_config"])])
-    assert "maskpro_lightning.MaskProCallback" in capsys.readouterr().out
+    ours = "SparseFinetuning" if any("_finetune" in o for o in options) else "MaskProCallback"
+    assert f"maskpro_lightning.{ours}" in capsys.readouterr().out

@@ -26,8 +26,8 @@ class Regression(L.LightningModule):
         inputs, outputs = batch
         return nn.functional.mse_loss(self.model(inputs), outputs)
 
-    def configure_optimizers(self) -> None:
-        pass
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

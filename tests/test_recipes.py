@@ -35,9 +35,10 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from maskpro_lightning import NMPattern, load_masks
+from maskpro_lightning import NMPattern, find_targets, load_masks
 from maskpro_lightning.catalog import recipes, resolve
 from maskpro_lightning.cli import main
+from maskpro_lightning.weights.targets import Target
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 STEPS = 2
@@ -60,6 +61,12 @@ MODELS = {
     "minilm": "bert",
     "vit_cifar10": "vit",
 }
+#: Those that train on a sparse model, which another recipe's export is.
+TRAINED = {
+    "quickstart_finetune": "llama",
+    "olmo2_1b_finetune": "olmo2",
+    "vit_cifar10_finetune": "vit",
+}
 C4 = {
     "train": "en/c4-train.00000-of-01024.json.gz",
     "validation": "en/c4-validation.00000-of-00008.json.gz",
@@ -81,12 +88,27 @@ def model(kind: str) -> PreTrainedModel:
     return ViTForImageClassification(ViTConfig(**SIZES, image_size=8, patch_size=4, num_labels=3))
 
 
+def targets(built: PreTrainedModel) -> list[Target]:
+    """The weights that its recipes mask."""
+    exclude = ["*.patch_embeddings", "classifier"] if hasattr(built, "vit") else []
+    return find_targets(built, "2:4", exclude=exclude)
+
+
+def pruned(dense: PreTrainedModel) -> PreTrainedModel:
+    """Two of four weights are zero in all layers that are masked."""
+    for target in targets(dense):
+        NMPattern(2, 4).group(target.parameter.detach(), target.input_dim)[..., 2:] = 0
+    return dense
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds what the Hub would give: a model of each kind, text and images."""
     folder = tmp_path_factory.mktemp("hub")
     for kind in LAYERS:
         model(kind).save_pretrained(folder / kind)
+        if kind in TRAINED.values():
+            pruned(model(kind)).save_pretrained(folder / "sparse" / kind)
         AutoTokenizer.from_pretrained(resolve("quickstart/model")).save_pretrained(folder / kind)
     words = {"[PAD]": 0, "[UNK]": 1, "a": 2, "b": 3, "c": 4}
     words_of_bert = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
@@ -121,8 +143,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(name: str, hub: Path) -> list[str]:
     """What is overridden: the model, the data, the device and the length."""
-    kind = MODELS[name]
-    chosen = [f"--config={name}", f"--model.model={hub / kind}"]
+    kind = (MODELS | TRAINED)[name]
+    given = hub / "sparse" / kind if name in TRAINED else hub / kind
+    chosen = [f"--config={name}", f"--model.model={given}"]
     if kind == "vit":
         chosen += [f"--data.processor={hub / kind}", f"--data.source={hub / 'cifar10'}"]
         chosen += ["--data.train_images=16", "--data.val_images=8", "--data.batch_size=8"]
@@ -130,7 +153,9 @@ def options(name: str, hub: Path) -> list[str]:
     else:
         chosen += [f"--data.tokenizer={hub / kind}", f"--data.source={hub / 'c4'}"]
         chosen += ["--data.train_sequences=32", "--data.val_sequences=4"]
-        if name == "quickstart":  # the others name C4's files themselves
+        if name == "quickstart_finetune":
+            chosen.append(f"--trainer.callbacks.dense={hub / kind}")
+        if name.startswith("quickstart"):  # the others name C4's files themselves
             chosen += [f"--data.data_files={json.dumps(C4)}"]
     return [
         *chosen,
@@ -158,11 +183,11 @@ def assert_learned(name: str, runs: Path) -> None:
 
 def test_all_recipes_are_known_and_described() -> None:
     found = [path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml")]
-    assert len(found) == 8
+    assert len(found) == 11
     assert (
         sorted(found)
-        == [f"{name}.yaml" for name in recipes()]
-        == sorted(f"{name}.yaml" for name in MODELS)
+        == sorted(f"{name}.yaml" for name in recipes())
+        == sorted(f"{name}.yaml" for name in MODELS | TRAINED)
     )
     described = (RECIPES / "README.md").read_text()
     scripts = [path.name for path in RECIPES.glob("*.py")]
@@ -179,6 +204,25 @@ def test_a_recipe_runs(name: str, hub: Path, runs: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("maskpro_lightning.tracking.plots.figures", lambda run: {})
     main(["fit", *options(name, hub)])
     assert_learned(name, runs)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_recipe_trains_on_under_the_mask_and_exports(
+    name: str, hub: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["maskpro"])
+    monkeypatch.chdir(runs)
+    main(["fit", *options(name, hub)])
+    checkpoints = sorted(runs.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    output = runs / f"{name}-sparse"
+    main(["export", *options(name, hub), f"--ckpt_path={checkpoints[-1]}", f"--output={output}"])
+    kind = type(model(TRAINED[name]))
+    found = [kind.from_pretrained(path) for path in (hub / "sparse" / TRAINED[name], output)]
+    for before, after in zip(*map(targets, found), strict=True):
+        kept = before.parameter != 0
+        assert kept.float().mean() == 0.5, before.name
+        assert not after.parameter[~kept].any(), before.name
+        assert (after.parameter != before.parameter)[kept].any(), before.name
 
 
 @pytest.mark.parametrize("name", ["quickstart", "minilm", "vit_cifar10"])
@@ -216,7 +260,7 @@ def test_a_sharded_recipe_runs_on_two_ranks(name: str, hub: Path, runs: Path) ->
     assert_learned(name, runs)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | TRAINED)
 def test_a_recipe_prints_its_configuration(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +271,8 @@ def test_a_recipe_prints_its_configuration(
     assert printed["trainer"]["max_steps"] == 7
     assert printed["trainer"]["logger"]["init_args"]["run_name"] == name
     last = printed["trainer"]["callbacks"][-1]
-    assert last["class_path"] == "maskpro_lightning.MaskProCallback"
+    ours = "SparseFinetuning" if name in TRAINED else "MaskProCallback"
+    assert last["class_path"] == f"maskpro_lightning.{ours}"
 
 
 def test_the_papers_recipe_is_the_papers() -> None:

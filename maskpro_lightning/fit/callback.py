@@ -594,6 +594,10 @@ class MaskProCallback(pl.Callback):
             checkpoint["optimizer_states"] = []
             checkpoint["lr_schedulers"] = []
 
+    def deployed_masks(self) -> dict[str, Tensor]:
+        """The masks that the last fit left in the module, bool and whole, by parameter name."""
+        return dict(self._optimizer.whole_masks(self._best.version))
+
     # What the fit needs once
 
     @property

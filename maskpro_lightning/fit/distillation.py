@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, kl_div
 
@@ -116,6 +120,111 @@ class Teacher:
             yield outputs
         finally:
             handle.remove()
+
+
+class DenseTeacher:
+    """A dense copy of a part, asked for its outputs whenever the part is.
+
+    Args:
+        distillation: What is compared.
+        module: The module in training; its part is hooked only within the context.
+        teacher: Called as the part is, without gradients and in evaluation mode.
+    """
+
+    def __init__(self, distillation: Distillation, module: nn.Module, teacher: nn.Module) -> None:
+        self._distillation = distillation
+        self._part = distillation.part_of(module)
+        self._teacher = teacher.eval().requires_grad_(False)
+
+    @contextmanager
+    def asking(self) -> Iterator[list[Tensor]]:
+        """Compare what the part puts out.
+
+        Yields:
+            A list that holds the loss once the block has ended: the mean divergence over the
+            part's calls.
+
+        Raises:
+            RuntimeError: the part was not called.
+        """
+        found: list[Tensor] = []
+        losses: list[Tensor] = []
+
+        def compare(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            with torch.no_grad():
+                dense = self._teacher(*args, **kwargs)
+            losses.append(self._distillation.between(_tensor_of(output), _tensor_of(dense)))
+
+        handle = self._part.register_forward_hook(compare, with_kwargs=True)
+        try:
+            yield found
+        finally:
+            handle.remove()
+        if not losses:
+            raise RuntimeError(
+                f"The training step did not call {self._distillation.part!r}, which is to be "
+                f"distilled: name a part whose forward every training step calls."
+            )
+        found.append(torch.stack(losses).mean())
+
+
+Dense = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
+
+
+def dense_part(distillation: Distillation, module: nn.Module, dense: Dense | None) -> nn.Module:
+    """The dense copy of a module's part.
+
+    Args:
+        distillation: Names the part.
+        module: The module.
+        dense: The dense part itself; or its weights, or those of the module, by name or in a file
+            (safetensors or PyTorch's) or a folder of safetensors. None copies the part as it is.
+
+    Raises:
+        ValueError: a weight is missing, or of another shape.
+    """
+    if isinstance(dense, nn.Module):
+        return dense
+    part = copy.deepcopy(distillation.part_of(module))
+    if dense is None:
+        return part
+    state = dense if isinstance(dense, Mapping) else _read(Path(dense))
+    prefix = f"{distillation.part}." if distillation.part else ""
+    by_name = part.state_dict(keep_vars=True)
+    # Named as in the part or as in the module; the same name can be in both.
+    named = [state, {name.removeprefix(prefix): value for name, value in state.items()}]
+    own, missing = min(((n, _missing(by_name, n)) for n in named), key=lambda pair: len(pair[1]))
+    if missing:
+        raise ValueError(
+            f"The dense weights lack {missing[0]!r}, and {len(missing) - 1} more of the "
+            f"{len(by_name)} that {distillation.part!r} has: give those of the same architecture."
+        )
+    try:
+        part.load_state_dict(
+            {name: own[name] for name in own.keys() & by_name.keys()}, strict=False
+        )
+    except RuntimeError as error:
+        raise ValueError(f"The dense weights do not fit {distillation.part!r}: {error}") from None
+    return part
+
+
+def _missing(by_name: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """The names that are not given, under none of their names if they are shared."""
+    found = {id(value) for name, value in by_name.items() if name in given}
+    return [name for name, value in by_name.items() if id(value) not in found]
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    """The weights in a file, or in all files of a folder."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    state: dict[str, Tensor] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            state |= load_file(file)
+        else:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            state |= loaded.get("state_dict", loaded)
+    return state
 
 
 def _tensor_of(output: Any) -> Tensor:

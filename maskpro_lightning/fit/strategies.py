@@ -46,7 +46,7 @@ def refuse_untested(strategy: Any) -> None:
     """
     if _kind(strategy) not in _TESTED:
         raise ValueError(
-            f"MaskProCallback is tested with {', '.join(_TESTED)}, not with "
+            f"Masks are tested with {', '.join(_TESTED)}, not with "
             f"{type(strategy).__name__}: choose {', '.join(_TESTED.values())}."
         )
     if _kind(strategy) == "FSDPStrategy" and not strategy.kwargs.get("use_orig_params", True):

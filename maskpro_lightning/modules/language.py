@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from datasets import Dataset, load_dataset
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchmetrics.text import Perplexity
 from tqdm import tqdm
@@ -32,9 +36,10 @@ class CausalLM(pl.LightningModule):
     Args:
         model: Path or Hub name of a Hugging Face model, or a path inside ``recipes/``.
         dtype: The weights' dtype, such as "bfloat16"; "auto" takes that of the file.
+        lr: Learning rate of the weights where they are trained (:class:`SparseFinetuning`).
     """
 
-    def __init__(self, model: str, dtype: str = "auto") -> None:
+    def __init__(self, model: str, dtype: str = "auto", lr: float = 1e-4) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.model = pretrained(AutoModelForCausalLM, model, dtype)
@@ -67,8 +72,9 @@ class CausalLM(pl.LightningModule):
         self.perplexity(logits[:, :-1].float(), tokens[:, 1:])
         self.log("val_perplexity", self.perplexity)
 
-    def configure_optimizers(self) -> None:
-        """None: the masks are learned by :class:`MaskProCallback`."""
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW; not used where :class:`MaskProCallback` learns masks."""
+        return adamw(self, self.hparams["lr"])
 
     @staticmethod
     def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -210,6 +216,15 @@ class TextData(pl.LightningDataModule):
                 streaming=True,
             )
         return (row[self.hparams["text_column"]] for row in rows)
+
+
+def adamw(module: pl.LightningModule, lr: float) -> OptimizerLRScheduler:
+    """AdamW without decay, its rate falling linearly to 0 over the fit if that has an end."""
+    optimizer = AdamW(module.parameters(), lr=lr, weight_decay=0.0)
+    steps = module.trainer.estimated_stepping_batches
+    fall = 1 / steps if 0 < steps < math.inf else 0.0
+    scheduler = LambdaLR(optimizer, lambda step: max(0.0, 1 - fall * step))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def pretrained(kind: Any, model: str, dtype: str) -> Any:

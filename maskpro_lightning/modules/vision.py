@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from datasets import load_dataset
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from maskpro_lightning.catalog import resolve
-from maskpro_lightning.modules.language import ResumableLoader, pretrained
+from maskpro_lightning.modules.language import ResumableLoader, adamw, pretrained
 
 
 class ImageClassifier(pl.LightningModule):
@@ -27,9 +28,10 @@ class ImageClassifier(pl.LightningModule):
     Args:
         model: Path or Hub name of a Hugging Face model, or a path inside ``recipes/``.
         dtype: The weights' dtype, such as "bfloat16"; "auto" takes that of the file.
+        lr: Learning rate of the weights where they are trained (:class:`SparseFinetuning`).
     """
 
-    def __init__(self, model: str, dtype: str = "auto") -> None:
+    def __init__(self, model: str, dtype: str = "auto", lr: float = 1e-4) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.model = pretrained(AutoModelForImageClassification, model, dtype)
@@ -54,8 +56,9 @@ class ImageClassifier(pl.LightningModule):
         self.accuracy(logits, labels)
         self.log("val_accuracy", self.accuracy)
 
-    def configure_optimizers(self) -> None:
-        """None: the masks are learned by :class:`MaskProCallback`."""
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW; not used where :class:`MaskProCallback` learns masks."""
+        return adamw(self, self.hparams["lr"])
 
 
 class ImageData(pl.LightningDataModule):
