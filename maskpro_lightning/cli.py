@@ -20,7 +20,9 @@ from maskpro_lightning.catalog import recipes
 from maskpro_lightning.commands import measure, plain
 from maskpro_lightning.commands.compare import callback_of, compare, table, write_csv
 from maskpro_lightning.commands.plan import Strategy, plan
+from maskpro_lightning.files.checkpoint import weights_in
 from maskpro_lightning.files.export import Format, export_sparse
+from maskpro_lightning.files.whole import write_text
 from maskpro_lightning.fit.callback import MaskProCallback
 from maskpro_lightning.tracking.credentials import without_credentials
 from maskpro_lightning.tracking.loggers import Tracking
@@ -90,7 +92,7 @@ class SaveConfig(SaveConfigCallback):
                 logger.experiment.log_text(logger.run_id, config, "config.yaml")
             elif logger.log_dir is not None:
                 Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
-                Path(logger.log_dir, "config.yaml").write_text(config)
+                write_text(Path(logger.log_dir, "config.yaml"), config)
 
 
 class _Built(LightningCLI):
@@ -124,9 +126,10 @@ class _WithCheckpoint(_Built):
         path = self.config["ckpt_path"]
         if path is None:
             return None
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state: dict[str, Tensor] = loaded["state_dict"]
-        return state
+        try:
+            return weights_in(path)
+        except (OSError, ValueError) as error:
+            raise SystemExit(str(error)) from None
 
 
 class _Evaluated(_WithCheckpoint):

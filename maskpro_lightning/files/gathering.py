@@ -14,7 +14,7 @@ from maskpro_lightning.files.grouping import check_sparse
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.layout import Layout, local
 from maskpro_lightning.weights.sharding import layouts, own_state
-from maskpro_lightning.weights.targets import Target
+from maskpro_lightning.weights.targets import Target, clean_name
 
 Named = Iterator[tuple[str, Tensor]]
 
@@ -116,10 +116,12 @@ class WholeState:
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """A model's state, its own tensors, not copies; of what is sharded this rank's part.
 
+    Names are those of the plain model, whatever ``torch.compile`` or FSDP put into them.
+
     Raises:
         TypeError: something in it is not a tensor, so no file of tensors holds it.
     """
-    state = own_state(model)
+    state = {clean_name(name): value for name, value in own_state(model).items()}
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(

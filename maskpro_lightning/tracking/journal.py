@@ -10,6 +10,7 @@ from typing import Any
 
 from maskpro_lightning.files.export import save_distributions
 from maskpro_lightning.files.maskfiles import save_masks
+from maskpro_lightning.files.whole import write_text
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.masked_weight import Version
 from maskpro_lightning.optim.optimizer import MaskPro
@@ -44,7 +45,7 @@ class Journal:
         tracking.parameters(parameters)
         if self._writes:
             path = self._folder / PARAMETERS
-            tracking.write(path, lambda: path.write_text(json.dumps(parameters, indent=2)))
+            tracking.write(path, lambda: write_text(path, json.dumps(parameters, indent=2)))
 
     def step(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a row to the history."""

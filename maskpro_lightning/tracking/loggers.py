@@ -175,7 +175,7 @@ class Tracking:
 
         def append() -> None:
             with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(without_credentials(json.dumps(row)) + "\n")
 
         self.write(path, append)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from maskpro_lightning.files.whole import whole
 from maskpro_lightning.tracking.credentials import without_credentials
 
 Row = Mapping[str, float]
@@ -129,9 +130,8 @@ def _named(path: Path, name: str | None) -> Iterable[tuple[str, Row]]:
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
-    return partial.replace(path)
+    return path
