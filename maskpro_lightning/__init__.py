@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from maskpro_lightning.masks.pattern import NMPattern
     from maskpro_lightning.optim.estimators import Policy, StraightThrough
     from maskpro_lightning.optim.optimizer import MaskPro
+    from maskpro_lightning.tracking.configuration import SaveConfig
     from maskpro_lightning.weights.targets import find_targets, parameter_groups
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "MaskProCallback",
     "NMPattern",
     "Policy",
+    "SaveConfig",
     "StraightThrough",
     "export_sparse",
     "find_targets",
@@ -37,6 +39,7 @@ _HOMES = {
     "MaskProCallback": "fit.callback",
     "NMPattern": "masks.pattern",
     "Policy": "optim.estimators",
+    "SaveConfig": "tracking.configuration",
     "StraightThrough": "optim.estimators",
     "export_sparse": "files.export",
     "find_targets": "weights.targets",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -22,8 +22,8 @@ from maskpro_lightning.commands.compare import callback_of, compare, table, writ
 from maskpro_lightning.commands.plan import Strategy, plan
 from maskpro_lightning.files.checkpoint import weights_in
 from maskpro_lightning.files.export import Format, export_sparse
-from maskpro_lightning.files.whole import write_text
 from maskpro_lightning.fit.callback import MaskProCallback
+from maskpro_lightning.tracking.configuration import SaveConfig
 from maskpro_lightning.tracking.credentials import without_credentials
 from maskpro_lightning.tracking.loggers import Tracking
 from maskpro_lightning.tracking.mlflow_run import log_model
@@ -70,29 +70,6 @@ class SaveTheEnd(Callback):
             return
         if saver._last_global_step_saved != trainer.global_step:
             saver._save_topk_checkpoint(trainer, saver._monitor_candidates(trainer))
-
-
-class SaveConfig(SaveConfigCallback):
-    """Keeps a run's configuration where its loggers keep files.
-
-    Lightning's own wants a folder, which an MLflow run on a database or a server does not have.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
-
-    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        config = without_credentials(self.parser.dump(self.config, skip_none=False))
-        for logger in trainer.loggers:
-            if type(logger).__name__ == "MLFlowLogger":
-                logger.experiment.log_text(logger.run_id, config, "config.yaml")
-            elif logger.log_dir is not None:
-                Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
-                write_text(Path(logger.log_dir, "config.yaml"), config)
 
 
 class _Built(LightningCLI):

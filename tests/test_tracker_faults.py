@@ -36,8 +36,9 @@ from test_mlflow import FIGURES, FILES, Store, told
 from torch import nn
 
 from maskpro_lightning import NMPattern, save_masks
-from maskpro_lightning.cli import SaveConfig, _tell_mlflow, main
+from maskpro_lightning.cli import _tell_mlflow, main
 from maskpro_lightning.files.export import save_distributions
+from maskpro_lightning.tracking.configuration import SaveConfig
 from maskpro_lightning.tracking.credentials import without_credentials
 from maskpro_lightning.tracking.delivery import send
 from maskpro_lightning.tracking.runs import UNSENT

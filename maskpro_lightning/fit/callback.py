@@ -23,6 +23,7 @@ from maskpro_lightning.fit.best import BestMask, MonitorMode
 from maskpro_lightning.fit.distillation import Distillation
 from maskpro_lightning.fit.passes import Passes
 from maskpro_lightning.fit.patches import Patches
+from maskpro_lightning.fit.quiet import quiet
 from maskpro_lightning.fit.start import Init
 from maskpro_lightning.fit.traceless import traceless
 from maskpro_lightning.masks.pattern import NMPattern
@@ -102,7 +103,7 @@ class MaskProCallback(pl.Callback):
 
     def __init__(
         self,
-        pattern: str | NMPattern = "2:4",
+        pattern: str | int | NMPattern = "2:4",  # an int from YAML, see NMPattern.parse
         *,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
@@ -175,6 +176,7 @@ class MaskProCallback(pl.Callback):
         self._targets: list[Target] = []
         self._patches = Patches()
         self._backward = ExitStack()
+        self._quiet = ExitStack()
         self._tracking: Tracking | None = None
 
     def __repr__(self) -> str:
@@ -208,6 +210,7 @@ class MaskProCallback(pl.Callback):
         self._trainer, self._module = trainer, pl_module
         self._stand_in(trainer, pl_module)
         self._fitting = True
+        self._quiet.enter_context(quiet(trainer))
 
     def _stand_in(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         """Put methods of ours in the place of the module's and the strategy's."""
@@ -292,6 +295,7 @@ class MaskProCallback(pl.Callback):
             self._window.clear()
             self._logged_before.clear()
             self._backward.close()
+            self._quiet.close()
             self._fitting = False
             # All that leads to the trainer, so that the callback can be copied and pickled.
             self._tracking = None

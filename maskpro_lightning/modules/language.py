@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchmetrics.text import Perplexity
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from maskpro_lightning.catalog import resolve
 from maskpro_lightning.modules.python_docs import python_docs
+from maskpro_lightning.progress import progress
 
 
 class CausalLM(pl.LightningModule):
@@ -243,7 +243,6 @@ def pack(
     Raises:
         ValueError: the texts give fewer than ``count`` sequences, or none.
     """
-    bar = tqdm(total=count, desc="Packing text", unit="sequence", leave=False)
 
     def sequences() -> Iterator[list[int]]:
         tokens: list[int] = []
@@ -251,12 +250,10 @@ def pack(
             tokens += tokenizer(text, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
             whole = len(tokens) // length
             for i in range(whole):
-                bar.update()
                 yield tokens[i * length : (i + 1) * length]
             tokens = tokens[whole * length :]
 
-    packed = list(islice(sequences(), count))
-    bar.close()
+    packed = list(progress(islice(sequences(), count), "Packing text", count))
     if not packed or (count is not None and len(packed) < count):
         raise ValueError(
             f"The texts give {len(packed)} sequences of {length} tokens, but {count} were asked "

@@ -12,11 +12,11 @@ from datasets import load_dataset
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
-from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from maskpro_lightning.catalog import resolve
 from maskpro_lightning.modules.language import ResumableLoader, pretrained
+from maskpro_lightning.progress import progress
 
 
 class ImageClassifier(pl.LightningModule):
@@ -143,7 +143,7 @@ class ImageData(pl.LightningDataModule):
             streaming=True,
         ).shuffle(seed=settings["seed"], buffer_size=settings["shuffle_buffer"])
         columns = settings["image_column"], settings["label_column"]
-        bar = tqdm(stream.take(count), f"Fetching images ({part})", count, leave=False)
+        bar = progress(stream.take(count), f"Fetching images ({part})", count)
         rows = [tuple(row[column] for column in columns) for row in bar]
         if len(rows) < count:
             raise ValueError(
