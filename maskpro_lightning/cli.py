@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,15 +19,19 @@ from torch import Tensor
 
 from maskpro_lightning.catalog import recipes
 from maskpro_lightning.commands import measure, plain
-from maskpro_lightning.commands.compare import callback_of, compare, table, write_csv
+from maskpro_lightning.commands.compare import Row, callback_of, compare, table, write_csv
 from maskpro_lightning.commands.plan import Strategy, plan
 from maskpro_lightning.files.checkpoint import weights_in
 from maskpro_lightning.files.export import Format, export_sparse
 from maskpro_lightning.fit.callback import MaskProCallback
+from maskpro_lightning.fit.quiet import silence
+from maskpro_lightning.tracking.comparison import log_comparison
 from maskpro_lightning.tracking.configuration import SaveConfig
 from maskpro_lightning.tracking.credentials import without_credentials
+from maskpro_lightning.tracking.database import make_database
 from maskpro_lightning.tracking.loggers import Tracking
-from maskpro_lightning.tracking.mlflow_run import log_model
+from maskpro_lightning.tracking.mlflow_model import log_model
+from maskpro_lightning.tracking.runs import read_run
 from maskpro_lightning.weights.targets import find_targets
 
 
@@ -39,6 +44,7 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = _named(sys.argv[1:] if args is None else args)
     if plain.main(arguments):
         return
+    silence()
     command = arguments[0]
     own = {
         "compare": _compare,
@@ -52,9 +58,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if command in own:
         own[command]()
     else:
-        LightningCLI(
-            save_config_callback=SaveConfig, trainer_defaults={"callbacks": [SaveTheEnd()]}
-        )
+        _Command(save_config_callback=SaveConfig, trainer_defaults={"callbacks": [SaveTheEnd()]})
 
 
 class SaveTheEnd(Callback):
@@ -72,10 +76,34 @@ class SaveTheEnd(Callback):
             saver._save_topk_checkpoint(trainer, saver._monitor_candidates(trainer))
 
 
-class _Built(LightningCLI):
+class _Command(LightningCLI):
+    """Gets MLflow ready before its loggers are made."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        given = config["trainer"]["logger"]
+        for logger in given if isinstance(given, list) else [given]:
+            if getattr(logger, "class_path", "").endswith(".MLFlowLogger"):
+                _prepare(logger["init_args"], self.subcommand or self.name, config.get("ckpt_path"))
+
+    #: The command, where it is not one of Lightning's.
+    name = ""
+
+
+def _prepare(init_args: Any, command: str, checkpoint: str | None) -> None:
+    """Make an MLflow database, and let a run's name say which command it is of."""
+    make_database(init_args.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI", ""))
+    fits = "resumed" if checkpoint else None
+    what = {"fit": fits, "compare": "maskpro"}.get(command, command)
+    if init_args.get("run_name") is not None and what is not None:
+        init_args["run_name"] = f"{init_args['run_name']} {what}"
+
+
+class _Built(_Command):
     """Builds model, data and trainer from a recipe and runs nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         super().__init__(run=False, save_config_callback=SaveConfig)
 
     @property
@@ -168,7 +196,13 @@ class _AfterFit(_WithCheckpoint):
             raise SystemExit("--log_model and --registered_name need an MLFlowLogger.")
         model = getattr(self.model, "model", self.model)
         tokenizer = getattr(self.datamodule, "tokenizer", None)
-        uri = log_model(loggers[0], model, tokenizer, self.config["registered_name"])
+        uri = log_model(
+            loggers[0],
+            model,
+            tokenizer,
+            self.config["registered_name"],
+            str(self.callback.pattern),
+        )
         console.print(f"MLflow model: {uri}", soft_wrap=True)
 
 
@@ -211,7 +245,7 @@ def _plan() -> None:
 
 
 def _compare() -> None:
-    cli = _AfterFit()
+    cli = _AfterFit("compare")
     console = Console()
     rows = compare(cli.trainer, cli.model, cli.datamodule)
     folder = cli.export()
@@ -219,17 +253,39 @@ def _compare() -> None:
     for path in (folder / "comparison.csv", tracking.folder() / "comparison.csv"):
         write_csv(rows, path)
     tracking.file(path)
+    _show_comparison(cli, tracking, rows)
     console.print(table(rows, f"{cli.callback.pattern} masks of {cli.model.hparams.get('model')}"))
     console.print(f"Sparse model: {folder}", soft_wrap=True)
     cli.log_model(console)
     _tell_mlflow(cli, console)
 
 
+def _show_comparison(cli: _AfterFit, tracking: Tracking, rows: Sequence[Row]) -> None:
+    """Log each mask as a run, and draw validations anew, beside what they are compared with."""
+    numbers = {
+        row.mask: row.metrics | {"sparsity": row.sparsity, "seconds": row.seconds} for row in rows
+    }
+
+    def log(logger: Any) -> None:
+        name = f"{(logger._run_name or 'maskpro').removesuffix(' maskpro')} compare"
+        log_comparison(logger, numbers, str(cli.callback.pattern), name, "maskpro")
+
+    tracking.each("MLFlowLogger", log)
+    try:
+        from maskpro_lightning.tracking import plots
+
+        drawn = plots.figures(read_run(tracking.folder())).get("validation")
+    except (ModuleNotFoundError, ValueError):
+        return
+    if drawn is not None:
+        tracking.figure(tracking.folder() / "validation.png", drawn)
+
+
 def _evaluate() -> None:
     from maskpro_lightning.commands import evaluate
     from maskpro_lightning.modules.language import CausalLM
 
-    cli = _Evaluated()
+    cli = _Evaluated("evaluate")
     sparse, data, window = cli.checkpoint(), cli.datamodule, cli.config["window"]
     targets = find_targets(
         cli.model, cli.callback.pattern, cli.callback.include, cli.callback.exclude
@@ -237,13 +293,24 @@ def _evaluate() -> None:
     sets = {"held-out": data}
     if cli.config["wikitext2"] is not None and isinstance(cli.model, CausalLM):
         name = f"WikiText-2 (windows of {window})"
-        sets[name] = evaluate.wikitext2(data.tokenizer, cli.config["wikitext2"], window)
+        try:
+            sets[name] = evaluate.wikitext2(data.tokenizer, cli.config["wikitext2"], window)
+        except OSError as error:  # no network is one, and what is on no disk
+            if cli.config["wikitext2"] != evaluate.WIKITEXT2:
+                raise SystemExit(
+                    f"{cli.config['wikitext2']!r} could not be read: {error}. Give --wikitext2 a "
+                    f"folder of its layout, or null to leave it out."
+                ) from None
+            print(
+                f"WikiText-2 is left out, it could not be fetched: {_first_line(error)}. Give "
+                f"--wikitext2 a folder of its layout, or null to leave it out at once."
+            )
     found = evaluate.side_by_side(cli.trainer, cli.model, targets, sets, sparse)
     Console().print(evaluate.table(found, str(cli.model.hparams.get("model"))))
 
 
 def _export() -> None:
-    cli = _AfterFit()
+    cli = _AfterFit("export")
     state = cli.checkpoint()
     if state is None:
         raise SystemExit("maskpro export needs --ckpt_path, a checkpoint of the fit.")
@@ -254,7 +321,7 @@ def _export() -> None:
 
 
 def _measure() -> None:
-    cli = _Measured()
+    cli = _Measured("measure")
     callback, device = cli.callback, cli.trainer.strategy.root_device
     targets = find_targets(cli.model, "2:4", callback.include, callback.exclude)
     dtype = getattr(torch, cli.config["dtype"])
@@ -262,6 +329,10 @@ def _measure() -> None:
     console = Console()
     console.print(measure.table(found))
     console.print(measure.conclusion(found), soft_wrap=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _tell_mlflow(cli: LightningCLI, console: Console) -> None:

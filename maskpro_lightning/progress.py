@@ -46,13 +46,13 @@ def _with_lines(items: Iterable[_T], title: str, total: int | None) -> Iterator[
     due = start + _FIRST
     for done, item in enumerate(items):
         now = time.monotonic()
-        if now >= due:
+        if done and now >= due:
             sys.stderr.write(f"{title}: {_how_far(done, total, now - start)}\n")
             due = now + _BETWEEN
         yield item
 
 
 def _how_far(done: int, total: int | None, seconds: float) -> str:
-    if total is None or not done:
+    if total is None:
         return f"{done} after {seconds:.0f} s"
     return f"{done} of {total}, about {seconds * (total - done) / done:.0f} s left"

@@ -17,6 +17,7 @@ from maskpro_lightning import SaveConfig
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 CONFIG = """
+seed_everything: 0
 trainer:
   accelerator: cpu
   devices: 1

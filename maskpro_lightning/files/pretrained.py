@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,10 @@ def save_beside(model: Any, folder: Path) -> None:
     A generation config is written as it is. transformers refuses one that sets what sampling alone
     uses, as published ones do, by which a fit would be lost.
     """
+    logging: Any = import_module("transformers.utils.logging")
     config = getattr(model, "generation_config", None)
-    kind = type(config)
+    kind, bars = type(config), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of weights, which there are none of
     try:
         if config is not None:
             config.__class__ = type(kind.__name__, (kind,), {"validate": lambda *_, **__: None})
@@ -86,6 +89,8 @@ def save_beside(model: Any, folder: Path) -> None:
     finally:
         if config is not None:
             config.__class__ = kind
+        if bars:
+            logging.enable_progress_bar()
 
 
 def names_in(model: Any, name: str, state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -469,14 +469,6 @@ class MaskProCallback(pl.Callback):
             self._journal.layers(layers)
             self._journal.validation(trainer.global_step, logged)
             self._best.judge(logged, trainer, pl_module, self._optimizer)
-            self._tracker.metrics(
-                {
-                    # A tracker may take a slash for a folder, and leave it by "..".
-                    f"maskpro/{name}/{layer.replace('/', '.')}": value
-                    for layer, found in layers.items()
-                    for name, value in found.items()
-                }
-            )
         self._optimizer.write("drawn")
 
     def _state_dict(self) -> dict[str, Any]:
@@ -581,6 +573,12 @@ class MaskProCallback(pl.Callback):
             **asdict(self._optimizer.estimator),
             "lr": self._optimizer.estimator.rule()["lr"],
             "seed": self.seed,
+            "include": list(self.include or ()),
+            "exclude": list(self.exclude),
+            "memory": self.memory,
+            "logits_dtype": self.logits_dtype,
+            "distillation": repr(self.distillation) if self.distillation else None,
+            "monitor": self.monitor,
             "layers": len(self._targets),
             "masked_weights": masked,
             "masked_share": round(masked / total, 4),

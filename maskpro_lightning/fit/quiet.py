@@ -13,6 +13,12 @@ _AS_IT_SHOULD_BE = (
 )
 
 
+def silence() -> None:
+    """Silence warnings that tell nothing, for good."""
+    for message in _AS_IT_SHOULD_BE:
+        warnings.filterwarnings("ignore", message)
+
+
 @contextmanager
 def quiet(trainer: Any) -> Iterator[None]:
     """For the length of a fit, silence warnings that tell nothing, and an epoch "0/-2".
@@ -23,8 +29,7 @@ def quiet(trainer: Any) -> Iterator[None]:
     describe: Any = getattr(bar, "_get_train_description", None)
     endless = trainer.max_epochs == -1 and describe is not None
     with warnings.catch_warnings():
-        for message in _AS_IT_SHOULD_BE:
-            warnings.filterwarnings("ignore", message)
+        silence()
         if endless:
             bar._get_train_description = lambda epoch: describe(epoch).replace("/-2", "")
         try:

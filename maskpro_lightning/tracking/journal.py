@@ -16,7 +16,7 @@ from maskpro_lightning.optim.masked_weight import Version
 from maskpro_lightning.optim.optimizer import MaskPro
 from maskpro_lightning.tracking.loggers import Tracking
 from maskpro_lightning.tracking.metrics import histograms
-from maskpro_lightning.tracking.runs import HISTORY, PARAMETERS, Run
+from maskpro_lightning.tracking.runs import HISTORY, PARAMETERS, Run, title_of
 
 _log = logging.getLogger(__name__)
 # Longer histories keep every other row, so that a run of any length fits in memory.
@@ -32,6 +32,7 @@ class Journal:
     def __init__(self) -> None:
         self._folder = Path("maskpro")
         self._keeps = self._writes = False
+        self._parameters: dict[str, Any] = {}
         self._rows: list[dict[str, float]] = []
         self._layers: dict[str, dict[str, float]] = {}
         self._validation: list[dict[str, float]] = []
@@ -42,10 +43,13 @@ class Journal:
 
     def parameters(self, parameters: Mapping[str, Any], tracking: Tracking) -> None:
         """Log a fit's parameters, and keep them in the folder."""
-        tracking.parameters(parameters)
+        found = {**parameters, **tracking.circumstances()}
+        self._parameters = {k: v for k, v in found.items() if v is not None and v != []}
+        tracking.parameters(self._parameters)
         if self._writes:
-            path = self._folder / PARAMETERS
-            tracking.write(path, lambda: write_text(path, json.dumps(parameters, indent=2)))
+            path, text = self._folder / PARAMETERS, json.dumps(self._parameters, indent=2)
+            if tracking.write(path, lambda: write_text(path, text)):
+                tracking.file(path)
 
     def step(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a row to the history."""
@@ -89,7 +93,8 @@ class Journal:
             tracking.file(path)
         if not self._rows:
             return
-        run = Run(self._rows, self._layers, found, self._validation)
+        title = title_of(self._parameters, self._folder)
+        run = Run(self._rows, self._layers, found, self._validation, title=title)
         tables: list[Path] = []
         tracking.write(history, lambda: tables.extend(run.write(self._folder)))
         for path in tables:
