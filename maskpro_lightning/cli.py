@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,18 +21,21 @@ from torch import Tensor
 from maskpro_lightning.catalog import recipes
 from maskpro_lightning.commands import measure, plain
 from maskpro_lightning.commands.compare import Row, callback_of, compare, table, write_csv
+from maskpro_lightning.commands.options import HELP
 from maskpro_lightning.commands.plan import Strategy, plan
+from maskpro_lightning.files.card import Card, push, write_card
 from maskpro_lightning.files.checkpoint import weights_in
 from maskpro_lightning.files.export import Format, export_sparse
 from maskpro_lightning.fit.callback import MaskProCallback
 from maskpro_lightning.fit.quiet import silence
-from maskpro_lightning.tracking.comparison import log_comparison
+from maskpro_lightning.tracking.comparison import log_comparison, markdown
 from maskpro_lightning.tracking.configuration import SaveConfig
 from maskpro_lightning.tracking.credentials import without_credentials
 from maskpro_lightning.tracking.database import make_database
 from maskpro_lightning.tracking.loggers import Tracking
 from maskpro_lightning.tracking.mlflow_model import log_model
-from maskpro_lightning.tracking.runs import read_run
+from maskpro_lightning.tracking.result import read_result
+from maskpro_lightning.tracking.runs import parameters_of, read_run
 from maskpro_lightning.weights.targets import find_targets
 
 
@@ -45,6 +49,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if plain.main(arguments):
         return
     silence()
+    arguments = ["--help" if word == "--help_all" else word for word in arguments]
     command = arguments[0]
     own = {
         "compare": _compare,
@@ -116,8 +121,10 @@ class _Measured(_Built):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         sizes, dtypes = list[PositiveInt], Literal["bfloat16", "float16", "float32"]
-        parser.add_argument("--batch_sizes", type=sizes, default=[1, 16, 256, 4096])
-        parser.add_argument("--dtype", type=dtypes, default="bfloat16")
+        told = HELP["measure"]
+        default = [1, 16, 256, 4096]
+        parser.add_argument("--batch_sizes", type=sizes, default=default, help=told["batch_sizes"])
+        parser.add_argument("--dtype", type=dtypes, default="bfloat16", help=told["dtype"])
 
 
 class _WithCheckpoint(_Built):
@@ -144,13 +151,11 @@ class _Evaluated(_WithCheckpoint):
         from maskpro_lightning.commands.evaluate import WIKITEXT2
 
         super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--wikitext2",
-            type=str | None,
-            default=WIKITEXT2,
-            help="Hub name or folder of WikiText; null leaves it out.",
-        )
-        parser.add_argument("--window", type=PositiveInt, default=2048, help="Tokens of a window.")
+        told, text, count = HELP["evaluate"], str | None, PositiveInt | None
+        parser.add_argument("--wikitext2", type=text, default=WIKITEXT2, help=told["wikitext2"])
+        parser.add_argument("--window", type=PositiveInt, default=2048, help=told["window"])
+        parser.add_argument("--tasks", type=text, default=None, help=told["tasks"])
+        parser.add_argument("--limit", type=count, default=None, help=told["limit"])
 
 
 class _AfterFit(_WithCheckpoint):
@@ -158,18 +163,17 @@ class _AfterFit(_WithCheckpoint):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--output", type=str, default="sparse-model", help="Folder to write.")
-        parser.add_argument("--format", type=Format, default="auto", help="See export_sparse.")
-        parser.add_argument("--max_shard_size", type=str, default="5GB", help="Of a file, at most.")
-        parser.add_argument(
-            "--log_model", type=bool, default=False, help="Keep the model in MLflow's run too."
-        )
-        parser.add_argument(
-            "--registered_name",
-            type=str | None,
-            default=None,
-            help="Name to register it in MLflow.",
-        )
+        told, text = HELP["export"], str | None
+        for name, type_, default in (
+            ("output", str, "sparse-model"),
+            ("format", Format, "auto"),
+            ("max_shard_size", str, "5GB"),
+            ("log_model", bool, False),
+            ("registered_name", text, None),
+            ("push_to_hub", text, None),
+            ("private", bool, False),
+        ):
+            parser.add_argument(f"--{name}", type=type_, default=default, help=told[name])
 
     def export(self) -> Path:
         callback, output = self.callback, self.config["output"]
@@ -186,6 +190,30 @@ class _AfterFit(_WithCheckpoint):
             if hasattr(self.datamodule, name) and (folder / "config.json").exists():
                 getattr(self.datamodule, name).save_pretrained(folder)
         return folder.absolute()
+
+    def publish(self, folder: Path, console: Console, results: str) -> None:
+        """Write the model card, and upload the folder if that was asked for."""
+        name, base = self.config["push_to_hub"], self.model.hparams.get("model")
+        run = _run_of(self.config.get("ckpt_path"))
+        method = parameters_of(run) if run is not None else {}
+        source = getattr(self.datamodule, "hparams", {}).get("source")
+        words = ["maskpro", self.name, *sys.argv[1:]]
+        card = Card(
+            name or folder.name,
+            str(self.callback.pattern),
+            base_model=str(base or ""),
+            data=str(source or ""),
+            results=results,
+            method={k: v for k, v in method.items() if k not in ("model", "pattern")},
+            command=without_credentials(shlex.join(words)),
+        )
+        write_card(folder, card)
+        console.print(f"Sparse model: {folder}", soft_wrap=True)
+        if name is not None:
+            try:
+                console.print(f"On the Hub: {push(folder, name, private=self.config['private'])}")
+            except ValueError as error:
+                raise SystemExit(str(error)) from None
 
     def log_model(self, console: Console) -> None:
         """Keep the sparse model in MLflow, if that was asked for."""
@@ -215,8 +243,17 @@ class _BeforeFit(LightningCLI):
             super().__init__(run=False, save_config_callback=None)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--devices", type=int, default=1, help="Number of ranks.")
-        parser.add_argument("--strategy", type=Strategy, default="fsdp2", help="How to shard.")
+        told = HELP["plan"]
+        parser.add_argument("--devices", type=int, default=1, help=told["devices"])
+        parser.add_argument("--strategy", type=Strategy, default="fsdp2", help=told["strategy"])
+
+
+_COST = {
+    "policy": "A step costs up to 2 forward passes of a batch: under the drawn mask, and under the "
+    "initial one where the batch is new.",
+    "straight_through": "A step costs 3 forward passes of a batch: one, and a backward pass, that "
+    "counts as two.",
+}
 
 
 def _plan() -> None:
@@ -238,10 +275,11 @@ def _plan() -> None:
     parts |= {} if found.activations is None else {"activations (estimate)": found.activations}
     rows = Table(title=f"One of {cli.config['devices']} ranks, {cli.config['strategy']}")
     rows.add_column("what")
-    rows.add_column("bytes", justify="right")
+    rows.add_column("GB", justify="right")
     for name, size in {**parts, "together": found.total}.items():
-        rows.add_row(name, f"{size:,}")
-    Console().print(rows, f"Forward passes per step: {found.forwards}")
+        rows.add_row(name, f"{size / 1e9:,.3f}", style="bold" if name == "together" else None)
+    console = Console()
+    console.print(rows, "GB are 10^9 bytes.", f"{_COST[callback.rule['estimator']]}", sep="\n")
 
 
 def _compare() -> None:
@@ -255,16 +293,20 @@ def _compare() -> None:
     tracking.file(path)
     _show_comparison(cli, tracking, rows)
     console.print(table(rows, f"{cli.callback.pattern} masks of {cli.model.hparams.get('model')}"))
-    console.print(f"Sparse model: {folder}", soft_wrap=True)
+    cli.publish(folder, console, markdown(_numbers(rows)))
     cli.log_model(console)
     _tell_mlflow(cli, console)
 
 
-def _show_comparison(cli: _AfterFit, tracking: Tracking, rows: Sequence[Row]) -> None:
-    """Log each mask as a run, and draw validations anew, beside what they are compared with."""
-    numbers = {
+def _numbers(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    return {
         row.mask: row.metrics | {"sparsity": row.sparsity, "seconds": row.seconds} for row in rows
     }
+
+
+def _show_comparison(cli: _AfterFit, tracking: Tracking, rows: Sequence[Row]) -> None:
+    """Log each mask as a run, and draw validations anew, beside what they are compared with."""
+    numbers = _numbers(rows)
 
     def log(logger: Any) -> None:
         name = f"{(logger._run_name or 'maskpro').removesuffix(' maskpro')} compare"
@@ -305,7 +347,16 @@ def _evaluate() -> None:
                 f"WikiText-2 is left out, it could not be fetched: {_first_line(error)}. Give "
                 f"--wikitext2 a folder of its layout, or null to leave it out at once."
             )
-    found = evaluate.side_by_side(cli.trainer, cli.model, targets, sets, sparse)
+    tasks = cli.config["tasks"]
+    measured = None
+    if tasks is not None:
+        from maskpro_lightning.commands.tasks import on_tasks
+
+        if not isinstance(cli.model, CausalLM):
+            raise SystemExit("--tasks needs a causal language model, CausalLM.")
+        names, limit = tasks.split(","), cli.config["limit"]
+        measured = lambda: on_tasks(cli.model.model, data.tokenizer, names, limit)  # noqa: E731
+    found = evaluate.side_by_side(cli.trainer, cli.model, targets, sets, sparse, measured)
     Console().print(evaluate.table(found, str(cli.model.hparams.get("model"))))
 
 
@@ -316,8 +367,16 @@ def _export() -> None:
         raise SystemExit("maskpro export needs --ckpt_path, a checkpoint of the fit.")
     cli.model.load_state_dict(state)
     console = Console()
-    console.print(f"Sparse model: {cli.export()}", soft_wrap=True)
+    run = _run_of(cli.config["ckpt_path"])
+    found = None if run is None else read_result(run)
+    cli.publish(cli.export(), console, "" if found is None else found.markdown())
     cli.log_model(console)
+
+
+def _run_of(checkpoint: str | None) -> Path | None:
+    """The folder of the callback's files in the run that wrote a checkpoint."""
+    folders = [] if checkpoint is None else list(Path(checkpoint).absolute().parents)[:3]
+    return next((each / "maskpro" for each in folders if (each / "maskpro").is_dir()), None)
 
 
 def _measure() -> None:

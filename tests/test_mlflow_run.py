@@ -274,9 +274,7 @@ def test_a_server_holds_a_run_that_is_resumed_and_its_model(
     (version,) = client.search_model_versions("name='tiny'")
     assert version.run_id == run_id
     assert version.tags["maskpro.pattern"] == "2:4"
-    assert "Logged by run a fit" in version.description
-    (model,) = client.search_logged_models(["1"])
-    assert (model.name, model.tags["maskpro.pattern"]) == ("a-fit-sparse-2-4", "2:4")
+    assert [m.name for m in client.search_logged_models(["1"])] == ["a-fit-sparse-2-4"]
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(server)
     try:
@@ -297,7 +295,6 @@ def test_any_module_is_logged_as_a_model_of_pytorch(
 
     from maskpro_lightning.tracking.mlflow_model import log_model
 
-    before = mlflow.get_tracking_uri()
     logger = Logger(
         "any",
         tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
@@ -312,6 +309,7 @@ def test_any_module_is_logged_as_a_model_of_pytorch(
     ):
         logger.experiment.log_metric(logger.run_id, name, value, step=step)
     logger.experiment.set_tag(logger.run_id, "mlflow.note.content", "| a table |")
+    before = mlflow.get_tracking_uri()
     # As after mlflow.set_experiment, with which no run of another experiment can be started.
     monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", "another")
     uri = log_model(logger, module, registered_name="net", pattern="2:4")

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from datasets import Dataset, load_dataset
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -200,15 +199,16 @@ class TextData(pl.LightningDataModule):
 
     def _texts(self, split: str) -> Iterable[str]:
         if self.hparams["source"] == "python-docs":
-            rows = Dataset.from_dict({"text": python_docs(split)})  # type: ignore[arg-type]
-        else:
-            rows = load_dataset(
-                self.hparams["source"],
-                self.hparams["name"],
-                data_files=self.hparams["data_files"],
-                split=split,
-                streaming=True,
-            )
+            return iter(python_docs(split))
+        from datasets import load_dataset
+
+        rows = load_dataset(
+            self.hparams["source"],
+            self.hparams["name"],
+            data_files=self.hparams["data_files"],
+            split=split,
+            streaming=True,
+        )
         return (row[self.hparams["text_column"]] for row in rows)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from datasets import load_dataset
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
@@ -135,6 +134,8 @@ class ImageData(pl.LightningDataModule):
 
     def _images(self, part: str) -> _Images:
         settings, count = self.hparams, self.hparams[f"{part}_images"]
+        from datasets import load_dataset
+
         stream = load_dataset(
             settings["source"],
             settings["name"],

@@ -84,7 +84,7 @@ def read_run(folder: Path) -> Run:
         groups,
         read_rows(folder / "validation.csv"),
         dict(_named(folder / "comparison.csv", "mask")),
-        title_of(_parameters(folder), folder),
+        title_of(parameters_of(folder), folder),
     )
 
 
@@ -128,7 +128,8 @@ def read_rows(path: Path) -> list[Row]:
     return [row for _, row in _named(path, None)]
 
 
-def _parameters(folder: Path) -> dict[str, Any]:
+def parameters_of(folder: Path) -> dict[str, Any]:
+    """The parameters that a run's folder holds; none if it holds none that can be read."""
     try:
         found = json.loads((folder / PARAMETERS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
