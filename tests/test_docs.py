@@ -33,7 +33,7 @@ def commands() -> set[str]:
 
 def test_pages_are_listed_and_found() -> None:
     index = PAGES["README.md"].read_text()
-    assert len(WITH_CODE) == 7
+    assert len(WITH_CODE) == 8
     for name in PAGES.keys() - {"README.md", "recipes"}:
         assert f"]({name})" in index, name
 
