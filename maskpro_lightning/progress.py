@@ -42,11 +42,12 @@ def _is_free_terminal() -> bool:
 
 
 def _with_lines(items: Iterable[_T], title: str, total: int | None) -> Iterator[_T]:
-    start = time.monotonic()
-    due = start + _FIRST
+    start = due = 0.0
     for done, item in enumerate(items):
         now = time.monotonic()
-        if done and now >= due:
+        if not done:  # what comes before the first one says nothing about the others
+            start, due = now, now + _FIRST
+        if now >= due:
             sys.stderr.write(f"{title}: {_how_far(done, total, now - start)}\n")
             due = now + _BETWEEN
         yield item

@@ -65,10 +65,10 @@ def test_a_file_a_notebook_and_rich_get_whole_lines(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", stream)
     assert len(list(progress(range(16), "Working", 16))) == 16
-    lines = ["Working: 2 of 16, about 21 s left\n", "Working: 12 of 16, about 4 s left\n"]
+    lines = ["Working: 3 of 16, about 13 s left\n", "Working: 13 of 16, about 3 s left\n"]
     assert stream.writes == lines
-    list(progress(iter(range(3)), "Searching"))
-    assert stream.writes[2:] == ["Searching: 2 after 3 s\n"]
+    list(progress(iter(range(4)), "Searching"))
+    assert stream.writes[2:] == ["Searching: 3 after 3 s\n"]
 
 
 def test_a_terminal_gets_a_bar_that_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,4 +87,4 @@ def test_rich_prints_the_lines_above_its_own_bars(clock: Any) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     with Progress(console=console, redirect_stderr=True):
         list(progress(range(4), "Working", 4))
-    assert "Working: 2 of 4, about 3 s left\n" in console.file.getvalue()
+    assert "Working: 3 of 4, about 1 s left\n" in console.file.getvalue()
