@@ -405,7 +405,10 @@ def _tell_mlflow(cli: LightningCLI, console: Console) -> None:
                 python = python.relative_to(Path.cwd())
             uri = without_credentials(uri)
             console.print(
-                f"MLflow: {python} -m mlflow ui --backend-store-uri {uri}", soft_wrap=True
+                f"MLflow: {python} -m mlflow ui --backend-store-uri {uri}, then open\n"
+                f"http://127.0.0.1:5000/#/experiments/{logger.experiment_id}/runs"
+                f"?workflowType=machine_learning",
+                soft_wrap=True,
             )
 
 

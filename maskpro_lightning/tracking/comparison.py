@@ -13,7 +13,9 @@ _PREFIX = "compare"
 def log_comparison(
     logger: Any, rows: Mapping[str, Mapping[str, float]], pattern: str, name: str, learned: str
 ) -> None:
-    """Log rows so that they can be sorted and drawn as bars: metrics ``compare/…`` of each run.
+    """Log rows so that they can be sorted and drawn: metrics ``compare/…`` of each mask's run.
+
+    The run above all has them side by side, as ``METRIC/MASK``.
 
     Args:
         logger: An MLFlowLogger, whose run is that of the learned mask.
@@ -27,8 +29,10 @@ def log_comparison(
     above = parent_run()
     tags |= {} if above in (None, logger.run_id) else {"mlflow.parentRunId": above}
     tags["mlflow.note.content"] = markdown(rows)
-    parent = client.create_run(experiment, tags=tags).info.run_id
-    inputs = client.get_run(logger.run_id).inputs
+    fit = client.get_run(logger.run_id)
+    start, inputs = fit.info.start_time, fit.inputs
+    parent = client.create_run(experiment, start_time=start, tags=tags).info.run_id
+    _log_data(client, parent, inputs)
     for mask, numbers in rows.items():
         about = {"mlflow.parentRunId": parent, "maskpro.mask": mask, "maskpro.pattern": pattern}
         if mask == learned:
@@ -37,13 +41,18 @@ def log_comparison(
                 client.set_tag(run, key, value)
         else:
             run = client.create_run(experiment, tags={"mlflow.runName": mask, **about}).info.run_id
-            if inputs is not None and inputs.dataset_inputs:
-                client.log_inputs(run, datasets=inputs.dataset_inputs)
+            _log_data(client, run, inputs)
         for key, value in numbers.items():
             client.log_metric(run, f"{_PREFIX}/{key}", value)
+            client.log_metric(parent, f"{key}/{mask}", value)
         if mask != learned:
             client.set_terminated(run)
     client.set_terminated(parent)
+
+
+def _log_data(client: Any, run: str, inputs: Any) -> None:
+    if inputs is not None and inputs.dataset_inputs:
+        client.log_inputs(run, datasets=inputs.dataset_inputs)
 
 
 def markdown(rows: Mapping[str, Mapping[str, float]]) -> str:

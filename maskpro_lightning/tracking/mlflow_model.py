@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-import time
 from importlib import import_module
 from inspect import signature
 from typing import Any
 
 from torch import nn
+
+_RESULT = ("dense", "initial", "deployed", "gap_closed", "sparsity", "best_step")
 
 
 def log_model(
@@ -70,7 +71,7 @@ def log_model(
     finally:
         mlflow.set_tracking_uri(before)
         fluent._active_experiment_id = active
-    _log_result(client, run, info.model_id)
+    _log_numbers(client, run, info.model_id, kwargs["step"])
     if registered_name is not None:
         _describe(client, run, registered_name, info.registered_model_version, tags)
     return str(info.model_uri)
@@ -82,24 +83,33 @@ def _name(run: str | None, kind: str, pattern: str | None) -> str:
     return re.sub(r"[^\w-]+", "-", "-".join(parts)).strip("-")
 
 
-def _log_result(client: Any, run: Any, model_id: str) -> None:
-    """Let the model have the fit's result, whatever step it was logged at, and its data set."""
+def _log_numbers(client: Any, run: Any, model_id: str, best: int) -> None:
+    """Let the model have the fit's result and what was measured last until its mask's step.
+
+    Lightning counts the step of a validation from zero, so it is not of the step that MLflow takes.
+    """
     from mlflow.entities import Metric
 
     inputs = run.inputs.dataset_inputs if run.inputs is not None else []
     data: dict[str, Any] = {}
     if inputs:
         data = {"dataset_name": inputs[0].dataset.name, "dataset_digest": inputs[0].dataset.digest}
-    names = ("dense", "initial", "deployed", "gap_closed", "sparsity", "best_step")
-    now, known = int(time.time() * 1000), run.data.metrics
-    numbers = {f"maskpro/{name}": known.get(f"maskpro/{name}") for name in names}
-    found = [
-        Metric(name, value, now, 0, model_id=model_id, run_id=run.info.run_id, **data)
-        for name, value in numbers.items()
-        if value is not None
-    ]
+    found = []
+    for name in run.data.metrics:
+        result = name.removeprefix("maskpro/") in _RESULT
+        if not result and name.startswith(("maskpro/", "compare/", "system/")):
+            continue
+        points = client.get_metric_history(run.info.run_id, name)
+        point = max((p for p in points if result or p.step <= best), key=_when, default=None)
+        if point is not None and point.step != best:  # MLflow has taken that one
+            values = name, point.value, point.timestamp, point.step
+            found.append(Metric(*values, model_id=model_id, run_id=run.info.run_id, **data))
     if found:
         client.log_batch(run.info.run_id, metrics=found)
+
+
+def _when(point: Any) -> tuple[int, int]:
+    return point.step, point.timestamp
 
 
 def _describe(client: Any, run: Any, name: str, version: Any, tags: dict[str, str]) -> None:
