@@ -279,7 +279,7 @@ def _plan() -> None:
     for name, size in {**parts, "together": found.total}.items():
         rows.add_row(name, f"{size / 1e9:,.3f}", style="bold" if name == "together" else None)
     console = Console()
-    console.print(rows, "GB are 10^9 bytes.", f"{_COST[callback.rule['estimator']]}", sep="\n")
+    console.print(rows, "GB are 10^9 bytes.", f"{_COST[callback.estimator.name]}", sep="\n")
 
 
 def _compare() -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from modules import FAST, Net, loader, quiet_trainer
+from rules import mask_callback
 
-from maskpro_lightning import MaskProCallback
 from maskpro_lightning.files.checkpoint import weights_in
 
 
 def test_the_weights_are_those_that_a_fit_saved(tmp_path: Path) -> None:
     module = Net()
-    trainer = quiet_trainer(tmp_path, MaskProCallback(lr=FAST), max_steps=2)
+    trainer = quiet_trainer(tmp_path, mask_callback(lr=FAST), max_steps=2)
     trainer.fit(module, loader())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     found, expected = weights_in(tmp_path / "a.ckpt"), module.state_dict()

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar
 from modules import FAST, Net, loader, quiet_trainer
-
-from maskpro_lightning import MaskProCallback
+from rules import mask_callback
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -20,7 +19,7 @@ def test_a_fit_warns_of_nothing_that_is_as_it_should_be(
         def on_train_end(self) -> None:
             raise OSError("lost")
 
-    module, callback = (Failing if fails else Net)().eval(), MaskProCallback(lr=FAST)
+    module, callback = (Failing if fails else Net)().eval(), mask_callback(lr=FAST)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         before = list(warnings.filters)
@@ -40,7 +39,7 @@ def test_an_epoch_is_not_counted_towards_minus_two(
 ) -> None:
     bar = RichProgressBar()
     settings = {"max_steps": 2, "enable_progress_bar": True}
-    trainer = quiet_trainer(tmp_path, MaskProCallback(lr=FAST), bar, **settings)
+    trainer = quiet_trainer(tmp_path, mask_callback(lr=FAST), bar, **settings)
     trainer.fit(Net(), loader())
     shown = capsys.readouterr().out
     assert "Epoch 0" in shown

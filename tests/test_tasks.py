@@ -22,8 +22,8 @@ dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
-doc_to_choice: ["{{{{good}}}}", "{{{{bad}}}}"]
-doc_to_target: 0
+doc_to_choice: choices
+doc_to_target: label
 metric_list: [{{metric: acc}}]
 """
 
@@ -31,11 +31,11 @@ metric_list: [{{metric: acc}}]
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_in_memory_is_measured_on_a_task_of_ones_own(tmp_path: Path) -> None:
+    questions = ("The value is an", "A list of", "The function returns", "Turned round:")
+    answers = ("integer", "objects", "the", "the")
     rows = [
-        {"question": "The value is an", "good": " integer", "bad": " zqxj vkw"},
-        {"question": "A list of", "good": " objects", "bad": " zqxj vkw"},
-        {"question": "The function returns", "good": " the", "bad": " zqxj vkw"},
-        {"question": "Turned round:", "good": " zqxj vkw", "bad": " the"},
+        {"question": question, "choices": [answer, "zqxj vkw"], "label": int("Turned" in question)}
+        for question, answer in zip(questions, answers, strict=True)
     ]
     file = tmp_path / "rows.json"
     file.write_text("\n".join(map(json.dumps, rows)))

@@ -10,9 +10,10 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from modules import FAST, Net, loader, quiet_trainer
+from rules import mask_callback
 from safetensors.torch import save_file
 
-from maskpro_lightning import MaskProCallback, export_sparse
+from maskpro_lightning import export_sparse
 from maskpro_lightning.files.whole import whole
 
 
@@ -28,7 +29,7 @@ def test_every_file_of_a_fit_and_its_exports_has_the_mode_of_the_umask(
 ) -> None:
     module = Net()
     logger = CSVLogger(tmp_path)
-    trainer = quiet_trainer(tmp_path, MaskProCallback(lr=FAST), max_steps=2, logger=logger)
+    trainer = quiet_trainer(tmp_path, mask_callback(lr=FAST), max_steps=2, logger=logger)
     trainer.fit(module, loader())
     for file_format in ("safetensors", "compressed", "maskllm"):
         export_sparse(module, tmp_path / "out", file_format=file_format)
