@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", help="a CSV file of all rows")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable(logging.WARNING)
     found: list[tuple[str, Row]] = []
     failed: list[str] = []

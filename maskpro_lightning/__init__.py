@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from maskpro_lightning.masks.pattern import NMPattern
     from maskpro_lightning.optim.estimators import Policy, StraightThrough
     from maskpro_lightning.optim.optimizer import MaskPro
+    from maskpro_lightning.tracking.configuration import SaveConfig
     from maskpro_lightning.weights.adapters import merge_adapters
     from maskpro_lightning.weights.kept import keep_sparse
     from maskpro_lightning.weights.targets import find_targets, parameter_groups
@@ -25,6 +26,7 @@ __all__ = [
     "MaskProCallback",
     "NMPattern",
     "Policy",
+    "SaveConfig",
     "SparseFinetuning",
     "StraightThrough",
     "export_sparse",
@@ -43,6 +45,7 @@ _HOMES = {
     "MaskProCallback": "fit.callback",
     "NMPattern": "masks.pattern",
     "Policy": "optim.estimators",
+    "SaveConfig": "tracking.configuration",
     "SparseFinetuning": "fit.finetuning",
     "StraightThrough": "optim.estimators",
     "export_sparse": "files.export",

@@ -4,7 +4,7 @@ import sys
 
 from maskpro_lightning.commands import plain
 
-_EXTRAS = {"matplotlib": "plots", "mlflow": "mlflow"}
+_EXTRAS = {"lm_eval": "tasks", "matplotlib": "plots", "mlflow": "mlflow"}
 
 
 def main() -> None:

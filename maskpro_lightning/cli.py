@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,21 +13,30 @@ from typing import Any, Literal
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from maskpro_lightning.catalog import recipes
 from maskpro_lightning.commands import measure, plain
-from maskpro_lightning.commands.compare import callback_of, compare, table, write_csv
+from maskpro_lightning.commands.compare import Row, callback_of, compare, table, write_csv
+from maskpro_lightning.commands.options import HELP
 from maskpro_lightning.commands.plan import Strategy, plan
+from maskpro_lightning.files.card import Card, push, write_card
+from maskpro_lightning.files.checkpoint import weights_in
 from maskpro_lightning.files.export import Format, export_sparse
 from maskpro_lightning.fit.callback import MaskProCallback
 from maskpro_lightning.fit.finetuning import SparseFinetuning
+from maskpro_lightning.fit.quiet import silence
+from maskpro_lightning.tracking.comparison import log_comparison, markdown
+from maskpro_lightning.tracking.configuration import SaveConfig
 from maskpro_lightning.tracking.credentials import without_credentials
+from maskpro_lightning.tracking.database import make_database
 from maskpro_lightning.tracking.loggers import Tracking
-from maskpro_lightning.tracking.mlflow_run import log_model
+from maskpro_lightning.tracking.mlflow_model import log_model
+from maskpro_lightning.tracking.result import read_result
+from maskpro_lightning.tracking.runs import parameters_of, read_run
 from maskpro_lightning.weights.targets import find_targets
 
 
@@ -38,6 +49,8 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = _named(sys.argv[1:] if args is None else args)
     if plain.main(arguments):
         return
+    silence()
+    arguments = ["--help" if word == "--help_all" else word for word in arguments]
     command = arguments[0]
     own = {
         "compare": _compare,
@@ -51,9 +64,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if command in own:
         own[command]()
     else:
-        LightningCLI(
-            save_config_callback=SaveConfig, trainer_defaults={"callbacks": [SaveTheEnd()]}
-        )
+        _Command(save_config_callback=SaveConfig, trainer_defaults={"callbacks": [SaveTheEnd()]})
 
 
 class SaveTheEnd(Callback):
@@ -71,33 +82,34 @@ class SaveTheEnd(Callback):
             saver._save_topk_checkpoint(trainer, saver._monitor_candidates(trainer))
 
 
-class SaveConfig(SaveConfigCallback):
-    """Keeps a run's configuration where its loggers keep files.
+class _Command(LightningCLI):
+    """Gets MLflow ready before its loggers are made."""
 
-    Lightning's own wants a folder, which an MLflow run on a database or a server does not have.
-    """
+    def before_instantiate_classes(self) -> None:
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        given = config["trainer"]["logger"]
+        for logger in given if isinstance(given, list) else [given]:
+            if getattr(logger, "class_path", "").endswith(".MLFlowLogger"):
+                _prepare(logger["init_args"], self.subcommand or self.name, config.get("ckpt_path"))
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
-
-    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        config = without_credentials(self.parser.dump(self.config, skip_none=False))
-        for logger in trainer.loggers:
-            if type(logger).__name__ == "MLFlowLogger":
-                logger.experiment.log_text(logger.run_id, config, "config.yaml")
-            elif logger.log_dir is not None:
-                Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
-                Path(logger.log_dir, "config.yaml").write_text(config)
+    #: The command, where it is not one of Lightning's.
+    name = ""
 
 
-class _Built(LightningCLI):
+def _prepare(init_args: Any, command: str, checkpoint: str | None) -> None:
+    """Make an MLflow database, and let a run's name say which command it is of."""
+    make_database(init_args.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI", ""))
+    fits = "resumed" if checkpoint else None
+    what = {"fit": fits, "compare": "maskpro"}.get(command, command)
+    if init_args.get("run_name") is not None and what is not None:
+        init_args["run_name"] = f"{init_args['run_name']} {what}"
+
+
+class _Built(_Command):
     """Builds model, data and trainer from a recipe and runs nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         super().__init__(run=False, save_config_callback=SaveConfig)
 
     @property
@@ -117,8 +129,10 @@ class _Measured(_Built):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         sizes, dtypes = list[PositiveInt], Literal["bfloat16", "float16", "float32"]
-        parser.add_argument("--batch_sizes", type=sizes, default=[1, 16, 256, 4096])
-        parser.add_argument("--dtype", type=dtypes, default="bfloat16")
+        told = HELP["measure"]
+        default = [1, 16, 256, 4096]
+        parser.add_argument("--batch_sizes", type=sizes, default=default, help=told["batch_sizes"])
+        parser.add_argument("--dtype", type=dtypes, default="bfloat16", help=told["dtype"])
 
 
 class _WithCheckpoint(_Built):
@@ -132,9 +146,10 @@ class _WithCheckpoint(_Built):
         path = self.config["ckpt_path"]
         if path is None:
             return None
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state: dict[str, Tensor] = loaded["state_dict"]
-        return state
+        try:
+            return weights_in(path)
+        except (OSError, ValueError) as error:
+            raise SystemExit(str(error)) from None
 
 
 class _Evaluated(_WithCheckpoint):
@@ -144,13 +159,11 @@ class _Evaluated(_WithCheckpoint):
         from maskpro_lightning.commands.evaluate import WIKITEXT2
 
         super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--wikitext2",
-            type=str | None,
-            default=WIKITEXT2,
-            help="Hub name or folder of WikiText; null leaves it out.",
-        )
-        parser.add_argument("--window", type=PositiveInt, default=2048, help="Tokens of a window.")
+        told, text, count = HELP["evaluate"], str | None, PositiveInt | None
+        parser.add_argument("--wikitext2", type=text, default=WIKITEXT2, help=told["wikitext2"])
+        parser.add_argument("--window", type=PositiveInt, default=2048, help=told["window"])
+        parser.add_argument("--tasks", type=text, default=None, help=told["tasks"])
+        parser.add_argument("--limit", type=count, default=None, help=told["limit"])
 
 
 class _AfterFit(_WithCheckpoint):
@@ -158,18 +171,17 @@ class _AfterFit(_WithCheckpoint):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--output", type=str, default="sparse-model", help="Folder to write.")
-        parser.add_argument("--format", type=Format, default="auto", help="See export_sparse.")
-        parser.add_argument("--max_shard_size", type=str, default="5GB", help="Of a file, at most.")
-        parser.add_argument(
-            "--log_model", type=bool, default=False, help="Keep the model in MLflow's run too."
-        )
-        parser.add_argument(
-            "--registered_name",
-            type=str | None,
-            default=None,
-            help="Name to register it in MLflow.",
-        )
+        told, text = HELP["export"], str | None
+        for name, type_, default in (
+            ("output", str, "sparse-model"),
+            ("format", Format, "auto"),
+            ("max_shard_size", str, "5GB"),
+            ("log_model", bool, False),
+            ("registered_name", text, None),
+            ("push_to_hub", text, None),
+            ("private", bool, False),
+        ):
+            parser.add_argument(f"--{name}", type=type_, default=default, help=told[name])
 
     def export(self) -> Path:
         callback, output = self.masked, self.config["output"]
@@ -187,6 +199,30 @@ class _AfterFit(_WithCheckpoint):
                 getattr(self.datamodule, name).save_pretrained(folder)
         return folder.absolute()
 
+    def publish(self, folder: Path, console: Console, results: str) -> None:
+        """Write the model card, and upload the folder if that was asked for."""
+        name, base = self.config["push_to_hub"], self.model.hparams.get("model")
+        run = _run_of(self.config.get("ckpt_path"))
+        method = parameters_of(run) if run is not None else {}
+        source = getattr(self.datamodule, "hparams", {}).get("source")
+        words = ["maskpro", self.name, *sys.argv[1:]]
+        card = Card(
+            name or folder.name,
+            str(self.callback.pattern),
+            base_model=str(base or ""),
+            data=str(source or ""),
+            results=results,
+            method={k: v for k, v in method.items() if k not in ("model", "pattern")},
+            command=without_credentials(shlex.join(words)),
+        )
+        write_card(folder, card)
+        console.print(f"Sparse model: {folder}", soft_wrap=True)
+        if name is not None:
+            try:
+                console.print(f"On the Hub: {push(folder, name, private=self.config['private'])}")
+            except ValueError as error:
+                raise SystemExit(str(error)) from None
+
     def log_model(self, console: Console) -> None:
         """Keep the sparse model in MLflow, if that was asked for."""
         if not (self.config["log_model"] or self.config["registered_name"]):
@@ -196,7 +232,13 @@ class _AfterFit(_WithCheckpoint):
             raise SystemExit("--log_model and --registered_name need an MLFlowLogger.")
         model = getattr(self.model, "model", self.model)
         tokenizer = getattr(self.datamodule, "tokenizer", None)
-        uri = log_model(loggers[0], model, tokenizer, self.config["registered_name"])
+        uri = log_model(
+            loggers[0],
+            model,
+            tokenizer,
+            self.config["registered_name"],
+            str(self.callback.pattern),
+        )
         console.print(f"MLflow model: {uri}", soft_wrap=True)
 
 
@@ -209,8 +251,17 @@ class _BeforeFit(LightningCLI):
             super().__init__(run=False, save_config_callback=None)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--devices", type=int, default=1, help="Number of ranks.")
-        parser.add_argument("--strategy", type=Strategy, default="fsdp2", help="How to shard.")
+        told = HELP["plan"]
+        parser.add_argument("--devices", type=int, default=1, help=told["devices"])
+        parser.add_argument("--strategy", type=Strategy, default="fsdp2", help=told["strategy"])
+
+
+_COST = {
+    "policy": "A step costs up to 2 forward passes of a batch: under the drawn mask, and under the "
+    "initial one where the batch is new.",
+    "straight_through": "A step costs 3 forward passes of a batch: one, and a backward pass, that "
+    "counts as two.",
+}
 
 
 def _plan() -> None:
@@ -232,14 +283,15 @@ def _plan() -> None:
     parts |= {} if found.activations is None else {"activations (estimate)": found.activations}
     rows = Table(title=f"One of {cli.config['devices']} ranks, {cli.config['strategy']}")
     rows.add_column("what")
-    rows.add_column("bytes", justify="right")
+    rows.add_column("GB", justify="right")
     for name, size in {**parts, "together": found.total}.items():
-        rows.add_row(name, f"{size:,}")
-    Console().print(rows, f"Forward passes per step: {found.forwards}")
+        rows.add_row(name, f"{size / 1e9:,.3f}", style="bold" if name == "together" else None)
+    console = Console()
+    console.print(rows, "GB are 10^9 bytes.", f"{_COST[callback.estimator.name]}", sep="\n")
 
 
 def _compare() -> None:
-    cli = _AfterFit()
+    cli = _AfterFit("compare")
     console = Console()
     rows = compare(cli.trainer, cli.model, cli.datamodule)
     folder = cli.export()
@@ -247,41 +299,95 @@ def _compare() -> None:
     for path in (folder / "comparison.csv", tracking.folder() / "comparison.csv"):
         write_csv(rows, path)
     tracking.file(path)
+    _show_comparison(cli, tracking, rows)
     console.print(table(rows, f"{cli.callback.pattern} masks of {cli.model.hparams.get('model')}"))
-    console.print(f"Sparse model: {folder}", soft_wrap=True)
+    cli.publish(folder, console, markdown(_numbers(rows)))
     cli.log_model(console)
     _tell_mlflow(cli, console)
+
+
+def _numbers(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    return {
+        row.mask: row.metrics | {"sparsity": row.sparsity, "seconds": row.seconds} for row in rows
+    }
+
+
+def _show_comparison(cli: _AfterFit, tracking: Tracking, rows: Sequence[Row]) -> None:
+    """Log each mask as a run, and draw validations anew, beside what they are compared with."""
+    numbers = _numbers(rows)
+
+    def log(logger: Any) -> None:
+        name = f"{(logger._run_name or 'maskpro').removesuffix(' maskpro')} compare"
+        log_comparison(logger, numbers, str(cli.callback.pattern), name, "maskpro")
+
+    tracking.each("MLFlowLogger", log)
+    try:
+        from maskpro_lightning.tracking import plots
+
+        drawn = plots.figures(read_run(tracking.folder())).get("validation")
+    except (ModuleNotFoundError, ValueError):
+        return
+    if drawn is not None:
+        tracking.figure(tracking.folder() / "validation.png", drawn)
 
 
 def _evaluate() -> None:
     from maskpro_lightning.commands import evaluate
     from maskpro_lightning.modules.language import CausalLM
 
-    cli = _Evaluated()
+    cli = _Evaluated("evaluate")
     sparse, data, window = cli.checkpoint(), cli.datamodule, cli.config["window"]
     masked = cli.masked
     targets = find_targets(cli.model, masked.pattern, masked.include, masked.exclude)
     sets = {"held-out": data}
     if cli.config["wikitext2"] is not None and isinstance(cli.model, CausalLM):
         name = f"WikiText-2 (windows of {window})"
-        sets[name] = evaluate.wikitext2(data.tokenizer, cli.config["wikitext2"], window)
-    found = evaluate.side_by_side(cli.trainer, cli.model, targets, sets, sparse)
+        try:
+            sets[name] = evaluate.wikitext2(data.tokenizer, cli.config["wikitext2"], window)
+        except OSError as error:  # no network is one, and what is on no disk
+            if cli.config["wikitext2"] != evaluate.WIKITEXT2:
+                raise SystemExit(
+                    f"{cli.config['wikitext2']!r} could not be read: {error}. Give --wikitext2 a "
+                    f"folder of its layout, or null to leave it out."
+                ) from None
+            print(
+                f"WikiText-2 is left out, it could not be fetched: {_first_line(error)}. Give "
+                f"--wikitext2 a folder of its layout, or null to leave it out at once."
+            )
+    tasks = cli.config["tasks"]
+    measured = None
+    if tasks is not None:
+        from maskpro_lightning.commands.tasks import on_tasks
+
+        if not isinstance(cli.model, CausalLM):
+            raise SystemExit("--tasks needs a causal language model, CausalLM.")
+        names, limit = tasks.split(","), cli.config["limit"]
+        measured = lambda: on_tasks(cli.model.model, data.tokenizer, names, limit)  # noqa: E731
+    found = evaluate.side_by_side(cli.trainer, cli.model, targets, sets, sparse, measured)
     Console().print(evaluate.table(found, str(cli.model.hparams.get("model"))))
 
 
 def _export() -> None:
-    cli = _AfterFit()
+    cli = _AfterFit("export")
     state = cli.checkpoint()
     if state is None:
         raise SystemExit("maskpro export needs --ckpt_path, a checkpoint of the fit.")
     cli.model.load_state_dict(state)
     console = Console()
-    console.print(f"Sparse model: {cli.export()}", soft_wrap=True)
+    run = _run_of(cli.config["ckpt_path"])
+    found = None if run is None else read_result(run)
+    cli.publish(cli.export(), console, "" if found is None else found.markdown())
     cli.log_model(console)
 
 
+def _run_of(checkpoint: str | None) -> Path | None:
+    """The folder of the callback's files in the run that wrote a checkpoint."""
+    folders = [] if checkpoint is None else list(Path(checkpoint).absolute().parents)[:3]
+    return next((each / "maskpro" for each in folders if (each / "maskpro").is_dir()), None)
+
+
 def _measure() -> None:
-    cli = _Measured()
+    cli = _Measured("measure")
     callback, device = cli.masked, cli.trainer.strategy.root_device
     targets = find_targets(cli.model, "2:4", callback.include, callback.exclude)
     dtype = getattr(torch, cli.config["dtype"])
@@ -291,7 +397,12 @@ def _measure() -> None:
     console.print(measure.conclusion(found), soft_wrap=True)
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def _tell_mlflow(cli: LightningCLI, console: Console) -> None:
+    logger: Any
     for logger in cli.trainer.loggers:
         uri = getattr(logger, "_tracking_uri", None)
         if type(logger).__name__ == "MLFlowLogger" and uri is not None:
@@ -302,7 +413,10 @@ def _tell_mlflow(cli: LightningCLI, console: Console) -> None:
                 python = python.relative_to(Path.cwd())
             uri = without_credentials(uri)
             console.print(
-                f"MLflow: {python} -m mlflow ui --backend-store-uri {uri}", soft_wrap=True
+                f"MLflow: {python} -m mlflow ui --backend-store-uri {uri}, then open\n"
+                f"http://127.0.0.1:5000/#/experiments/{logger.experiment_id}/runs"
+                f"?workflowType=machine_learning",
+                soft_wrap=True,
             )
 
 

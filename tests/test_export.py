@@ -18,8 +18,15 @@ from rules import mask_optimizer
 from safetensors.torch import load_file
 from torch import nn
 from torchmetrics import MeanMetric
+from transformers import LlamaForCausalLM
 
-from maskpro_lightning import NMPattern, export_sparse, find_targets, parameter_groups
+from maskpro_lightning import (
+    NMPattern,
+    export_sparse,
+    find_targets,
+    load_compressed,
+    parameter_groups,
+)
 from maskpro_lightning.files import archive, streaming
 from maskpro_lightning.files.export import Format, save_distributions
 from maskpro_lightning.files.grouping import check_sparse
@@ -232,7 +239,7 @@ def test_hugging_face_is_refused_where_there_is_no_such_model(tmp_path: Path) ->
 def test_adapters_and_foreign_configs_are_refused(tmp_path: Path) -> None:
     model = masked(tiny_models.llama())
     model.peft_config = {"default": "lora"}
-    with pytest.raises(ValueError, match=r"holds adapters.*merge them into the weights first"):
+    with pytest.raises(ValueError, match=r"holds adapters.*: take them off \(unload"):
         export_sparse(model, tmp_path / "out")
     del model.peft_config
     for name in ("quantization_config", "sparsity_config", "compression_config"):
@@ -285,6 +292,48 @@ def test_masks_for_maskllm_have_the_names_of_the_model_that_is_held(tmp_path: Pa
     assert all(torch.equal(found[name], weight != 0) for name, weight in weights.items())
     with np.load(tmp_path / "masks.npz", allow_pickle=False) as npz:
         assert set(npz.files) == {f"{name}.mask" for name in weights}
+
+
+def test_a_generation_config_is_written_as_it_is_however_odd(tmp_path: Path) -> None:
+    model = masked(tiny_models.llama())
+    model.generation_config.do_sample = False
+    model.generation_config.temperature = 0.9
+    kind = type(model.generation_config)
+    export_sparse(model, tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.9
+    assert type(model.generation_config) is kind
+    assert LlamaForCausalLM.from_pretrained(tmp_path).generation_config.temperature == 0.9
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_a_sparse_model_leaves_from_beneath_its_adapters(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = masked(tiny_models.llama())
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(1.0)
+    with pytest.raises(ValueError, match=r"Merged now they would fill the zeros of the masks"):
+        export_sparse(adapted, tmp_path / "out")
+    export_sparse(adapted.unload(), tmp_path / "out")
+    found = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "compressed"])
+def test_names_are_those_of_the_module_that_is_not_compiled(
+    tmp_path: Path, file_format: Format
+) -> None:
+    plain = masked(two_layers())
+    compiled = nn.ModuleDict({"net": torch.compile(plain, backend="eager")})
+    export_sparse(compiled, tmp_path, file_format=file_format)
+    load = load_compressed if file_format == "compressed" else load_file
+    found = load(tmp_path / files(tmp_path)[0])
+    expected = {f"net.{name}": value for name, value in plain.state_dict().items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 # --- whole or not there -------------------------------------------------------------------------

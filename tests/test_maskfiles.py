@@ -216,6 +216,15 @@ HOSTILE_NPZ: dict[str, bytes] = {
     "bits beyond the last": npz_with(npy("(2,)", data=b"\xcc\xcf")),
     "not 2:4": npz_with(npy("(2,)", data=b"\xee\xc0")),
     "cut off": WHOLE_NPZ[:-1],
+    "no dtype": npz_with(npy("(2,)", "()")),
+    "an empty field": npz_with(npy("(2,)", "[()]")),
+    "half a dtype": npz_with(npy("(2,)", "('|u1',)")),
+    "a list for a key": npz_with(npy("(2,), []: 1")),
+    "open brackets": npz_with(npy("(" * 3000)),
+    "too deep": npz_with(npy("(2,)", "[" * 200 + "]" * 200)),
+    "a quote": npz_with(npy("'")),
+    "a dtype that is too large": npz_with(npy("(2,)", "'<U99999999999'")),
+    "an array of arrays": npz_with(npy("(2,)", f"('|u1', {(2,) * 200})")),
 }
 
 

@@ -24,6 +24,7 @@ from maskpro_lightning import NMPattern, load_masks
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 FILES = {"masks.safetensors", "history.csv", "layers.csv", "groups.csv", "validation.csv"}
+FILES |= {"parameters.json"}
 FIGURES = {
     f"{name}.png"
     for name in ("loss", "exploration", "signal", "validation", "layers", "groups", "confidence")
@@ -80,23 +81,31 @@ def test_one_run_holds_parameters_metrics_and_files(store: Store, tmp_path: Path
     logged_fit(tmp_path, store.logger("one"), callback, save)
     run = store.only_run("one")
     assert run.info.status == "FINISHED"
-    assert run.data.params == {
-        "maskpro/pattern": "2:4",
-        "maskpro/init": "random",
-        "maskpro/estimator": "policy",
-        "maskpro/lr": "3.0",
-        "maskpro/logit_scale": "4.0",
-        "maskpro/momentum": "0.99",
-        "maskpro/baseline_cache": "65536",
-        "maskpro/published": "False",
-        "maskpro/seed": "3",
-        "maskpro/layers": "2",
-        "maskpro/masked_weights": "512",
-        "maskpro/masked_share": "0.9412",
-    }
+    assert (
+        run.data.params.items()
+        >= {
+            "maskpro/model": "Net",
+            "maskpro/steps": "8",
+            "maskpro/precision": "32-true",
+            "maskpro/strategy": "SingleDeviceStrategy",
+            "maskpro/ranks": "1",
+            "maskpro/memory": "plain",
+            "maskpro/monitor": "val_loss",
+            "maskpro/pattern": "2:4",
+            "maskpro/init": "random",
+            "maskpro/lr": "3.0",
+            "maskpro/seed": "3",
+            "maskpro/layers": "2",
+            "maskpro/masked_weights": "512",
+            "maskpro/masked_share": "0.9412",
+        }.items()
+    )
+    assert not {"None", "[]", "{}"} & set(run.data.params.values()), "what was not given"
     assert store.steps(run, "maskpro/entropy") == [1, 3, 5, 7]
     assert store.steps(run, "maskpro/residual") == [1, 3, 5, 7]
-    assert store.steps(run, "maskpro/entropy/net.0.weight") == [0, 4, 8]
+    assert not [name for name in run.data.metrics if "net.0" in name], "a chart for each layer"
+    experiment = store.client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     distributions = {f"step={step}/distributions.safetensors" for step in (4, 8)}
     assert store.artifacts(run) == FILES | FIGURES | distributions
 
@@ -229,9 +238,8 @@ def test_a_logger_that_fails_is_told_once_and_left_alone(
     assert message.endswith(f"no space left for {method}")
     rows = (tmp_path / "sound" / "metrics.csv").read_text().splitlines()
     assert "maskpro/entropy" in rows[0]
-    # A header, four updates; of each epoch a mean, Lightning's validation and ours, and of the
-    # initial mask the last two.
-    assert len(rows) == 1 + 4 + 2 * 3 + 2
+    # A header, four updates; of each epoch a mean and a validation, and one of the initial mask.
+    assert len(rows) == 1 + 4 + 2 * 2 + 1
 
 
 @pytest.mark.parametrize("method", METHODS)

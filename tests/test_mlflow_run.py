@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -36,16 +38,29 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy i
 class MLFlowLogger:
     """Remembers what it is told, under the name that is looked for."""
 
-    run_id = "own"
+    run_id, experiment_id = "own", "7"
 
     def __init__(self) -> None:
         self.experiment = self
         self.tags: dict[str, str] = {}
+        self.kinds = {"mlflow.experimentKind": "chosen"}
+        self.ended: list[tuple[str, str]] = []
         self.inputs: list[Any] = []
 
     def set_tag(self, run_id: str, name: str, value: str) -> None:
         assert run_id == self.run_id
         self.tags[name] = value
+
+    def get_experiment(self, number: str) -> Any:
+        assert number == self.experiment_id
+        return SimpleNamespace(tags=self.kinds)
+
+    def set_experiment_tag(self, number: str, name: str, value: str) -> None:
+        assert number == self.experiment_id
+        self.kinds[name] = value
+
+    def set_terminated(self, run_id: str, status: str) -> None:
+        self.ended.append((run_id, status))
 
     def log_inputs(self, run_id: str, datasets: list[Any]) -> None:
         assert run_id == self.run_id
@@ -97,6 +112,51 @@ def test_the_data_is_logged_if_it_tells_where_it_is_from(tmp_path: Path) -> None
     assert logged.dataset.digest == data.provenance()["digest"]
     assert [(tag.key, tag.value) for tag in logged.tags] == [("mlflow.data.context", "training")]
     assert begun(Trainer(object())).inputs == []
+
+
+@pytest.mark.parametrize("before", [{}, {"mlflow.experimentKind": "chosen"}])
+def test_an_experiment_without_a_kind_is_one_that_trains_models(before: dict[str, str]) -> None:
+    trainer = Trainer()
+    trainer.loggers[0].kinds = dict(before)
+    kind = begun(trainer).kinds["mlflow.experimentKind"]
+    assert kind == before.get("mlflow.experimentKind", "custom_model_development")
+
+
+class Observer(threading.Thread):
+    """Lightning's, which kills all when a rank has died, as far as that is looked at."""
+
+    def __init__(self, logger: MLFlowLogger) -> None:
+        super().__init__(daemon=True, name="child-process-observer")
+        self.seen: list[Any] = []
+        self.logger, self.done = logger, threading.Event()
+
+    def run(self) -> None:
+        self.done.wait()
+
+    def _terminate_all(self) -> None:
+        self.seen.append(list(self.logger.ended))
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_before_lightning_kills_this_process_the_run_has_failed(
+    away: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer()
+    (logger,) = trainer.loggers
+    observer = Observer(logger)
+    observer.start()
+    if away:  # a server that does not answer must not keep the others from dying
+        monkeypatch.setattr(logger, "set_terminated", lambda *_: observer.done.wait())
+        monkeypatch.setattr("maskpro_lightning.tracking.mlflow_run._PATIENCE", 0.01)
+    run = MLflowRun(trainer, Tracking(trainer, "raise"))
+    run.begin({})
+    observer._terminate_all()
+    assert observer.seen == [[] if away else [("own", "FAILED")]]
+    run.end()
+    observer._terminate_all()
+    assert observer.seen[1:] == [observer.seen[0]], "one run fails once"
+    observer.done.set()
+    observer.join()
 
 
 def test_other_ranks_log_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +273,8 @@ def test_a_server_holds_a_run_that_is_resumed_and_its_model(
     assert "MLflow model: models:/m-" in capsys.readouterr().out
     (version,) = client.search_model_versions("name='tiny'")
     assert version.run_id == run_id
+    assert version.tags["maskpro.pattern"] == "2:4"
+    assert [m.name for m in client.search_logged_models(["1"])] == ["a-fit-sparse-2-4"]
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(server)
     try:
@@ -231,9 +293,8 @@ def test_any_module_is_logged_as_a_model_of_pytorch(
 ) -> None:
     from lightning.pytorch.loggers import MLFlowLogger as Logger
 
-    from maskpro_lightning.tracking.mlflow_run import log_model
+    from maskpro_lightning.tracking.mlflow_model import log_model
 
-    before = mlflow.get_tracking_uri()
     logger = Logger(
         "any",
         tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
@@ -241,12 +302,25 @@ def test_any_module_is_logged_as_a_model_of_pytorch(
     )
     module = Net()
     quiet_trainer(tmp_path, mask_callback(lr=FAST), max_steps=2).fit(module, loader())
+    for name, step, value in (
+        ("val_loss", 0, 4.0),
+        ("val_loss", 2, 3.0),
+        ("maskpro/best_step", 2, 2),
+    ):
+        logger.experiment.log_metric(logger.run_id, name, value, step=step)
+    logger.experiment.set_tag(logger.run_id, "mlflow.note.content", "| a table |")
+    before = mlflow.get_tracking_uri()
     # As after mlflow.set_experiment, with which no run of another experiment can be started.
     monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", "another")
-    uri = log_model(logger, module)
+    uri = log_model(logger, module, registered_name="net", pattern="2:4")
     assert mlflow.tracking.fluent._active_experiment_id == "another"
     assert mlflow.get_tracking_uri() == before
     assert mlflow.active_run() is None
+    (logged,) = logger.experiment.search_logged_models([logger.experiment_id])
+    numbers = {metric.key: metric.value for metric in logged.metrics}
+    assert numbers == {"val_loss": 3.0, "maskpro/best_step": 2.0}, "of the mask that is deployed"
+    (version,) = logger.experiment.search_model_versions("name='net'")
+    assert version.description == "| a table |"
     mlflow.set_tracking_uri(logger._tracking_uri)
     try:
         found = mlflow.pytorch.load_model(uri)

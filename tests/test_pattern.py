@@ -7,6 +7,7 @@ import re
 import oracle
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import random
@@ -188,6 +189,9 @@ def test_a_pattern_reads_what_it_writes(pattern: NMPattern) -> None:
     assert NMPattern.parse(str(pattern)) == pattern
     assert NMPattern.parse(f" {pattern.n} : {pattern.m} ") == pattern
     assert NMPattern.parse(pattern) is pattern
+    if pattern.m < 60:
+        assert yaml.safe_load(str(pattern)) == pattern.n * 60 + pattern.m  # without quotes
+    assert NMPattern.parse(yaml.safe_load(str(pattern))) == pattern
 
 
 @pytest.mark.parametrize("n_m", [(1, 2), (2, 4), (3, 5), (4, 8), (9, 10)])
@@ -221,6 +225,13 @@ def test_strings_of_another_form_are_refused(text: str) -> None:
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         NMPattern.parse(text)
+
+
+@pytest.mark.parametrize("number", [0, 4, 60, 244, 3601, -124])
+def test_numbers_that_yaml_makes_of_no_pattern_are_refused(number: int) -> None:
+    message = f"{number} is not an N:M pattern: write kept weights, a colon and the group size, in "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        NMPattern.parse(number)
 
 
 @pytest.mark.parametrize("value", [None, 2.4, True, (2, 4), b"2:4"])

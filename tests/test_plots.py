@@ -75,7 +75,7 @@ COMPARISON = {
     "wanda": {"val_loss": 3.6, "sparsity": 0.5},
     "maskpro": {"val_loss": 3.5, "sparsity": 0.5},
 }
-WHOLE = Run(history(60), llama(7), groups(), VALIDATION, COMPARISON)
+WHOLE = Run(history(60), llama(7), groups(), VALIDATION, COMPARISON, "2:4 mask of a model")
 
 
 def lines(figures: Mapping[str, Figure]) -> dict[str, Line2D]:
@@ -106,7 +106,12 @@ def layer_names(figure: Figure) -> list[str]:
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    """A figure as RGBA in [0, 1], (height, width, 4)."""
+    """A figure without frame and grid as RGBA in [0, 1], (height, width, 4)."""
+    for axes in figure.axes:
+        axes.patch.set_visible(False)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
     file = io.BytesIO()
     figure.savefig(file, format="png", facecolor="none", edgecolor="none")
     file.seek(0)
@@ -361,16 +366,43 @@ def test_shortened_names_stay_different() -> None:
 @pytest.mark.parametrize(
     "name", ["loss", "exploration", "signal", "validation", "layers", "groups", "confidence"]
 )
-def test_everything_drawn_stands_out_on_light_and_dark_pages(name: str, style: str) -> None:
+def test_everything_drawn_stands_out_but_the_grid(name: str, style: str) -> None:
     with matplotlib.style.context(style):
-        rgba = pixels(plots.figures(WHOLE)[name])
+        figure = plots.figures(WHOLE)[name]
+        assert figure.get_facecolor() == colors.to_rgba("white")
+        rgba = pixels(figure)
     assert rgba.shape[1] == 1200
-    assert not rgba[[0, 0, -1, -1], [0, -1, 0, -1], 3].any(), "the page shines through"
-    solid = rgba[rgba[..., 3] == 1]
-    assert len(solid) > 5000
-    # 3:1 is what WCAG 2.2 asks of graphics and of large text.
-    for page in ("#ffffff", "#0d1117"):
-        assert contrast(solid[:, :3], page).min() >= 3, page
+    drawn = rgba[rgba[..., 3] == 1][:, :3]
+    assert len(drawn) > 5000
+    # 3:1 is what WCAG 2.2 asks of graphics and of large text, 7:1 of text that stands out.
+    assert contrast(drawn, "#ffffff").min() >= 3
+    assert contrast(np.array(colors.to_rgb(plots._TITLE)), "#ffffff") > 7
+
+
+def test_a_title_says_what_the_run_is_above_all_else() -> None:
+    for name, figure in plots.figures(WHOLE).items():
+        head = figure._suptitle
+        assert head.get_text().splitlines()[0] == WHOLE.title
+        assert head.get_fontweight() == "bold", name
+        sizes = [axes._left_title.get_fontsize() for axes in figure.axes]
+        assert head.get_fontsize() > max(sizes)
+
+
+def test_a_metric_that_repeats_another_has_no_panel() -> None:
+    rows = [{"step": n, "val_loss": n, "val_perplexity": np.exp(n), "other": n} for n in (1, 2)]
+    figure = plots.figures(Run(validation=rows))["validation"]
+    assert {axes.get_title(loc="left").split()[0] for axes in figure.axes} == {"val_loss", "other"}
+
+
+def test_masks_that_are_compared_are_told_apart() -> None:
+    comparison = {mask: {"val_loss": 4.0} for mask in ("dense", "magnitude", "wanda", "sparsegpt")}
+    figure = plots.figures(Run(validation=VALIDATION, comparison=comparison))["validation"]
+    found = lines({"": figure})
+    looks = {
+        (found[f"{mask} val_loss"].get_color(), found[f"{mask} val_loss"].get_linestyle())
+        for mask in comparison
+    }
+    assert len(looks) == 4
 
 
 def test_validations_that_logged_nothing_are_not_drawn() -> None:

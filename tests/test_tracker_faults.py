@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import lightning.pytorch as pl
 import pytest
@@ -35,8 +36,9 @@ from test_mlflow import FIGURES, FILES, Store, told
 from torch import nn
 
 from maskpro_lightning import NMPattern, save_masks
-from maskpro_lightning.cli import SaveConfig, _tell_mlflow, main
+from maskpro_lightning.cli import _tell_mlflow, main
 from maskpro_lightning.files.export import save_distributions
+from maskpro_lightning.tracking.configuration import SaveConfig
 from maskpro_lightning.tracking.credentials import without_credentials
 from maskpro_lightning.tracking.delivery import send
 from maskpro_lightning.tracking.runs import UNSENT
@@ -150,6 +152,12 @@ def test_a_slow_logger_changes_nothing_and_is_called_as_seldom_as_any(tmp_path: 
 # --- a disk that is full ------------------------------------------------------------------------
 
 
+def fill_the_disk_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a file's temporary name lead to a device without space."""
+    monkeypatch.setattr("maskpro_lightning.files.whole.uuid4", lambda: UUID(int=0))
+    path.with_name(f".{path.name}.{'0' * 8}.partial").symlink_to("/dev/full")
+
+
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     "full",
@@ -171,7 +179,7 @@ def test_a_full_disk_costs_no_fit_and_is_told_once(
         monkeypatch.setattr(f"maskpro_lightning.tracking.journal.{full}", fail)
     else:
         folder.mkdir(parents=True)
-        (folder / full.replace("history.csv", ".history.csv.partial")).symlink_to("/dev/full")
+        fill_the_disk_for(folder / full, monkeypatch)
     callback, logger = mask_callback(lr=FAST), CSVLogger(tmp_path, name="run", version="")
     save = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=-1)
     module = Net()
@@ -184,10 +192,12 @@ def test_a_full_disk_costs_no_fit_and_is_told_once(
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_full_disk_ends_the_fit_if_asked_to(tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_fit_if_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "run" / "maskpro"
     folder.mkdir(parents=True)
-    (folder / ".history.csv.partial").symlink_to("/dev/full")
+    fill_the_disk_for(folder / "history.csv", monkeypatch)
     module, callback = Net(), mask_callback(lr=FAST, on_logger_error="raise")
     logger = CSVLogger(tmp_path, name="run", version="")
     trainer = quiet_trainer(tmp_path, callback, logger=logger, max_steps=4, log_every_n_steps=2)

@@ -13,12 +13,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 from rich.table import Table
-from tqdm import tqdm
 
 from maskpro_lightning.fit.callback import MaskProCallback
 from maskpro_lightning.fit.traceless import traceless
 from maskpro_lightning.initial import calibration
 from maskpro_lightning.optim.optimizer import MaskPro
+from maskpro_lightning.progress import progress
 from maskpro_lightning.weights.targets import Target, find_targets, parameter_groups
 
 
@@ -152,5 +152,5 @@ def _calibrate(
             module.training_step(batch, number)
 
     batches = islice(data.train_dataloader(), count)
-    for number, batch in enumerate(tqdm(batches, desc="Calibrating", total=count, leave=False)):
+    for number, batch in enumerate(progress(batches, "Calibrating", count)):
         yield partial(run, trainer.strategy.batch_to_device(batch), number)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from datasets import load_dataset
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -40,6 +39,8 @@ def wikitext2(
     Raises:
         ValueError: the text does not fill a window.
     """
+    from datasets import load_dataset
+
     rows = load_dataset(source, "wikitext-2-raw-v1", split="test", streaming=True)
     text = "\n\n".join(row["text"] for row in rows)
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
@@ -69,6 +70,7 @@ def side_by_side(
     targets: Iterable[Target],
     sets: Mapping[str, Any],
     sparse: Mapping[str, Tensor] | None,
+    more: Callable[[], Metrics] | None = None,
 ) -> dict[str, Metrics]:
     """Measure a module as it is, and with the weights of a checkpoint.
 
@@ -78,6 +80,7 @@ def side_by_side(
         targets: The masked weights, whose share of zeros is measured too.
         sets: What ``Trainer.validate`` takes, by name.
         sparse: The ``state_dict`` of a checkpoint of the fit; None measures the module alone.
+        more: Measures more of the module as it is.
 
     Returns:
         Metrics of "dense", and of "sparse" if there is a checkpoint.
@@ -91,7 +94,8 @@ def side_by_side(
             module.load_state_dict(state)
         zeros = sum(int((weight == 0).sum()) for weight in weights)
         share = zeros / sum(weight.numel() for weight in weights)
-        found[name] = measure(trainer, module, sets) | {"zeros": share}
+        found[name] = measure(trainer, module, sets) | ({} if more is None else more())
+        found[name]["zeros"] = share
     return found
 
 

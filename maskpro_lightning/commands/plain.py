@@ -8,8 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from maskpro_lightning.catalog import recipes
+from maskpro_lightning.commands.options import help_of
 
-_USAGE = """usage: maskpro COMMAND --config RECIPE [--help] [options]
+_USAGE = """usage: maskpro COMMAND --config RECIPE [--help | --help_all] [options]
 
   fit       learn a mask
   validate  measure a model, or a checkpoint with --ckpt_path
@@ -31,11 +32,14 @@ def main(arguments: Sequence[str]) -> bool:
     """Run the command line if it needs no recipe; return whether it does not.
 
     Args:
-        arguments: The command and its options; none ask for help.
+        arguments: The command and its options; none ask for help. "--help" tells a command's own
+            options, "--help_all" those of Lightning, too.
     """
     commands = {"plot": _plot, "send": _send}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE.format(recipes=", ".join(recipes())))
+    elif {"-h", "--help"} & {*arguments[1:]} and (text := help_of(arguments[0])):
+        print(text)
     elif arguments[0] in commands:
         commands[arguments[0]](arguments[1:])
     else:

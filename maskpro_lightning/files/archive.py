@@ -1,4 +1,4 @@
-"""Files that are whole or not there: safetensors with a name for what they hold, and a digest.
+"""Files of tensors: safetensors with a name for what they hold, and a digest.
 
 Nothing that is read here is executed, and a tensor's name is a name, never a path.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -17,20 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from maskpro_lightning.files.whole import whole
+
 _DIGEST = "sha256"
-
-
-@contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write under a temporary name, renamed when the block ends, removed when it raises."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def write(

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,6 +16,7 @@ from maskpro_lightning.files import archive, pretrained, streaming
 from maskpro_lightning.files.compressed import save_compressed
 from maskpro_lightning.files.gathering import Named, WholeState, state_of
 from maskpro_lightning.files.maskfiles import save_maskllm
+from maskpro_lightning.files.whole import whole
 from maskpro_lightning.initial import initializers
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.optimizer import MaskPro
@@ -118,21 +120,15 @@ def _write(
     name, inner = pretrained.only(model, state.values)
     if not pretrained.is_of_transformers(inner):
         _refuse_sharded(state, file_format)
-        with _files_of(folder) as partial:
-            inner.save_pretrained(partial)
+        with _files_of(folder) as inside:
+            inner.save_pretrained(inside)
         return
     names = pretrained.names_in(inner, name, state.values)
     conversion = pretrained.Conversion(inner, {n: state.shape(key) for n, key in names.items()})
 
     def write(tensors: Named) -> None:
-        # Without weights it writes what is beside them.
-        _write_files(
-            folder,
-            conversion.shapes,
-            tensors,
-            limit,
-            lambda partial: inner.save_pretrained(partial, state_dict={}),
-        )
+        beside = partial(pretrained.save_beside, inner)
+        _write_files(folder, conversion.shapes, tensors, limit, beside)
 
     state.hand_over(conversion.convert(lambda name: state.whole(names[name])), write)
 
@@ -144,9 +140,9 @@ def _write_files(
     limit: int,
     beside: Callable[[Path], None] = lambda _: None,
 ) -> None:
-    with _files_of(folder) as partial:
-        beside(partial)
-        streaming.write(partial, shapes, tensors, limit)
+    with _files_of(folder) as inside:
+        beside(inside)
+        streaming.write(inside, shapes, tensors, limit)
 
 
 @contextmanager
@@ -158,12 +154,13 @@ def _files_of(folder: Path) -> Iterator[Path]:
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
-            yield Path(partial)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as inside:
+            yield Path(inside)
             # The index last, as it leads to the others.
-            written = sorted(Path(partial).iterdir(), key=lambda path: path.name == streaming.INDEX)
+            written = sorted(Path(inside).iterdir(), key=lambda path: path.name == streaming.INDEX)
             for path in written:
-                path.replace(folder / path.name)
+                with whole(folder / path.name) as place:
+                    path.replace(place)
     except BaseException:
         if new:
             with suppress(OSError):  # unless something has moved in

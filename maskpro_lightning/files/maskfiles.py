@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maskpro_lightning.files import archive, grouping
 from maskpro_lightning.files.packing import pack
+from maskpro_lightning.files.whole import whole
 from maskpro_lightning.masks.pattern import NMPattern
 
 _MASKS, _MASKS_1 = "maskpro masks 2", "maskpro masks 1"
@@ -71,7 +72,7 @@ def save_maskllm(masks: Mapping[str, Tensor], path: str | os.PathLike[str]) -> N
         path: The file, a numpy archive.
     """
     bits = {f"{name}.mask": np.packbits(mask.cpu().numpy()) for name, mask in masks.items()}
-    with archive.whole(path) as partial, partial.open("wb") as file:
+    with whole(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **bits)  # type: ignore[arg-type]
 
 
@@ -137,7 +138,10 @@ def _mask_in(npz: Any, key: str, shape: Sequence[int]) -> Tensor:
     with npz.zip.open(entry) as file:
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError(f"{key!r} is no array of bytes")
-        found, _, dtype = np.lib.format.read_array_header_1_0(file)
+        try:
+            found, _, dtype = np.lib.format.read_array_header_1_0(file)
+        except Exception as error:  # numpy parses it as Python, and makes a dtype of what it says
+            raise ValueError(f"the header of {key!r} cannot be read") from error
     if found != expected or dtype != np.uint8:
         raise ValueError(
             f"{key!r} is {dtype} of shape {found}, but the bits of {tuple(shape)} are uint8 of "

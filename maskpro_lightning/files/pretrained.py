@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,7 +44,7 @@ def only(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, Any]:
         )
     ((name, inner),) = found.items()
     prefix = f"{name}." if name else ""
-    ours = {id(value) for key, value in state.items() if clean_name(key).startswith(prefix)}
+    ours = {id(value) for key, value in state.items() if key.startswith(prefix)}
     lost = [key for key, value in state.items() if id(value) not in ours]
     if lost:
         raise ValueError(
@@ -53,7 +55,8 @@ def only(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, Any]:
     if getattr(inner, "peft_config", None):
         raise ValueError(
             f"{type(inner).__name__} holds adapters, and its save_pretrained would write only "
-            f"them: merge them into the weights first (merge_and_unload)."
+            f"them. Merged now they would fill the zeros of the masks: take them off (unload()), "
+            f"export the model beneath, and keep them beside it; or merge before the fit."
         )
     for key in _FOREIGN_CONFIGS:
         if getattr(inner.config, key, None) is not None:
@@ -69,6 +72,27 @@ def is_of_transformers(model: nn.Module) -> bool:
     return any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
 
 
+def save_beside(model: Any, folder: Path) -> None:
+    """Write what a model of transformers has beside its weights.
+
+    A generation config is written as it is. transformers refuses one that sets what sampling alone
+    uses, as published ones do, by which a fit would be lost.
+    """
+    logging: Any = import_module("transformers.utils.logging")
+    config = getattr(model, "generation_config", None)
+    kind, bars = type(config), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of weights, which there are none of
+    try:
+        if config is not None:
+            config.__class__ = type(kind.__name__, (kind,), {"validate": lambda *_, **__: None})
+        model.save_pretrained(folder, state_dict={})  # without weights
+    finally:
+        if config is not None:
+            config.__class__ = kind
+        if bars:
+            logging.enable_progress_bar()
+
+
 def names_in(model: Any, name: str, state: Mapping[str, Tensor]) -> dict[str, str]:
     """Which tensors of a state go into the model's files: their names there and in the state.
 
@@ -80,7 +104,7 @@ def names_in(model: Any, name: str, state: Mapping[str, Tensor]) -> dict[str, st
         state: The module's state.
     """
     prefix = f"{name}." if name else ""
-    ours = {clean_name(key).removeprefix(prefix): key for key in state}
+    ours = {key.removeprefix(prefix): key for key in state}
     tied = getattr(model, "all_tied_weights_keys", {})
     names: dict[int, str] = {}
     for inner, key in ours.items():

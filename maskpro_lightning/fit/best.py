@@ -30,6 +30,7 @@ class BestMask:
 
     Attributes:
         value: The best value so far, or None.
+        initial: The initial mask's value, or None.
         step: The step of that validation.
         expected: Whether validations may log the metric.
     """
@@ -37,6 +38,7 @@ class BestMask:
     def __init__(self, monitor: str | None, mode: MonitorMode) -> None:
         self.monitor, self._sign = monitor, {"min": 1, "max": -1}[mode]
         self.value: float | None = None
+        self.initial: float | None = None
         self.step = 0
         self.expected = monitor is not None
         self._last: float | None = None
@@ -60,6 +62,8 @@ class BestMask:
         # Ranks that validate on data of their own have to agree.
         last = float(trainer.strategy.reduce(metric, reduce_op="mean"))
         self._last = last
+        if trainer.global_step == 0:
+            self.initial = last
         better = self.value is None or self._sign * last < self._sign * self.value
         if better and math.isfinite(last):
             self.value, self.step = last, trainer.global_step
@@ -107,6 +111,7 @@ class BestMask:
     def state_dict(self, module: nn.Module | None) -> dict[str, Any]:
         """The numbers and the buffers; those of the last step where a checkpoint has others."""
         numbers = {"value": self.value, "step": self.step, "last": self._last}
+        numbers["initial"] = self.initial
         state: dict[str, Any] = numbers | {"monitor": self.monitor}
         state["buffers"] = {"best": self._buffers}
         if self._worse and module is not None:
@@ -120,8 +125,9 @@ class BestMask:
         self._last_buffers = dict(buffers.get("last", {}))
         if state["monitor"] != self.monitor:
             return
-        self.value, self._last = (
-            None if state[name] is None else float(state[name]) for name in ("value", "last")
+        self.value, self._last, self.initial = (
+            None if state.get(name) is None else float(state[name])
+            for name in ("value", "last", "initial")
         )
         self.step = int(state["step"])
         self._buffers = dict(buffers.get("best", {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from maskpro_lightning.fit.best import BestMask, MonitorMode
 from maskpro_lightning.fit.distillation import Distillation
 from maskpro_lightning.fit.passes import Passes
 from maskpro_lightning.fit.patches import Patches
+from maskpro_lightning.fit.quiet import quiet
 from maskpro_lightning.fit.start import Init
 from maskpro_lightning.fit.traceless import traceless
 from maskpro_lightning.masks.pattern import NMPattern
@@ -33,6 +35,7 @@ from maskpro_lightning.tracking.journal import Journal
 from maskpro_lightning.tracking.loggers import OnError, Tracking
 from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.tracking.mlflow_run import MLflowRun
+from maskpro_lightning.tracking.result import Result, report
 from maskpro_lightning.tracking.runs import TAGGED
 from maskpro_lightning.tracking.standin import watch_loggers
 from maskpro_lightning.weights import summary
@@ -90,6 +93,7 @@ class MaskProCallback(pl.Callback):
     Attributes:
         optimizer: The :class:`MaskPro` of the last fit, with logits and dense weights; None
             before the first.
+        result: What the last fit found, see :class:`Result`; None before.
 
     Raises:
         TypeError, ValueError: an argument that is none of its choices, or out of range.
@@ -97,7 +101,7 @@ class MaskProCallback(pl.Callback):
 
     def __init__(
         self,
-        pattern: str | NMPattern = "2:4",
+        pattern: str | int | NMPattern = "2:4",  # an int from YAML, see NMPattern.parse
         *,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
@@ -129,6 +133,7 @@ class MaskProCallback(pl.Callback):
         self.log_distributions = log_distributions
         self.on_logger_error = on_logger_error
         self.optimizer: MaskPro | None = None
+        self.result: Result | None = None
         if calibration_batches < 1:
             raise ValueError(
                 f"calibration_batches is {calibration_batches}, but calibration_batches >= 1 must "
@@ -170,6 +175,7 @@ class MaskProCallback(pl.Callback):
         self._targets: list[Target] = []
         self._patches = Patches()
         self._backward = ExitStack()
+        self._quiet = ExitStack()
         self._tracking: Tracking | None = None
 
     def __repr__(self) -> str:
@@ -213,6 +219,7 @@ class MaskProCallback(pl.Callback):
         self._trainer, self._module = trainer, pl_module
         self._stand_in(trainer, pl_module)
         self._fitting = True
+        self._quiet.enter_context(quiet(trainer))
 
     def _stand_in(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         """Put methods of ours in the place of the module's and the strategy's."""
@@ -255,6 +262,7 @@ class MaskProCallback(pl.Callback):
         keeps = bool(trainer.loggers) and not trainer.fast_dev_run
         self._journal.open(self._tracker.folder(), keeps, writes=trainer.is_global_zero)
         self._best.put_last_buffers(pl_module)
+        self._began = time.monotonic()
         parameters = self._parameters(pl_module)
         self._journal.parameters(parameters, self._tracker)
         if self._optimizer.begun:
@@ -270,6 +278,28 @@ class MaskProCallback(pl.Callback):
         self._best.tell()
         self._deploy()
         self._journal.close(self._optimizer, self._best.version, self._tracker)
+        if self._optimizer.begun:
+            self.result = self._found(trainer)
+            if trainer.is_global_zero:
+                report(self.result, self._tracker)
+
+    def _found(self, trainer: Trainer) -> Result:
+        optimizer, version = self._optimizer, self._best.version
+        masked = sum(math.prod(layout.shape) for layout in optimizer.layouts.values())
+        return Result(
+            pattern=str(self.pattern),
+            metric=self.monitor or "loss",
+            dense=None,
+            initial=self._best.initial,
+            deployed=self._best.value,
+            sparsity=self.pattern.sparsity,
+            masked_weights=masked,
+            changed=optimizer.changed(version),
+            steps=trainer.global_step,
+            best_step=self._best.step if version == "best" else trainer.global_step,
+            seconds=time.monotonic() - self._began,
+            folder=str(self._tracker.folder()),
+        )
 
     def on_exception(
         self, trainer: Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -303,6 +333,7 @@ class MaskProCallback(pl.Callback):
             self._window.clear()
             self._logged_before.clear()
             self._backward.close()
+            self._quiet.close()
             self._fitting = False
             # All that leads to the trainer, so that the callback can be copied and pickled.
             self._tracking = None
@@ -525,14 +556,6 @@ class MaskProCallback(pl.Callback):
             self._journal.layers(layers)
             self._journal.validation(trainer.global_step, logged)
             self._best.judge(logged, trainer, pl_module, self._optimizer)
-            self._tracker.metrics(
-                {
-                    # A tracker may take a slash for a folder, and leave it by "..".
-                    f"maskpro/{name}/{layer.replace('/', '.')}": value
-                    for layer, found in layers.items()
-                    for name, value in found.items()
-                }
-            )
         self._optimizer.write("drawn")
 
     def _state_dict(self) -> dict[str, Any]:
@@ -649,6 +672,12 @@ class MaskProCallback(pl.Callback):
             **asdict(self._optimizer.estimator),
             "lr": self._optimizer.estimator.rule()["lr"],
             "seed": self.seed,
+            "include": list(self.include or ()),
+            "exclude": list(self.exclude),
+            "memory": self.memory,
+            "logits_dtype": self.logits_dtype,
+            "distillation": repr(self.distillation) if self.distillation else None,
+            "monitor": self.monitor,
             "layers": len(self._targets),
             "masked_weights": masked,
             "masked_share": round(masked / total, 4),

@@ -22,7 +22,7 @@ from maskpro_lightning.weights.adapters import adapted_layers
 from maskpro_lightning.weights.kept import Masks, SparseWeights, pack_bits, unpack_bits
 from maskpro_lightning.weights.layout import Layout, local
 from maskpro_lightning.weights.sharding import layouts
-from maskpro_lightning.weights.targets import Target, describe, find_targets
+from maskpro_lightning.weights.targets import Target, count, find_targets
 
 _log = logging.getLogger(__name__)
 
@@ -136,7 +136,11 @@ class SparseFinetuning(pl.Callback):
             self.sparse.follow(optimizer)
         for average in _averages(trainer):
             self.sparse.zero_copy(average, prefix="module.")
-        _log.info(describe(model, targets, self.pattern))
+        numbers, total = count(model, targets)
+        _log.info(
+            f"{self.pattern} masks on {len(targets)} weights: {numbers:,} of the model's {total:,} "
+            f"numbers ({numbers / total:.1%})."
+        )
         _tell_of_adapters(model, targets)
 
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -10,12 +10,12 @@ from typing import Any
 
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from tqdm import tqdm
 
 from maskpro_lightning.files.maskfiles import load_maskllm, load_masks
 from maskpro_lightning.fit.traceless import fresh_batches
 from maskpro_lightning.initial import calibration
 from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.progress import progress
 from maskpro_lightning.weights.admission import is_sparse
 from maskpro_lightning.weights.layout import Layout, local
 from maskpro_lightning.weights.targets import Target
@@ -96,7 +96,7 @@ def initial_masks(
         for number, batch in enumerate(_batches(trainer, batches, f"Calibrating {init}")):
             yield partial(run, batch, number)
 
-    return calibration.initial_masks(
+    masks = calibration.initial_masks(
         init,
         targets,
         pattern,
@@ -105,6 +105,12 @@ def initial_masks(
         reduce=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"),
         whole=whole,
     )
+    return progress(masks, f"Choosing masks by {init}", len(targets), visible=_shows(trainer))
+
+
+def _shows(trainer: Any) -> bool:
+    """Whether this rank shows progress."""
+    return trainer.is_global_zero and trainer.progress_bar_callback is not None
 
 
 def arguments(module: Any, batch: Any, number: int) -> tuple[Any, ...]:
@@ -116,14 +122,7 @@ def arguments(module: Any, batch: Any, number: int) -> tuple[Any, ...]:
 def _batches(trainer: Any, count: int, title: str) -> Iterator[Any]:
     """The first training batches, as the training loop would hand them to the step."""
     with fresh_batches(trainer.fit_loop._combined_loader) as loader:
-        bar = tqdm(
-            islice(loader, count),
-            desc=title,
-            total=count,
-            leave=False,
-            disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
-        )
-        for batch in bar:
+        for batch in progress(islice(loader, count), title, count, visible=_shows(trainer)):
             converted = trainer.precision_plugin.convert_input(batch)
             module = trainer.lightning_module
             converted = module._on_before_batch_transfer(converted, dataloader_idx=0)

@@ -14,6 +14,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+_YAML_BASE = 60
+
 
 @dataclass(frozen=True)
 class NMPattern:
@@ -44,15 +46,25 @@ class NMPattern:
             )
 
     @classmethod
-    def parse(cls, pattern: str | NMPattern) -> NMPattern:
+    def parse(cls, pattern: str | int | NMPattern) -> NMPattern:
         """Read ``"2:4"``; a pattern passes through.
 
+        YAML 1.1 takes ``2:4`` without quotes for a number of base 60; that one is taken apart.
+
         Raises:
-            TypeError: neither a string nor a pattern.
+            TypeError: neither a string, such a number nor a pattern.
             ValueError: not of the form "N:M" with 1 <= N < M.
         """
         if isinstance(pattern, cls):
             return pattern
+        if isinstance(pattern, int) and not isinstance(pattern, bool):
+            n, m = divmod(pattern, _YAML_BASE)
+            if not 1 <= n < m:
+                raise ValueError(
+                    f"{pattern} is not an N:M pattern: write kept weights, a colon and the group "
+                    f'size, in quotes, such as "2:4".'
+                )
+            return cls(n, m)
         if not isinstance(pattern, str):
             raise TypeError(f'A pattern is a string like "2:4", got {pattern!r}.')
         found = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", pattern, flags=re.ASCII)

@@ -10,10 +10,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from tqdm import tqdm
 from transformers import AutoModel
 
 from maskpro_lightning.modules.language import TextData, pretrained
+from maskpro_lightning.progress import progress
 
 
 class TextEmbedder(pl.LightningModule):
@@ -68,7 +68,7 @@ class Texts(TextData):
         length = self.hparams["length"]
         rows = [
             self.tokenizer(text, padding="max_length", truncation=True, max_length=length)
-            for text in tqdm(islice(texts, count), "Tokenising", count, leave=False)
+            for text in progress(islice(texts, count), "Tokenising", count)
         ]
         if not rows or (count is not None and len(rows) < count):
             raise ValueError(

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from datasets import Dataset, load_dataset
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -19,11 +18,11 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchmetrics.text import Perplexity
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from maskpro_lightning.catalog import resolve
 from maskpro_lightning.modules.python_docs import python_docs
+from maskpro_lightning.progress import progress
 
 
 class CausalLM(pl.LightningModule):
@@ -206,15 +205,16 @@ class TextData(pl.LightningDataModule):
 
     def _texts(self, split: str) -> Iterable[str]:
         if self.hparams["source"] == "python-docs":
-            rows = Dataset.from_dict({"text": python_docs(split)})  # type: ignore[arg-type]
-        else:
-            rows = load_dataset(
-                self.hparams["source"],
-                self.hparams["name"],
-                data_files=self.hparams["data_files"],
-                split=split,
-                streaming=True,
-            )
+            return iter(python_docs("train" if split == "train" else "validation"))
+        from datasets import load_dataset
+
+        rows = load_dataset(
+            self.hparams["source"],
+            self.hparams["name"],
+            data_files=self.hparams["data_files"],
+            split=split,
+            streaming=True,
+        )
         return (row[self.hparams["text_column"]] for row in rows)
 
 
@@ -258,7 +258,6 @@ def pack(
     Raises:
         ValueError: the texts give fewer than ``count`` sequences, or none.
     """
-    bar = tqdm(total=count, desc="Packing text", unit="sequence", leave=False)
 
     def sequences() -> Iterator[list[int]]:
         tokens: list[int] = []
@@ -266,12 +265,10 @@ def pack(
             tokens += tokenizer(text, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
             whole = len(tokens) // length
             for i in range(whole):
-                bar.update()
                 yield tokens[i * length : (i + 1) * length]
             tokens = tokens[whole * length :]
 
-    packed = list(islice(sequences(), count))
-    bar.close()
+    packed = list(progress(islice(sequences(), count), "Packing text", count))
     if not packed or (count is not None and len(packed) < count):
         raise ValueError(
             f"The texts give {len(packed)} sequences of {length} tokens, but {count} were asked "

@@ -8,16 +8,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from datasets import load_dataset
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
-from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from maskpro_lightning.catalog import resolve
 from maskpro_lightning.modules.language import ResumableLoader, adamw, pretrained
+from maskpro_lightning.progress import progress
 
 
 class ImageClassifier(pl.LightningModule):
@@ -138,6 +137,8 @@ class ImageData(pl.LightningDataModule):
 
     def _images(self, part: str) -> _Images:
         settings, count = self.hparams, self.hparams[f"{part}_images"]
+        from datasets import load_dataset
+
         stream = load_dataset(
             settings["source"],
             settings["name"],
@@ -146,7 +147,7 @@ class ImageData(pl.LightningDataModule):
             streaming=True,
         ).shuffle(seed=settings["seed"], buffer_size=settings["shuffle_buffer"])
         columns = settings["image_column"], settings["label_column"]
-        bar = tqdm(stream.take(count), f"Fetching images ({part})", count, leave=False)
+        bar = progress(stream.take(count), f"Fetching images ({part})", count)
         rows = [tuple(row[column] for column in columns) for row in bar]
         if len(rows) < count:
             raise ValueError(

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
+from operator import mul
 from typing import Literal
 
 import numpy as np
@@ -263,6 +264,16 @@ class MaskedWeight:
     def mask(self, version: Version) -> Tensor:
         """The mask of a version, bool in the weight's shape."""
         return self.layout.own(self._padded_mask(version))
+
+    def changed(self, version: Version) -> tuple[Tensor, int]:
+        """In how many groups a version's mask is not the initial one, and of how many."""
+        number, groups = torch.zeros((), dtype=torch.int64, device=self.weight.device), 0
+        for _, (_, *state) in self._blocks(versions=(version,), once=True):
+            flags_2M = [self._flags(each, *state) or [] for each in (version, "initial")]
+            same = reduce(mul, [1 - (a ^ b) for a, b in zip(*flags_2M, strict=True)])
+            number += (1 - same).sum()
+            groups += same.numel()
+        return number, groups
 
     def packed_mode(self) -> Tensor:
         """The most likely mask as ``best`` holds it."""

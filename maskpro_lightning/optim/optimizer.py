@@ -485,6 +485,16 @@ class MaskPro(Optimizer):
         """By name, how many groups of this rank's part the last draw has changed, int64 scalars."""
         return {masked.name: masked.redrawn.sum() for _, _, masked in self._masked_weights()}
 
+    @torch.no_grad()
+    def changed(self, version: Version) -> float:
+        """The share of groups whose mask of a version is not the initial one; a collective."""
+        counts = [
+            [float(number), float(groups)]
+            for number, groups in (m.changed(version) for _, _, m in self._masked_weights())
+        ]
+        number, groups = self.over_ranks(torch.tensor(counts, dtype=torch.float64)).sum(0).tolist()
+        return number / groups
+
     def over_ranks(self, numbers: Tensor) -> Tensor:
         """Add up what ranks have counted in their parts of each weight, a row for a weight."""
         _, _, first = next(self._parameters())

@@ -10,12 +10,13 @@ from typing import Any
 
 from maskpro_lightning.files.export import save_distributions
 from maskpro_lightning.files.maskfiles import save_masks
+from maskpro_lightning.files.whole import write_text
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.masked_weight import Version
 from maskpro_lightning.optim.optimizer import MaskPro
 from maskpro_lightning.tracking.loggers import Tracking
 from maskpro_lightning.tracking.metrics import histograms
-from maskpro_lightning.tracking.runs import HISTORY, PARAMETERS, Run
+from maskpro_lightning.tracking.runs import HISTORY, PARAMETERS, Run, title_of
 
 _log = logging.getLogger(__name__)
 # Longer histories keep every other row, so that a run of any length fits in memory.
@@ -31,6 +32,7 @@ class Journal:
     def __init__(self) -> None:
         self._folder = Path("maskpro")
         self._keeps = self._writes = False
+        self._parameters: dict[str, Any] = {}
         self._rows: list[dict[str, float]] = []
         self._layers: dict[str, dict[str, float]] = {}
         self._validation: list[dict[str, float]] = []
@@ -41,10 +43,13 @@ class Journal:
 
     def parameters(self, parameters: Mapping[str, Any], tracking: Tracking) -> None:
         """Log a fit's parameters, and keep them in the folder."""
-        tracking.parameters(parameters)
+        found = {**parameters, **tracking.circumstances()}
+        self._parameters = {k: v for k, v in found.items() if v is not None and v != []}
+        tracking.parameters(self._parameters)
         if self._writes:
-            path = self._folder / PARAMETERS
-            tracking.write(path, lambda: path.write_text(json.dumps(parameters, indent=2)))
+            path, text = self._folder / PARAMETERS, json.dumps(self._parameters, indent=2)
+            if tracking.write(path, lambda: write_text(path, text)):
+                tracking.file(path)
 
     def step(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a row to the history."""
@@ -88,7 +93,8 @@ class Journal:
             tracking.file(path)
         if not self._rows:
             return
-        run = Run(self._rows, self._layers, found, self._validation)
+        title = title_of(self._parameters, self._folder)
+        run = Run(self._rows, self._layers, found, self._validation, title=title)
         tables: list[Path] = []
         tracking.write(history, lambda: tables.extend(run.write(self._folder)))
         for path in tables:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,18 @@ class Tracking:
             for logger in trainer.loggers:
                 if not isinstance(logger, StandIn):
                     self._guard(logger)
+
+    def circumstances(self) -> dict[str, Any]:
+        """Parameters of a fit that its trainer knows: the model, and how it is trained."""
+        trainer, module = self._trainer, self._trainer.lightning_module
+        return {
+            "model": str(module.hparams.get("model") or type(module).__name__),
+            "steps": trainer.estimated_stepping_batches,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "precision": str(trainer.precision),
+            "strategy": type(trainer.strategy).__name__,
+            "ranks": trainer.world_size,
+        }
 
     def parameters(self, parameters: Mapping[str, Any]) -> None:
         """Log hyperparameters under ``maskpro/``; a resumed run keeps those it has."""
@@ -82,6 +95,12 @@ class Tracking:
                 self._send(logger, add, f"maskpro/figures/{path.stem}", figure, step)
             elif type(logger).__name__ == "WandbLogger":
                 self._send(logger, logger.log_image, f"maskpro/figures/{path.stem}", [str(path)])
+
+    def describe(self, text: str) -> None:
+        """Let MLflow's run have a description, in Markdown."""
+        self.each(
+            "MLFlowLogger", lambda lg: lg.experiment.set_tag(lg.run_id, "mlflow.note.content", text)
+        )
 
     def each(self, kind: str, call: Callable[[Any], None]) -> None:
         """Call something with every logger of a class of this name, on one rank."""
@@ -164,7 +183,8 @@ class Tracking:
     def _hyperparameters(
         self, logger: Any, log_hyperparams: Callable[..., Any], params: Any, *args: Any
     ) -> None:
-        """The same for what describes a run."""
+        """The same for what describes a run, but for what says nothing."""
+        params = _telling(params)
         if not self._send(logger, log_hyperparams, params, *args):
             self._keep(row_of_parameters(type(logger).__name__, params))
 
@@ -175,7 +195,7 @@ class Tracking:
 
         def append() -> None:
             with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(without_credentials(json.dumps(row)) + "\n")
 
         self.write(path, append)
 
@@ -199,6 +219,14 @@ class Tracking:
         if key not in self._broken:
             self._broken.add(key)
             _log.warning("%s: %s", what, without_credentials(str(error)))
+
+
+def _telling(params: Any) -> Any:
+    """Parameters without those that were not given, and what LightningCLI adds for itself."""
+    given = vars(params) if isinstance(params, Namespace) else params
+    if not isinstance(given, Mapping):
+        return params
+    return {k: v for k, v in given.items() if v is not None and k != "_instantiator"}
 
 
 def _log_artifact(logger: Any, path: Path, folder: str) -> None:

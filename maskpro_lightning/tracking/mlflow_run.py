@@ -1,15 +1,14 @@
-"""What an MLflow run gets beside numbers and files: its place, its data, and its model."""
+"""What an MLflow run gets beside numbers and files: its place, its data, its end."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
-from inspect import signature
 from typing import Any
-
-from torch import nn
 
 from maskpro_lightning.tracking.loggers import Tracking
 
@@ -17,6 +16,10 @@ _log = logging.getLogger(__name__)
 
 #: The environment variable that names the run under which the runs of a sweep are shown.
 PARENT = "MLFLOW_PARENT_RUN_ID"
+# By which MLflow 3 decides which pages an experiment has.
+_KIND = "mlflow.experimentKind"
+# Seconds that a server has to take note of a failure.
+_PATIENCE = 10.0
 
 
 class MLflowRun:
@@ -25,6 +28,8 @@ class MLflowRun:
     - The run is nested under the active MLflow run, or that of ``MLFLOW_PARENT_RUN_ID``.
     - The data set is logged, if the trainer's datamodule has a ``provenance()`` that returns name,
       digest, source_type and source, see :class:`mlflow.entities.Dataset`.
+    - Its experiment opens as one that trains models, not as one of generative AI.
+    - If Lightning kills this process, since another rank has died, the run has failed.
     - The machine's use is logged where MLflow is told to: ``MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING``.
 
     Args:
@@ -36,6 +41,7 @@ class MLflowRun:
         self._data: Any = getattr(trainer, "datamodule", None)
         self._tracking = tracking
         self._monitors: list[Any] = []
+        self._observers: list[threading.Thread] = []
 
     def begin(self, tags: Mapping[str, str]) -> None:
         """Log tags and data, and start watching the machine."""
@@ -43,16 +49,22 @@ class MLflowRun:
         if hasattr(self._data, "provenance"):
             self._tracking.each("MLFlowLogger", self._log_data)
         self._tracking.each("MLFlowLogger", self._watch)
+        self._tracking.each("MLFlowLogger", self._observe)
 
     def end(self) -> None:
-        """Stop watching the machine."""
+        """Stop watching the machine and the ranks."""
         while self._monitors:
             self._monitors.pop().finish()
+        while self._observers:
+            vars(self._observers.pop()).pop("_terminate_all", None)
 
     def _tag(self, logger: Any, tags: Mapping[str, str]) -> None:
         for name, value in tags.items():
             logger.experiment.set_tag(logger.run_id, name, value)
-        parent = _parent()
+        client, number = logger.experiment, logger.experiment_id
+        if _KIND not in client.get_experiment(number).tags:
+            client.set_experiment_tag(number, _KIND, "custom_model_development")
+        parent = parent_run()
         if parent not in (None, logger.run_id):
             logger.experiment.set_tag(logger.run_id, "mlflow.parentRunId", parent)
 
@@ -62,6 +74,14 @@ class MLflowRun:
         tags = [InputTag("mlflow.data.context", "training")]
         logged = DatasetInput(Dataset(**self._data.provenance()), tags)
         logger.experiment.log_inputs(logger.run_id, datasets=[logged])
+
+    def _observe(self, logger: Any) -> None:
+        """Let the thread that kills this process with SIGKILL first say that the run has failed."""
+        for thread in threading.enumerate():
+            kill = getattr(thread, "_terminate_all", None)
+            if thread.name == "child-process-observer" and kill is not None:
+                vars(thread)["_terminate_all"] = partial(_fail_and, kill, logger)
+                self._observers.append(thread)
 
     def _watch(self, logger: Any) -> None:
         settings: Any = import_module("mlflow.environment_variables")
@@ -83,56 +103,21 @@ class MLflowRun:
         self._monitors.append(monitor)
 
 
-def log_model(
-    logger: Any, model: nn.Module, tokenizer: Any = None, registered_name: str | None = None
-) -> str:
-    """Log a sparse model to the run of an MLFlowLogger, zeros included.
-
-    A Hugging Face model that generates text, with its tokenizer, is of the flavour
-    ``mlflow.transformers``; anything else is pickled, of the flavour ``mlflow.pytorch``, and needs
-    its class where it is loaded.
-
-    Args:
-        logger: The logger, whose run may have ended.
-        model: The model.
-        tokenizer: Its tokenizer.
-        registered_name: Name under which the model is also registered.
-
-    Returns:
-        The model's URI, for ``mlflow.transformers.load_model`` or ``mlflow.pytorch.load_model``.
-    """
-    import mlflow
-
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(logger._tracking_uri)
-    # MLflow starts no run of another experiment than the active one, for which there is no getter.
-    fluent: Any = import_module("mlflow.tracking.fluent")
-    active = fluent._active_experiment_id
-    fluent._active_experiment_id = None
-    kwargs: dict[str, Any] = {"name": "sparse", "registered_model_name": registered_name}
-    try:
-        with mlflow.start_run(logger.run_id, nested=True, log_system_metrics=False):
-            if tokenizer is not None and getattr(model, "can_generate", lambda: False)():
-                parts = {"model": model, "tokenizer": tokenizer}
-                # Named, since MLflow would else look for what image models need.
-                kwargs |= {"task": "text-generation", "pip_requirements": ["torch", "transformers"]}
-                info = mlflow.transformers.log_model(parts, **kwargs)
-            else:
-                kwargs["pip_requirements"] = ["torch"]
-                if "serialization_format" in signature(mlflow.pytorch.log_model).parameters:
-                    # Newer MLflows would trace the model, which takes an example of its input.
-                    kwargs["serialization_format"] = "pickle"
-                info = mlflow.pytorch.log_model(model, **kwargs)
-    finally:
-        mlflow.set_tracking_uri(before)
-        fluent._active_experiment_id = active
-    return str(info.model_uri)
-
-
-def _parent() -> str | None:
+def parent_run() -> str | None:
+    """The run under which a new one is to be shown."""
     if parent := os.environ.get(PARENT):
         return parent
     import mlflow
 
     active = mlflow.active_run()
     return None if active is None else str(active.info.run_id)
+
+
+def _fail_and(kill: Callable[[], None], logger: Any) -> None:
+    """End a run as failed, with a server that may be away or slow, and go on to kill."""
+    end = threading.Thread(
+        target=lambda: logger.experiment.set_terminated(logger.run_id, "FAILED"), daemon=True
+    )
+    end.start()
+    end.join(_PATIENCE)
+    kill()

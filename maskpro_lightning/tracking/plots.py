@@ -1,7 +1,7 @@
 """Figures of a run, drawn from its history: did it help, what drove it, where did masks change.
 
-The figures are transparent, in colours that keep a contrast of 3:1 on white and on dark pages and
-that colour-blind readers tell apart. They are made without pyplot, so in any thread.
+The figures are white, with a dark title that says what the run is, panels that say what they show,
+and colours that colour-blind readers tell apart. They are made without pyplot, so in any thread.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ _Rows = Sequence[Mapping[str, float]]
 _Layers = Mapping[str, Mapping[str, float]]
 _Groups = Mapping[str, _Rows]
 
-_INK, _GREY, _BLUE, _GREEN, _ORANGE = "#797979", "#868686", "#0b76b8", "#0a9670", "#d55e00"
+_TITLE, _INK, _GREY, _RULE = "#1b1f24", "#57606a", "#868686", "#d0d7de"
+_BLUE, _GREEN, _ORANGE = "#0b76b8", "#0a9670", "#d55e00"
+# Of masks that a validation is drawn beside: the dense weights are the aim, others are passed.
+_REFERENCES = {
+    "dense": (_TITLE, "-"),
+    "magnitude": ("#8250df", ":"),
+    "wanda": ("#9a6700", "--"),
+    "sparsegpt": ("#bf3989", "-."),
+}
 _COLOURS = {"baseline": _GREY, "entropy": _GREEN, "churn": _ORANGE, "baseline_hit_rate": _GREEN}
 # By key: name, meaning, what it is a share of.
 _SHARES = {
@@ -60,6 +68,8 @@ def figures(run: Run) -> dict[str, Figure]:
         drawn["layers"] = _layers(run.layers)
     if run.groups:
         drawn |= {"groups": _groups(run.groups), "confidence": _confidence(run.groups)}
+    for figure in drawn.values():
+        _head(figure, run.title)
     return drawn
 
 
@@ -116,7 +126,7 @@ def _signal(rows: _Rows) -> Figure:
 
 def _validation(rows: _Rows, comparison: Mapping[str, Mapping[str, float]]) -> Figure:
     keys = list(dict.fromkeys(key for row in rows for key in row if key != "step"))
-    keys = sorted(keys, key=lambda key: "loss" not in key)[:_MOST_METRICS]
+    keys = _different(sorted(keys, key=lambda key: "loss" not in key), rows)[:_MOST_METRICS]
     titles = {f"{key} of the most likely masks": "" for key in keys}
     figure, panels = _over_steps(titles, [1] * len(titles))
     for axes, key in zip(panels, keys, strict=True):
@@ -124,11 +134,26 @@ def _validation(rows: _Rows, comparison: Mapping[str, Mapping[str, float]]) -> F
         others = {mask: row[key] for mask, row in comparison.items() if key in row}
         others.pop("maskpro", None)
         for mask, value in others.items():
-            axes.axhline(value, color=_GREY, linewidth=1, linestyle="--", gid=f"{mask} {key}")
-            _label(axes, value, f"{mask} {value:.4g}", _GREY)
+            colour, dashes = _REFERENCES.get(mask, (_GREY, (0, (1, 3))))
+            axes.axhline(value, color=colour, linewidth=1.2, linestyle=dashes, gid=f"{mask} {key}")
+            _label(axes, value, f"{mask} {value:.4g}", colour)
         _spread_labels(axes)
     panels[-1].set_xlabel("step")
     return figure
+
+
+def _different(keys: Sequence[str], rows: _Rows) -> list[str]:
+    """Keys without those that repeat an earlier one, as perplexity does the loss: its exp."""
+    kept: list[str] = []
+    for key in keys:
+        pairs = [[(row[one], row[key]) for row in rows if {one, key} <= row.keys()] for one in kept]
+        if not any(
+            pair and np.allclose(np.exp(a), b, rtol=0.02)
+            for pair in pairs
+            for a, b in [np.array(pair).T]
+        ):
+            kept.append(key)
+    return kept
 
 
 def _groups(layers: _Groups) -> Figure:
@@ -204,8 +229,8 @@ def _layers(layers: _Layers) -> Figure:
         title = f"The {_MOST_LAYERS} of {len(layers)} layers whose masks changed most"
         ranked = sorted(layers, key=lambda layer: -np.nan_to_num(layers[layer].get("changed", 0)))
         names = {layer: names[layer] for layer in ranked[:_MOST_LAYERS]}
-    figure = Figure((8, 1.2 + 0.13 * len(names)), dpi=150, facecolor="none", layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=9, fontweight="bold")
+    figure = Figure((8, 1.6 + 0.13 * len(names)), dpi=150, facecolor="white", layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", color=_TITLE, fontsize=9)
     panels = figure.subplots(1, len(_SHARES), sharey=True)
     for axes, (key, (name, _, unit)) in zip(panels, _SHARES.items(), strict=True):
         _dress(axes, name)
@@ -233,7 +258,7 @@ def _shortened(names: Sequence[str]) -> list[str]:
 
 def _over_steps(titles: Mapping[str, str], heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
     """A figure of panels below each other, given as titles and units, with one axis of steps."""
-    figure = Figure((8, 4.5), dpi=150, facecolor="none", layout="constrained")
+    figure = Figure((8, 4.8), dpi=150, facecolor="white", layout="constrained")
     grid = figure.subplots(len(titles), sharex=True, squeeze=False, height_ratios=heights)
     panels = list(grid[:, 0])
     for axes, (title, unit) in zip(panels, titles.items(), strict=True):
@@ -244,13 +269,21 @@ def _over_steps(titles: Mapping[str, str], heights: Sequence[float]) -> tuple[Fi
     return figure, panels
 
 
+def _head(figure: Figure, title: str) -> None:
+    """Put what the run is above everything; a title that is there goes below it."""
+    below = figure.get_suptitle()
+    text = f"{title}\n{below}" if title and below else title or below
+    if text:
+        figure.suptitle(text, x=0.01, ha="left", color=_TITLE, fontsize=10, fontweight="bold")
+
+
 def _dress(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", color=_INK, fontsize=9, fontweight="bold")
-    axes.set(facecolor="none", axisbelow=True)
+    axes.set_title(title, loc="left", color=_TITLE, fontsize=9)
+    axes.set(facecolor="white", axisbelow=True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_INK)
-    axes.tick_params(colors=_INK, labelsize=8)
-    axes.grid(visible=True, color=_INK, alpha=0.2, linewidth=0.6)
+    axes.spines[["left", "bottom"]].set_color(_RULE)
+    axes.tick_params(colors=_RULE, labelcolor=_INK, labelsize=8)
+    axes.grid(visible=True, color=_RULE, linewidth=0.6)
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set(color=_INK, fontsize=8)
 

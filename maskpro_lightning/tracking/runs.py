@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from maskpro_lightning.files.whole import whole
 from maskpro_lightning.tracking.credentials import without_credentials
 
 Row = Mapping[str, float]
@@ -29,6 +31,7 @@ class Run:
         groups: By parameter name, a row for each bin of :func:`metrics.histograms`.
         validation: Of validations under the most likely mask: ``step`` and what the module logged.
         comparison: By mask, "dense" and "magnitude" say, what ``maskpro compare`` measured.
+        title: What the run is, for a figure's head.
     """
 
     history: Sequence[Row] = ()
@@ -36,6 +39,7 @@ class Run:
     groups: Mapping[str, Sequence[Row]] = field(default_factory=dict)
     validation: Sequence[Row] = ()
     comparison: Mapping[str, Row] = field(default_factory=dict)
+    title: str = ""
 
     def write(self, folder: Path) -> list[Path]:
         """Write what there is, but for the comparison; returns the files."""
@@ -80,7 +84,20 @@ def read_run(folder: Path) -> Run:
         groups,
         read_rows(folder / "validation.csv"),
         dict(_named(folder / "comparison.csv", "mask")),
+        title_of(parameters_of(folder), folder),
     )
+
+
+def title_of(parameters: Mapping[str, Any], folder: Path) -> str:
+    """What a run is, in one line: the pattern, the model, how masks were found, the run."""
+    if not parameters:
+        return ""
+    pattern, model = parameters.get("pattern"), parameters.get("model")
+    parts = ["" if pattern is None else f"{pattern} mask" + (f" of {model}" if model else "")]
+    parts += [str(parameters[name]) for name in ("estimator", "init") if parameters.get(name)]
+    name = folder.absolute().parent.name if folder.name == "maskpro" else folder.name
+    parts.append(f"run {name[:8] if len(name) == 32 else name}")
+    return " \N{MIDDLE DOT} ".join(filter(None, parts)).replace("_", " ")
 
 
 def download_run(run_id: str, tracking_uri: str | None, folder: Path) -> None:
@@ -95,7 +112,7 @@ def download_run(run_id: str, tracking_uri: str | None, folder: Path) -> None:
     client = MlflowClient(tracking_uri)
     try:
         for item in client.list_artifacts(run_id, "maskpro"):
-            if item.path.endswith(".csv"):
+            if item.path.endswith((".csv", PARAMETERS)):
                 client.download_artifacts(run_id, item.path, str(folder))
     except MlflowException as error:
         where = without_credentials(f"{tracking_uri}: {error}")
@@ -109,6 +126,15 @@ def read_rows(path: Path) -> list[Row]:
         ValueError: names the file and the line that is not of numbers.
     """
     return [row for _, row in _named(path, None)]
+
+
+def parameters_of(folder: Path) -> dict[str, Any]:
+    """The parameters that a run's folder holds; none if it holds none that can be read."""
+    try:
+        found = json.loads((folder / PARAMETERS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _named(path: Path, name: str | None) -> Iterable[tuple[str, Row]]:
@@ -129,9 +155,8 @@ def _named(path: Path, name: str | None) -> Iterable[tuple[str, Row]]:
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
-    return partial.replace(path)
+    return path

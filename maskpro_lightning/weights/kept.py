@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.admission import check_mask, each_once
 from maskpro_lightning.weights.layout import block_size, local
+from maskpro_lightning.weights.names import clean_name
 from maskpro_lightning.weights.sharding import layouts, reshard
-from maskpro_lightning.weights.targets import Target, clean_name, find_targets
+from maskpro_lightning.weights.targets import Target, find_targets
 
 Masks = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 

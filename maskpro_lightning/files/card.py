@@ -1,0 +1,128 @@
+"""A model card for a sparse model: what it is, what it reaches, how to load it, how it was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maskpro_lightning.files.whole import write_text
+
+CARD = "README.md"
+_LOAD = {
+    "config.json": """```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{name}")  # or the class of your task
+```""",
+    "compressed.safetensors": """```python
+from maskpro_lightning import load_compressed
+
+state = load_compressed("{name}/compressed.safetensors", "{pattern}")
+module.load_state_dict(state)
+```""",
+    "masks.npz": """The masks alone, in MaskLLM's format, for the weights of the dense model:
+
+```python
+from maskpro_lightning import MaskProCallback
+
+MaskProCallback("{pattern}", init="{name}/masks.npz")
+```""",
+    "": """```python
+from safetensors.torch import load_file
+
+module.load_state_dict(load_file("{name}/model.safetensors"))
+```""",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card tells; what is empty is left out.
+
+    Attributes:
+        name: The model's name, such as that on the Hub.
+        pattern: Such as "2:4".
+        base_model: The dense model's name or path.
+        data: What the mask was learned on.
+        results: A table in Markdown.
+        method: Parameters of the fit.
+        command: What made it.
+    """
+
+    name: str
+    pattern: str
+    base_model: str = ""
+    data: str = ""
+    results: str = ""
+    method: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+    def text(self, files: Sequence[str]) -> str:
+        """The card, for a folder that holds these files."""
+        kept, group = self.pattern.split(":")
+        about = (
+            f"A model of which {kept} of every {group} consecutive weights along the inputs of its "
+            f"masked layers are kept and the others are zero ({self.pattern} sparsity; N counts "
+            f"kept weights). The kept weights are those of the dense model, bit for bit."
+        )
+        parts = [self._front_matter(files), f"# {self.name}", about]
+        parts += ["## Results", self.results] if self.results else []
+        load = next((text for name, text in _LOAD.items() if name in files), _LOAD[""])
+        parts += ["## Load it", load.format(name=self.name, pattern=self.pattern)]
+        parts += ["## How it was made", self._made()]
+        return "\n\n".join(parts) + "\n"
+
+    def _front_matter(self, files: Sequence[str]) -> str:
+        tags = json.dumps(["sparsity", self.pattern, "maskpro"])
+        lines = ["---", f"tags: {tags}"]
+        lines += ["library_name: transformers"] if "config.json" in files else []
+        on_hub = self.base_model.count("/") == 1 and not Path(self.base_model).exists()
+        lines += [f"base_model: {self.base_model}"] if on_hub else []
+        return "\n".join([*lines, "---"])
+
+    def _made(self) -> str:
+        lines = ["The mask was learned by [MaskPro](https://arxiv.org/abs/2506.12876)."]
+        lines += [f"- dense model: {self.base_model}"] if self.base_model else []
+        lines += [f"- data: {self.data}"] if self.data else []
+        lines += [f"- {name}: {value}" for name, value in self.method.items()]
+        lines += [f"\n```\n{self.command}\n```"] if self.command else []
+        return "\n".join([lines[0], "", *lines[1:]]) if lines[1:] else lines[0]
+
+
+def write_card(folder: Path, card: Card) -> Path:
+    """Write a model card beside the files of a model; returns its path."""
+    files = [path.name for path in folder.iterdir()]
+    write_text(folder / CARD, card.text(files))
+    return folder / CARD
+
+
+def push(folder: Path, name: str, *, private: bool = False) -> str:
+    """Upload a folder to a model repository of the Hugging Face Hub, made if there is none.
+
+    Args:
+        folder: The folder.
+        name: Such as "me/small-llama-2-4".
+        private: Whether a repository that is made is private.
+
+    Returns:
+        The URL.
+
+    Raises:
+        ValueError: the Hub does not take it; the message tells why and what to do.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        url = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add a sparse model")
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(
+            f"{str(folder)!r} was written, but not uploaded to {name!r}: {error}. Log in with "
+            f"'hf auth login', and upload it with 'hf upload {name} {folder}'."
+        ) from error
+    return str(url)

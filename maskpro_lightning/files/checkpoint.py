@@ -1,0 +1,71 @@
+"""The weights that a checkpoint of Lightning holds, or why it holds none; nothing in it is run."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskpro_lightning.files.archive import broken
+
+
+def weights_in(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The ``state_dict`` of a checkpoint, on the CPU.
+
+    Args:
+        path: The file that Lightning wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a folder, no checkpoint, or one whose contents would have to be run.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(_of_folder(path))
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
+    found = _loaded(path)
+    state = found.get("state_dict") if isinstance(found, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(
+            f"{str(path)!r} holds no state_dict of tensors, so it is no checkpoint of Lightning: "
+            f"give a .ckpt that the fit wrote."
+        )
+    return {str(name): value for name, value in state.items()}
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        # Only a zip file, PyTorch's format since 1.6, can be mapped into memory.
+        with path.open("rb") as file:
+            mapped = file.read(2) == b"PK"
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UnpicklingError as error:
+        # PyTorch advises to run it; an object that a user trusts can be named instead.
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if name is None:
+            raise broken(path, "no whole checkpoint") from None
+        raise ValueError(
+            f"{str(path)!r} holds more than tensors and plain values, an object of {name[1]}, and "
+            f"would have to be run to be read. Write it anew without that object (most are in "
+            f"hyperparameters: save_hyperparameters(ignore=[...])), or allow the one class if it "
+            f"is yours: torch.serialization.add_safe_globals([...])."
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError):
+        raise broken(path, "no whole checkpoint") from None
+
+
+def _of_folder(path: Path) -> str:
+    if (path / ".metadata").is_file():
+        return (
+            f"{str(path)!r} is a checkpoint in parts, one of each rank. Join them first: python -m "
+            f"lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        )
+    found = sorted(path.rglob("*.ckpt"))
+    inside = f", such as {str(found[0])!r}" if found else "; in it there is none that ends in .ckpt"
+    return f"{str(path)!r} is a folder: give the file of a checkpoint{inside}."

@@ -1,0 +1,34 @@
+"""Files that are whole or not there, of the mode that the user's umask gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+
+@contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write under a temporary name, renamed when the block ends, removed when it raises.
+
+    No two writers share a temporary name: of two fits in one folder the last one's file stays.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    try:
+        with partial.open("wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        yield partial
+        partial.chmod(mode)  # safetensors makes files that none but their owner reads
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text in UTF-8."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,181 @@
+"""What a fit found, in a few numbers: for a terminal, a notebook, a tracker and a model card."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskpro_lightning.files.whole import write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: The file of a result in a run's folder.
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a fit found; what was not measured is None.
+
+    Attributes:
+        pattern: Such as "2:4".
+        metric: What masks are compared by, such as "val_loss".
+        dense: Its value with the dense weights.
+        initial: Its value under the initial mask.
+        deployed: Its value under the mask that is deployed.
+        sparsity: Share of zeros among the masked weights, in [0, 1].
+        masked_weights: Number of masked weights.
+        changed: Share of groups whose deployed mask is not the initial one, in [0, 1].
+        steps: Steps of the fit.
+        best_step: The step that the deployed mask is of.
+        seconds: Time of the fit.
+        folder: Where the run's files are.
+        to_do: What comes next, such as a line that exports the model.
+    """
+
+    pattern: str
+    metric: str
+    dense: float | None
+    initial: float | None
+    deployed: float | None
+    sparsity: float
+    masked_weights: int
+    changed: float
+    steps: int
+    best_step: int
+    seconds: float
+    folder: str | None = None
+    to_do: str = 'export_sparse(module, "sparse-model")'
+
+    @property
+    def gap_closed(self) -> float | None:
+        """Share of the way from the initial mask to the dense weights; None if there is no gap."""
+        values = (self.dense, self.initial, self.deployed)
+        if any(value is None or not math.isfinite(value) for value in values):
+            return None
+        dense, initial, deployed = (float(value or 0) for value in values)
+        return None if initial == dense else (initial - deployed) / (initial - dense)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers by which runs can be sorted, under ``maskpro/``."""
+        found = {
+            "dense": self.dense,
+            "initial": self.initial,
+            "deployed": self.deployed,
+            "gap_closed": self.gap_closed,
+            "sparsity": self.sparsity,
+            "best_step": float(self.best_step),
+            "seconds": self.seconds,
+        }
+        return {f"maskpro/{name}": value for name, value in found.items() if value is not None}
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Names and values for a reader."""
+        closed = None if self.gap_closed is None else f"{self.gap_closed:.0%}"
+        found = [
+            (f"{self.metric}, dense", _number(self.dense)),
+            (f"{self.metric}, initial mask", _number(self.initial)),
+            (f"{self.metric}, deployed mask", _number(self.deployed)),
+            ("share of the gap closed", closed or "unknown"),
+            ("zeros", f"{self.sparsity:.2%} of {self.masked_weights:,} masked weights"),
+            ("changed", f"{self.changed:.1%} of the groups, from the initial mask"),
+            ("deployed mask", self._which),
+            ("time", _time(self.seconds)),
+        ]
+        found += [] if self.folder is None else [("files", self.folder)]
+        return [*found, ("next", self.to_do)]
+
+    def markdown(self) -> str:
+        """The table for a tracker's description, or a model card."""
+        lines = [f"| {self._title} | |", "| --- | ---: |"]
+        return "\n".join(lines + [f"| {name} | {value} |" for name, value in self.rows()])
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON, for :func:`read_result`."""
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
+
+    def show(self) -> None:
+        """Print the table, with Rich where that is installed."""
+        try:
+            from rich.console import Console
+        except ModuleNotFoundError:
+            print(self)
+        else:
+            Console().print(self, soft_wrap=True)
+
+    @property
+    def _title(self) -> str:
+        return f"{self.pattern} mask, {self.steps} steps"
+
+    @property
+    def _which(self) -> str:
+        if self.best_step == self.steps:
+            return f"the last one (step {self.steps})"
+        if not self.best_step:
+            return "the initial one: no later one was better"
+        return f"that of step {self.best_step}, better than the last one"
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.rows())
+        return "\n".join([self._title, *(f"  {n:<{width}}  {value}" for n, value in self.rows())])
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title=self._title, title_justify="left", show_header=False, box=None)
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in self.rows():
+            bold = name in ("share of the gap closed", "next")
+            table.add_row(name, value, style="bold" if bold else None)
+        return table
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><td>{escape(name)}</td><td style='text-align:left'>{escape(value)}</td></tr>"
+            for name, value in self.rows()
+        )
+        return f"<table><caption>{escape(self._title)}</caption>{cells}</table>"
+
+
+def report(result: Result, tracking: Any) -> None:
+    """Tell a result to everyone, on one rank: the screen, all loggers, the run's folder.
+
+    MLflow's run gets the table for its description, too.
+
+    Args:
+        result: The result.
+        tracking: The fit's :class:`Tracking`.
+    """
+    result.show()
+    tracking.metrics(result.metrics())
+    path = tracking.folder() / RESULT
+    if tracking.write(path, lambda: result.write(path)):
+        tracking.file(path)
+    tracking.describe(result.markdown())
+
+
+def read_result(folder: Path) -> Result | None:
+    """The result that a run's folder holds, if it holds a whole one."""
+    try:
+        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return Result(**{f.name: found[f.name] for f in fields(Result) if f.name in found})
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4g}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

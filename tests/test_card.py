@@ -1,0 +1,114 @@
+"""Laws of the model card and of the Hub, without a network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import tiny_models
+import torch
+import yaml
+from test_export import masked, two_layers
+from transformers import AutoModel
+
+from maskpro_lightning import export_sparse
+from maskpro_lightning.files.card import Card, push, write_card
+
+FULL = Card(
+    name="me/small-2-4",
+    pattern="2:4",
+    base_model="org/small",
+    data="python-docs",
+    results="| val_loss | 3.1 |",
+    method={"steps": 200, "init": "sparsegpt"},
+    command="maskpro compare --config quickstart",
+)
+
+
+def front_matter(text: str) -> Any:
+    _, yaml_text, _ = text.split("---\n", 2)
+    return yaml.safe_load(yaml_text)
+
+
+def test_a_card_tells_all_that_is_known_and_nothing_else(tmp_path: Path) -> None:
+    export_sparse(masked(tiny_models.llama()), tmp_path)
+    text = write_card(tmp_path, FULL).read_text()
+    assert front_matter(text) == {
+        "tags": ["sparsity", "2:4", "maskpro"],
+        "library_name": "transformers",
+        "base_model": "org/small",
+    }
+    for told in (
+        "# me/small-2-4",
+        "2 of every 4",
+        "| val_loss | 3.1 |",
+        "python-docs",
+        "steps: 200",
+    ):
+        assert told in text
+    assert "maskpro compare --config quickstart" in text
+    bare = Card("small", "1:4").text(["model.safetensors"])
+    assert front_matter(bare) == {"tags": ["sparsity", "1:4", "maskpro"]}
+    assert "## Results" not in bare
+    assert "dense model:" not in bare
+
+
+@pytest.mark.parametrize("file_format", ["huggingface", "safetensors", "compressed"])
+def test_what_the_card_says_loads_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    held = tiny_models.llama() if file_format == "huggingface" else two_layers()
+    module = masked(held)
+    export_sparse(module, "out", file_format=file_format)
+    text = write_card(Path("out"), Card("out", "2:4")).read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    fresh = two_layers()
+    space: dict[str, Any] = {"module": fresh}
+    exec(code, space)
+    if file_format == "huggingface":
+        assert isinstance(space["model"], AutoModel._model_mapping[type(held.config)])
+        found, expected = space["model"].state_dict(), held.model.state_dict()
+    else:
+        found, expected = fresh.state_dict(), module.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+class Hub:
+    """Remembers what it is asked for."""
+
+    asked: list[tuple[str, dict[str, Any]]]
+
+    def create_repo(self, name: str, **how: Any) -> str:
+        Hub.asked.append((name, how))
+        return f"https://hub/{name}"
+
+    def upload_folder(self, **how: Any) -> None:
+        Hub.asked.append(("upload", {k: v for k, v in how.items() if k != "commit_message"}))
+
+
+def test_a_folder_is_uploaded_whole_to_a_repository_that_may_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Hub.asked = []
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert push(tmp_path, "me/small", private=True) == "https://hub/me/small"
+    assert Hub.asked == [
+        ("me/small", {"private": True, "exist_ok": True}),
+        ("upload", {"repo_id": "me/small", "folder_path": tmp_path}),
+    ]
+
+
+def test_a_hub_that_refuses_is_told_with_the_way_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    message = r"was written, but not uploaded to 'me/small': no route\. Log in with 'hf auth login'"
+    with pytest.raises(ValueError, match=message):
+        push(tmp_path, "me/small")
