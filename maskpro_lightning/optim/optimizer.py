@@ -493,7 +493,7 @@ class MaskPro(Optimizer):
             for number, groups in (m.changed(version) for _, _, m in self._masked_weights())
         ]
         number, groups = self.over_ranks(torch.tensor(counts, dtype=torch.float64)).sum(0).tolist()
-        return number / groups
+        return float(number / groups)
 
     def over_ranks(self, numbers: Tensor) -> Tensor:
         """Add up what ranks have counted in their parts of each weight, a row for a weight."""
