@@ -264,6 +264,10 @@ _COST = {
 }
 
 
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.0f}" if size >= 1e11 else f"{size / 1e9:.3g}"
+
+
 def _plan() -> None:
     cli = _BeforeFit()
     callback, data = callback_of(cli.trainer), cli.datamodule
@@ -285,7 +289,7 @@ def _plan() -> None:
     rows.add_column("what")
     rows.add_column("GB", justify="right")
     for name, size in {**parts, "together": found.total}.items():
-        rows.add_row(name, f"{size / 1e9:,.3f}", style="bold" if name == "together" else None)
+        rows.add_row(name, _gigabytes(size), style="bold" if name == "together" else None)
     console = Console()
     console.print(rows, "GB are 10^9 bytes.", f"{_COST[callback.estimator.name]}", sep="\n")
 

@@ -128,7 +128,11 @@ def test_export_writes_the_format_that_is_asked_for(tiny: list[str], tmp_path: P
     for file_format in ("compressed", "maskllm"):
         arguments = [f"--ckpt_path={checkpoint}", "--output=out", f"--format={file_format}"]
         main(["export", *tiny, *arguments])
-    assert {path.name for path in Path("out").iterdir()} == {"compressed.safetensors", "masks.npz"}
+    assert {path.name for path in Path("out").iterdir()} == {
+        "README.md",
+        "compressed.safetensors",
+        "masks.npz",
+    }
     found = load_compressed("out/compressed.safetensors")
     assert found.keys() == saved.keys()
     assert all(torch.equal(found[name], value) for name, value in saved.items())

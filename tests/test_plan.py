@@ -168,6 +168,6 @@ def test_the_command_plans_a_recipe_without_its_weights(
     main(["plan", "--config", "quickstart", "--devices", "8", "--strategy", "fsdp2"])
     told = capsys.readouterr().out
     assert "One of 8 ranks, fsdp2" in told
-    assert re.search(r"dense\s+│\s+491,520", told)
-    assert "Forward passes per step: 3" in told
+    assert re.search(r"dense\s+│\s+0\.000492", told)
+    assert "A step costs 3 forward passes of a batch" in told
     assert not list(tmp_path.iterdir())
