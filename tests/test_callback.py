@@ -78,8 +78,8 @@ def test_training_sees_drawn_masks_and_validation_the_most_likely_one(tmp_path: 
     callback = fast()
     module = Watched(callback)
     fit(module, callback, folder=tmp_path, max_epochs=3, num_sanity_val_steps=1)
-    # First it is watched what multiplies. In the first epoch each batch's baseline is measured, in the second it is audited, and from
-    # then on it is remembered.
+    # First it is watched what multiplies. In the first epoch each batch's baseline is measured, in
+    # the second it is audited, and from then on it is remembered.
     expected = ["dense"] + ["initial", "drawn"] * 8 + ["drawn"] * 4
     for version, seen in zip(expected, module.seen["trained"], strict=True):
         assert version in seen
