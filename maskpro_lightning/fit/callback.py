@@ -26,7 +26,7 @@ from maskpro_lightning.fit.passes import Passes
 from maskpro_lightning.fit.patches import Patches
 from maskpro_lightning.fit.quiet import quiet
 from maskpro_lightning.fit.start import Init
-from maskpro_lightning.fit.traceless import traceless
+from maskpro_lightning.fit.traceless import copied, traceless
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.estimators import Estimator, EstimatorName, Policy, estimator_of
 from maskpro_lightning.optim.optimizer import MaskPro
@@ -365,7 +365,7 @@ class MaskProCallback(pl.Callback):
                 strategies.sharded_model(trainer.strategy) or pl_module,
                 self._selection,
                 self.pattern,
-                lambda: self._passes.plain(*start.arguments(pl_module, batch, batch_idx)),
+                lambda: self._passes.plain(*start.arguments(pl_module, copied(batch), batch_idx)),
             )
         with traceless(trainer, pl_module):
             masks = start.initial_masks(
