@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maskpro_lightning.weights import reasons
 from maskpro_lightning.weights.contractions import Observed, Product, observe
+from maskpro_lightning.weights.pieces import Piece
 from maskpro_lightning.weights.targets import select
 from maskpro_lightning.weights.verification import verify
 
@@ -208,6 +209,19 @@ def test_groups_of_every_known_layer_of_transformers_lie_along_what_it_sums_over
     assert [
         name for name in unknown if not re.search(r"(router|gate|bias|seg_embed|r_[rsw])", name)
     ] == []
+
+
+def test_axes_of_a_copy_lie_as_its_dimensions_do() -> None:
+    weight = torch.zeros(4, 2, 8)
+    view = weight.flatten(1)
+    lying = Piece.of(weight, 0).copied(view, view.t().contiguous().t())
+    assert lying is not None
+    # (4, 16) in columns: 4 bytes from row to row, 16 from column to column.
+    assert [(axis.stride, axis.size, axis.dim) for axis in lying.axes] == [
+        (4, 4, 0),
+        (16, 8, 2),
+        (128, 2, 1),
+    ]
 
 
 # --- what is no product of a weight -------------------------------------------------------------

@@ -396,3 +396,12 @@ def test_a_hugging_face_model_that_cannot_be_written_leaves_the_older_one(
     with pytest.raises(OSError, match="disk full"):
         export_sparse(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
+
+
+def test_files_of_a_compiled_part_load_into_the_bare_module(tmp_path: Path) -> None:
+    bare = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for weight in (bare[0].weight, bare[1].weight):
+        weight.data[:, ::2] = 0
+    compiled = nn.Sequential(torch.compile(bare[0], backend="eager"), bare[1])
+    export_sparse(compiled, tmp_path, file_format="safetensors")
+    assert load_file(tmp_path / "model.safetensors").keys() == bare.state_dict().keys()

@@ -94,6 +94,17 @@ def test_what_the_table_advises_masks_what_it_named(capsys: pytest.CaptureFixtur
     ]
 
 
+def test_no_mask_is_advised_on_what_is_left_out_for_a_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, inputs = Network(), tokens()
+    selection = select(model, PATTERN, exclude=["body"])
+    summary.announce(model, selection, PATTERN, lambda: model(inputs))
+    told = capsys.readouterr().out
+    assert "body.weight" in told.partition("multiplied without a mask:")[2]
+    assert 'include=["w:0"]' in told
+
+
 def test_rich_and_plain_tables_say_the_same(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
