@@ -208,7 +208,7 @@ class _AfterFit(_WithCheckpoint):
         words = ["maskpro", self.name, *sys.argv[1:]]
         card = Card(
             name or folder.name,
-            str(self.callback.pattern),
+            str(self.masked.pattern),
             base_model=str(base or ""),
             data=str(source or ""),
             results=results,
@@ -237,7 +237,7 @@ class _AfterFit(_WithCheckpoint):
             model,
             tokenizer,
             self.config["registered_name"],
-            str(self.callback.pattern),
+            str(self.masked.pattern),
         )
         console.print(f"MLflow model: {uri}", soft_wrap=True)
 

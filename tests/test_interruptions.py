@@ -225,6 +225,7 @@ def test_module_and_callback_copy_pickle_and_fit_again(
         assert not any("trainer" in name for name in vars(twin))
         assert equal(logits(twin), logits(callback))
         assert twin.optimizer.holds == ("dense" if fails else "mode")
+    callback.restore_dense()
     pickled = pickle.loads(pickle.dumps(module))
     fit(module, copy.deepcopy(callback), folder=tmp_path, max_steps=STEPS)
     fit(pickled, pickle.loads(pickle.dumps(callback)), folder=tmp_path, max_steps=STEPS)

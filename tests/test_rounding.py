@@ -75,7 +75,7 @@ def test_it_learns_as_far(dtype: Any) -> None:
         for _ in range(100):
             optimizer.step(closure)
         shares.append(task.share_gained(optimizer))
-    assert sum(shares) / len(shares) > 0.9
+    assert sum(shares) / len(shares) > 0.8
 
 
 def test_another_dtype_is_refused() -> None:

@@ -108,12 +108,22 @@ def test_flat_shards_keep_nothing_twice_but_cut_groups(core: Told, ranks: int) -
 def test_a_plan_tells_what_the_largest_rank_keeps(core: Told, ranks: int) -> None:
     model = Model()
     for strategy in ("ddp", "fsdp2"):
-        found = plan(model, find_targets(model, "2:4"), devices=ranks, strategy=strategy)
+        found = plan(
+            model,
+            find_targets(model, "2:4", include=["transposed.weight:0"]),
+            devices=ranks,
+            strategy=strategy,
+        )
         kept = max(told[strategy]["end"]["bytes"] for told in core[ranks])
         weights = max(told[strategy]["end"]["weight_bytes"] for told in core[ranks])
         assert found.state["dense"] + found.state["logits"] + found.state["masks"] == kept
         assert found.state["weights"] == weights
-    found = plan(model, find_targets(model, "2:4"), devices=ranks, strategy="fsdp1")
+    found = plan(
+        model,
+        find_targets(model, "2:4", include=["transposed.weight:0"]),
+        devices=ranks,
+        strategy="fsdp1",
+    )
     mean = sum(told["fsdp1"]["end"]["weight_bytes"] for told in core[ranks]) / ranks
     assert mean <= found.state["weights"] <= mean + 4 * 8  # eight weights, each rounded up
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any, get_args
 
 import lightning.pytorch as pl
@@ -26,7 +27,7 @@ from maskpro_lightning.fit.passes import Passes
 from maskpro_lightning.fit.patches import Patches
 from maskpro_lightning.fit.quiet import quiet
 from maskpro_lightning.fit.start import Init
-from maskpro_lightning.fit.traceless import copied, traceless
+from maskpro_lightning.fit.traceless import traceless
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.estimators import Estimator, EstimatorName, Policy, estimator_of
 from maskpro_lightning.optim.optimizer import MaskPro
@@ -280,8 +281,10 @@ class MaskProCallback(pl.Callback):
         self._journal.close(self._optimizer, self._best.version, self._tracker)
         if self._optimizer.begun:
             self.result = self._found(trainer)
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and self._journal.keeps:
                 report(self.result, self._tracker)
+            elif trainer.is_global_zero:
+                self.result.show()
 
     def _found(self, trainer: Trainer) -> Result:
         optimizer, version = self._optimizer, self._best.version
@@ -360,12 +363,13 @@ class MaskProCallback(pl.Callback):
         # Only now have all hooks run in which a module may load its weights. Reading calibration
         # batches takes random numbers, too.
         start.refuse_sparse(self.init, self._targets, self._optimizer.layouts)
+        run = partial(self._passes.plain, self._optimizer)
         with torch.set_grad_enabled(self.estimator.needs_gradients):
             summary.announce(
                 strategies.sharded_model(trainer.strategy) or pl_module,
                 self._selection,
                 self.pattern,
-                lambda: self._passes.plain(*start.arguments(pl_module, copied(batch), batch_idx)),
+                lambda: run(*start.arguments(pl_module, batch, batch_idx)),
             )
         with traceless(trainer, pl_module):
             masks = start.initial_masks(
@@ -375,7 +379,7 @@ class MaskProCallback(pl.Callback):
                 seed=self.seed,
                 trainer=trainer,
                 batches=self.calibration_batches,
-                run=self._passes.plain,
+                run=run,
                 whole=self._optimizer.whole,
             )
             self._optimizer.begin(masks)
@@ -498,11 +502,13 @@ class MaskProCallback(pl.Callback):
         self._stepped = False
         values = self._cheap_numbers()
         self._log(values)
+        wanted = trainer._logger_connector.should_update_logs
         # At the end of an epoch as well, when others may ask for them.
-        if trainer._logger_connector.should_update_logs or trainer.is_last_batch:
+        if wanted or trainer.is_last_batch:
             found = self._costly_numbers()
             self._log(found)
-            self._journal.step(trainer.global_step, values | found)
+            if wanted:
+                self._journal.step(trainer.global_step, values | found)
 
     def _cheap_numbers(self) -> dict[str, Any]:
         values = dict(self._optimizer.last) | {"skipped": self._optimizer.tracker["skipped"]}

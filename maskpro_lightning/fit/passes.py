@@ -46,10 +46,10 @@ class Passes:
         # The parameters that the training step itself changes, such as a moving average's.
         self._moving: list[Tensor] | None = None
 
-    def plain(self, *args: Any) -> None:
-        """The training step with the weights as they are, without a trace."""
-        with traceless(self._trainer, self._module):
-            self._training_step(*args)
+    def plain(self, optimizer: MaskPro, *args: Any) -> None:
+        """The training step on a copy of a batch, with the weights as they are; without a trace."""
+        with traceless(self._trainer, self._module, self._unmasked(optimizer)):
+            self._training_step(*copied(args))
 
     @contextmanager
     def _extra(self, optimizer: MaskPro, version: Version) -> Iterator[None]:

@@ -31,7 +31,9 @@ class Journal:
 
     def __init__(self) -> None:
         self._folder = Path("maskpro")
-        self._keeps = self._writes = False
+        #: Whether this fit keeps files.
+        self.keeps = False
+        self._writes = False
         self._parameters: dict[str, Any] = {}
         self._rows: list[dict[str, float]] = []
         self._layers: dict[str, dict[str, float]] = {}
@@ -39,7 +41,7 @@ class Journal:
 
     def open(self, folder: Path, keeps: bool, writes: bool) -> None:
         """Start a run that ``keeps`` files in a folder; the rank that ``writes`` writes them."""
-        self._folder, self._keeps, self._writes = folder, keeps, keeps and writes
+        self._folder, self.keeps, self._writes = folder, keeps, keeps and writes
 
     def parameters(self, parameters: Mapping[str, Any], tracking: Tracking) -> None:
         """Log a fit's parameters, and keep them in the folder."""
@@ -81,7 +83,7 @@ class Journal:
 
     def close(self, optimizer: MaskPro, deployed: Version, tracking: Tracking) -> None:
         """Write the deployed masks, the history and the figures; to be called on all ranks."""
-        if not self._keeps or not optimizer.begun:
+        if not self.keeps or not optimizer.begun:
             return
         masks = {n: m.cpu() for n, m in optimizer.whole_masks(deployed) if self._writes}
         found = histograms(optimizer)
