@@ -416,12 +416,18 @@ def _tell_mlflow(cli: LightningCLI, console: Console) -> None:
             if python.is_relative_to(Path.cwd()):
                 python = python.relative_to(Path.cwd())
             uri = without_credentials(uri)
+            # None if no experiment was opened, which would ask the server now.
+            number = getattr(logger, "_experiment_id", None)
+            page = "" if number is None else f"#/experiments/{number}/runs{_AS_TRAINING}"
             console.print(
                 f"MLflow: {python} -m mlflow ui --backend-store-uri {uri}, then open\n"
-                f"http://127.0.0.1:5000/#/experiments/{logger.experiment_id}/runs"
-                f"?workflowType=machine_learning",
+                f"http://127.0.0.1:5000/{page}",
                 soft_wrap=True,
             )
+
+
+# MLflow shows experiments as generative ones unless it is told otherwise.
+_AS_TRAINING = "?workflowType=machine_learning"
 
 
 def _named(arguments: Sequence[str]) -> list[str]:

@@ -47,7 +47,14 @@ for text in ["", "2/4", "a:b", "2:4:8", "-1:4", "2.0:4", "9999999999:4"]:
         f"{text!r} is not an N:M pattern: write kept weights, a colon and the group size, such as "
         f'"2:4".',
     )
-for thing in [None, 2, (2, 4)]:
+add(
+    "pattern 2",  # 2:4 without quotes in YAML is the number 124, which is taken apart again
+    lambda _: mask_callback(2),
+    ValueError,
+    "2 is not an N:M pattern: write kept weights, a colon and the group size, in quotes, such as "
+    '"2:4".',
+)
+for thing in [None, (2, 4)]:
     add(
         f"pattern {thing!r}",
         lambda _, thing=thing: mask_callback(thing),

@@ -93,7 +93,7 @@ def test_any_number_of_loggers_gets_everything(loggers: int, tmp_path: Path) -> 
     assert len(set(written)) <= 1
     for text in written:
         assert "maskpro/residual" in text
-        assert "maskpro/entropy/net.0.weight" in text
+        assert "maskpro/sparsity" in text
     assert_masked(module, Net())
 
 

@@ -24,7 +24,7 @@ from maskpro_lightning import NMPattern, load_masks
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 FILES = {"masks.safetensors", "history.csv", "layers.csv", "groups.csv", "validation.csv"}
-FILES |= {"parameters.json"}
+FILES |= {"parameters.json", "result.json"}
 FIGURES = {
     f"{name}.png"
     for name in ("loss", "exploration", "signal", "validation", "layers", "groups", "confidence")
@@ -238,8 +238,9 @@ def test_a_logger_that_fails_is_told_once_and_left_alone(
     assert message.endswith(f"no space left for {method}")
     rows = (tmp_path / "sound" / "metrics.csv").read_text().splitlines()
     assert "maskpro/entropy" in rows[0]
-    # A header, four updates; of each epoch a mean and a validation, and one of the initial mask.
-    assert len(rows) == 1 + 4 + 2 * 2 + 1
+    # A header, four updates; of each epoch a mean and a validation, one of the initial mask, and
+    # the result.
+    assert len(rows) == 1 + 4 + 2 * 2 + 1 + 1
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -87,7 +87,6 @@ def test_what_was_not_measured_is_no_metric_and_named_so() -> None:
         "maskpro/initial": 4.0,
         "maskpro/sparsity": 0.5,
         "maskpro/best_step": 150.0,
-        "maskpro/seconds": 125.4,
     }
     assert dict(result.rows())["val_loss, dense"] == "not measured"
 

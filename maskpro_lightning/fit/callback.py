@@ -169,7 +169,8 @@ class MaskProCallback(pl.Callback):
         self._best = BestMask(self.monitor, self.monitor_mode)
         self._journal = Journal()
         self._failed = False
-        self._fitting = False
+        self._fitting = False  # between the first hook and the strategy's teardown
+        self._unfinished = False  # until the last hook, or an exception
         self._stepped = False
         self._logged_before: dict[str, Any] = {}
         self._window: list[Tensor] = []
@@ -219,7 +220,7 @@ class MaskProCallback(pl.Callback):
         self._mlflow_run = MLflowRun(trainer, self._tracking)
         self._trainer, self._module = trainer, pl_module
         self._stand_in(trainer, pl_module)
-        self._fitting = True
+        self._fitting = self._unfinished = True
         self._quiet.enter_context(quiet(trainer))
 
     def _stand_in(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
@@ -309,7 +310,7 @@ class MaskProCallback(pl.Callback):
     ) -> None:
         # A checkpoint on exception is written after this, and holds a mask as always.
         self._failed = True
-        if self._fitting and self.optimizer is not None:
+        if self._unfinished and self.optimizer is not None:
             self.optimizer.write("dense")
 
     def _deploy(self) -> None:
@@ -350,8 +351,11 @@ class MaskProCallback(pl.Callback):
 
     def teardown(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # After all hooks of the fit but those of callbacks behind this one.
-        if stage == "fit" and self.optimizer is not None and not self.optimizer.sharded:
+        if stage != "fit":
+            return
+        if self.optimizer is not None and not self.optimizer.sharded:
             self._make_sure(trainer, pl_module)
+        self._unfinished = False
 
     # Training under drawn masks
 

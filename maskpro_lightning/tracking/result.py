@@ -70,7 +70,6 @@ class Result:
             "gap_closed": self.gap_closed,
             "sparsity": self.sparsity,
             "best_step": float(self.best_step),
-            "seconds": self.seconds,
         }
         return {f"maskpro/{name}": value for name, value in found.items() if value is not None}
 
