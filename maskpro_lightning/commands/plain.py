@@ -59,11 +59,12 @@ def _plot(options: Sequence[str]) -> None:
         folder = Path(given.run)
         try:
             if given.tracking_uri is not None:
-                folder = Path(fetched)
+                folder = Path(fetched, given.run)  # as figures are headed by its name
+                folder.mkdir()
                 runs.download_run(given.run, given.tracking_uri, folder)
             run = runs.read_run(folder)
         except ValueError as error:
-            raise SystemExit(str(error).replace(fetched, f"MLflow run {given.run}")) from None
+            raise SystemExit(str(error).replace(str(folder), f"MLflow run {given.run}")) from None
     own = Path("figures", given.run) if given.tracking_uri else runs.folder_of(folder)
     for path in plots.save(plots.figures(run), given.output or own):
         print(path)
