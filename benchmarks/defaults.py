@@ -1,8 +1,10 @@
 """What the defaults of both estimators were chosen by: the same fits with one of them changed.
 
     python benchmarks/defaults.py --model vision llama
+    python benchmarks/defaults.py --model smollm2 --wikitext FOLDER --forwards 70 \
+        --rows straight-through "straight-through, lr x 2"
 
-2:4; 1500 forward-equivalents, from SparseGPT's mask by "straight_through" and from the mask of
+2:4; 1500 forward-equivalents unless told, from SparseGPT's mask by "straight_through" and from the mask of
 "reconstruction" by "policy".
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", nargs="+", choices=("llama", "vision"), default=["vision"])
+    names = ("llama", "vision", "smollm2")
+    parser.add_argument("--model", nargs="+", choices=names, default=["vision"])
+    parser.add_argument("--wikitext", type=Path, help="valid.txt and test.txt, for SmolLM2")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--forwards", type=int, default=1500)
@@ -54,7 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.model:
-        case = cases.llama() if name == "llama" else cases.vision(args.output)
+        case = {
+            "llama": cases.llama,
+            "vision": partial(cases.vision, args.output),
+            "smollm2": partial(cases.smollm2, args.wikitext),
+        }[name]()
         table = Table("", "before", "after", "groups changed", title=f"{name}, held out")
         for row in args.rows:
             bench = methods.Workbench(case, PATTERN, args.seed)
