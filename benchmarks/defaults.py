@@ -1,11 +1,10 @@
 """What the defaults of both estimators were chosen by: the same fits with one of them changed.
 
     python benchmarks/defaults.py --model vision llama
-    python benchmarks/defaults.py --model smollm2 --wikitext FOLDER --forwards 70 \
-        --rows straight-through "straight-through, lr x 2"
+    python benchmarks/defaults.py --model smollm2 --wikitext FOLDER --forwards 70
 
-2:4; 1500 forward-equivalents unless told, from SparseGPT's mask by "straight_through" and from the mask of
-"reconstruction" by "policy".
+2:4, from SparseGPT's mask by "straight_through" and from the mask of "reconstruction" by "policy";
+1500 forward-equivalents unless told, the 16 or 112 of the initial mask included.
 """
 
 from __future__ import annotations
