@@ -70,6 +70,8 @@ STEPS, LR = 8, 20.0
 class Conv1D(nn.Module):
     """A layer that stores its weight as (inputs, outputs), as Hugging Face's of this name."""
 
+    __module__ = "transformers.pytorch_utils"  # by which it is known
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.nx, self.nf = inputs, outputs
