@@ -169,8 +169,7 @@ class MaskProCallback(pl.Callback):
         self._best = BestMask(self.monitor, self.monitor_mode)
         self._journal = Journal()
         self._failed = False
-        self._fitting = False  # between the first hook and the strategy's teardown
-        self._unfinished = False  # until the last hook, or an exception
+        self._fitting = False
         self._stepped = False
         self._logged_before: dict[str, Any] = {}
         self._window: list[Tensor] = []
@@ -220,7 +219,7 @@ class MaskProCallback(pl.Callback):
         self._mlflow_run = MLflowRun(trainer, self._tracking)
         self._trainer, self._module = trainer, pl_module
         self._stand_in(trainer, pl_module)
-        self._fitting = self._unfinished = True
+        self._fitting = True
         self._quiet.enter_context(quiet(trainer))
 
     def _stand_in(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
@@ -310,7 +309,7 @@ class MaskProCallback(pl.Callback):
     ) -> None:
         # A checkpoint on exception is written after this, and holds a mask as always.
         self._failed = True
-        if self._unfinished and self.optimizer is not None:
+        if self._fitting and self.optimizer is not None:
             self.optimizer.write("dense")
 
     def _deploy(self) -> None:
@@ -331,6 +330,10 @@ class MaskProCallback(pl.Callback):
                     )
                 self._make_sure(self._trainer, self._module)
                 self.optimizer.write("dense" if self._failed else self._best.version)
+        except BaseException:
+            if self.optimizer is not None:
+                self.optimizer.write("dense")
+            raise
         finally:
             teardown = self._teardown_inside
             self._patches.undo()
@@ -355,7 +358,6 @@ class MaskProCallback(pl.Callback):
             return
         if self.optimizer is not None and not self.optimizer.sharded:
             self._make_sure(trainer, pl_module)
-        self._unfinished = False
 
     # Training under drawn masks
 
@@ -537,6 +539,8 @@ class MaskProCallback(pl.Callback):
         """Refuse to go on with weights that somebody else has written."""
         names = [] if self._failed or self.optimizer is None else self.optimizer.overwritten()
         if names:
+            self._failed = True
+            self._optimizer.write("dense")
             others = (type(each).__name__ for each in trainer.callbacks if each is not self)
             raise RuntimeError(
                 f"Somebody else has written into {names[0]!r} ({len(names)} of the masked weights) "
