@@ -77,7 +77,7 @@ def test_a_fit_that_has_filled_its_caches_grows_no_more(
     before, after = objects.counts
     assert after - before < 1800 / 18  # fewer than one object in eighteen steps
     logged = [r.getMessage() for r in caplog.records if r.name.startswith("maskpro")]
-    assert 0 < sum(len(message.encode()) for message in logged) <= 500  # less than a byte a step
+    assert sum(len(message.encode()) for message in logged) <= 500  # less than a byte a step
 
 
 def test_a_journal_keeps_no_more_rows_and_bytes_than_its_bound(tmp_path: Path) -> None:

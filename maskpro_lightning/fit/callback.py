@@ -537,10 +537,16 @@ class MaskProCallback(pl.Callback):
 
     def _make_sure(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Refuse to go on with weights that somebody else has written."""
-        names = [] if self._failed or self.optimizer is None else self.optimizer.overwritten()
+        if self._failed or self.optimizer is None:
+            return
+        try:
+            names = self.optimizer.overwritten()
+        except BaseException:
+            self.optimizer.write("dense")
+            raise
         if names:
             self._failed = True
-            self._optimizer.write("dense")
+            self.optimizer.write("dense")
             others = (type(each).__name__ for each in trainer.callbacks if each is not self)
             raise RuntimeError(
                 f"Somebody else has written into {names[0]!r} ({len(names)} of the masked weights) "
