@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,11 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.model:
-        case = {
+        loaders: dict[str, Callable[[], cases.Case]] = {
             "llama": cases.llama,
             "vision": partial(cases.vision, args.output),
             "smollm2": partial(cases.smollm2, args.wikitext),
-        }[name]()
+        }
+        case = loaders[name]()
         table = Table("", "before", "after", "groups changed", title=f"{name}, held out")
         for row in args.rows:
             bench = methods.Workbench(case, PATTERN, args.seed)
