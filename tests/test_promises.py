@@ -340,6 +340,7 @@ def test_what_a_step_changes_is_changed_once(tmp_path: Path) -> None:
             self.teacher = nn.Parameter(torch.zeros(1), requires_grad=False)
             self.outputs: list[float] = []
             self.sums = {"steps": 0, "losses": [0.0]}
+            self.sums["itself"] = self.sums
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             self.teacher.data += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSet
+from collections.abc import Callable, Iterable, Iterator, MutableSet
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,7 +95,8 @@ def _attributes_of(module: nn.Module) -> Callable[[], None]:
     own = vars(module)
     known = _KNOWN | {"log", "log_dict"}
     before = {name: value for name, value in own.items() if name not in known}
-    contents = [_contents_of(value) for value in before.values()]
+    seen: set[int] = set()
+    contents = [_contents_of(value, seen) for value in before.values()]
 
     def put_back() -> None:
         for name in [name for name in own if name not in known and name not in before]:
@@ -107,20 +108,24 @@ def _attributes_of(module: nn.Module) -> Callable[[], None]:
     return put_back
 
 
-def _contents_of(value: Any) -> Callable[[], None]:
-    """What puts the content of a container back into it, all the way down."""
+def _contents_of(value: Any, seen: set[int]) -> Callable[[], None]:
+    """What puts the content of a container back into it, all the way down, each container once."""
+    if id(value) in seen:  # it may even hold itself
+        return lambda: None
+    if isinstance(value, dict | list | deque | MutableSet):
+        seen.add(id(value))
     if isinstance(value, Tensor):
         return _values_of(value)
     if isinstance(value, list) and len(value) > _LONG:
         length = len(value)
         return lambda: value.__delitem__(slice(length, None))
-    if isinstance(value, MutableMapping) and isinstance(value, dict):
+    if isinstance(value, dict):
         items = dict(value)
-        inner = [_contents_of(each) for each in items.values()]
+        inner = [_contents_of(each, seen) for each in items.values()]
         return lambda: _each(value.clear, lambda: value.update(items), *inner)
     if isinstance(value, list | deque | MutableSet):
         elements = list(value)
-        inner = [_contents_of(each) for each in elements]
+        inner = [_contents_of(each, seen) for each in elements]
         fill = value.update if isinstance(value, set) else getattr(value, "extend", None)
         if fill is not None:
             return lambda: _each(value.clear, lambda: fill(elements), *inner)
