@@ -38,7 +38,7 @@ from maskpro_lightning.optim.words import (
     masks_of,
     words_of,
 )
-from maskpro_lightning.weights.layout import Layout
+from maskpro_lightning.weights.layout import Layout, block_size
 
 Version = Literal["dense", "initial", "drawn", "mode", "best"]
 
@@ -427,7 +427,11 @@ class MaskedWeight:
 
 def bits_in(tensor: Tensor) -> Tensor:
     """The sum of a tensor's values as integers, int64; no exchange of values changes it."""
-    return _bits(tensor.detach()).sum(dtype=torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    # Part by part, since a sum in another dtype makes a copy in it first.
+    for part in _bits(tensor.detach()).flatten().split(block_size(tensor.device)):
+        total += part.sum(dtype=torch.int64)
+    return total
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -21,26 +21,23 @@ respect to the mask,
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain, count
-from types import FrameType
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.checkpoint import CheckpointFunction
 
 from maskpro_lightning.initial import initializers
 from maskpro_lightning.masks.pattern import NMPattern
-from maskpro_lightning.optim import saved_state, straight_through, tracker
+from maskpro_lightning.optim import saved_state, tracker
 from maskpro_lightning.optim.estimators import Estimator, EstimatorName, estimator_of
 from maskpro_lightning.optim.fusion import Fusion
 from maskpro_lightning.optim.masked_weight import Draw, Groups, MaskedWeight, Version
 from maskpro_lightning.optim.states import LogitsDtype, Memory, States
+from maskpro_lightning.optim.straight_through import Gradients
 from maskpro_lightning.optim.together import Together
 from maskpro_lightning.weights import admission
 from maskpro_lightning.weights.layout import Layout, like, local, whole_of
@@ -136,11 +133,7 @@ class MaskPro(Optimizer):
         self._fusion = Fusion(
             fused, [(local(p), layout.pattern) for p, layout in self.layouts.items()]
         )
-        # Whether each gradient of this step was finite, and how many backward passes there were.
-        self._finite: list[Tensor] = []
-        self._passes = 0
-        self._all_finite = torch.tensor(True)
-        self._without_gradient = set(self.names)
+        self._gradients = Gradients(self.names, self._fusion)
         #: Loss, and for the policy baseline, residual and advantage, of the last step; scalars.
         self.last: dict[str, Tensor] = {}
 
@@ -175,11 +168,11 @@ class MaskPro(Optimizer):
     @property
     def without_gradient(self) -> list[str]:
         """The names of weights that no gradient has reached yet."""
-        return [name for name in self.names if name in self._without_gradient]
+        return [name for name in self.names if name in self._gradients.unreached]
 
     def all_finite(self) -> bool:
         """Whether all gradients of the last step were finite; waits for the device."""
-        return bool(self._all_finite)
+        return bool(self._gradients.all_finite)
 
     @property
     def tracker(self) -> dict[str, Tensor]:
@@ -278,7 +271,9 @@ class MaskPro(Optimizer):
         admission.check_loss(loss)
         if self.estimator.needs_gradients:
             self.last = {"loss": loss.detach()}
-            self._end_of_gradients()
+            skipped = self._gradients.finish(self._masked_weights(), loss.device)
+            for group in self.param_groups:
+                group.update(tracker.skips(self.tracker, skipped))
             change = None
         else:
             admission.check_loss(baseline)
@@ -308,69 +303,8 @@ class MaskPro(Optimizer):
             self.begin()
         self._check_rates()
         self.write("drawn")
-        share, part = 1 / backward_passes, self._passes
-        self._passes += backward_passes
-
-        later: dict[str, tuple[dict[str, Any], str, Tensor]] = {}
-
-        def take(group: dict[str, Any], name: str, parameter: Tensor) -> None:
-            if reduce is not None and parameter.grad is not None:
-                reduce(local(parameter.grad))
-            self._take_gradient(group, name, parameter, share, part)
-
-        def see(group: dict[str, Any], name: str, parameter: Tensor) -> None:
-            if _recomputes():  # which may add another part to this gradient
-                later[name] = group, name, parameter
-            else:
-                take(group, name, parameter)
-
-        handles = [
-            parameter.register_post_accumulate_grad_hook(partial(see, group, name))
-            for group, name, parameter in self._parameters()
-            if parameter.requires_grad
-        ]
-        try:
+        with self._gradients.taken(self._masked_weights(), backward_passes, reduce):
             yield
-            for waiting in later.values():
-                take(*waiting)
-        except BaseException:
-            self._finite.clear()
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @torch.no_grad()
-    def _take_gradient(
-        self, group: dict[str, Any], name: str, parameter: Tensor, share: float, part: int
-    ) -> None:
-        """Learn from what is in a weight's ``grad``, and free it."""
-        if parameter.grad is None:
-            return
-        masked = self._states.masked(name, parameter, self.state[parameter])
-        gradient = local(parameter.grad)
-        self._without_gradient.discard(name)
-        self._finite.append(
-            straight_through.learn(masked, gradient, group, self._fusion, share=share, part=part)
-        )
-        parameter.grad = None
-
-    def _end_of_gradients(self) -> None:
-        """Learn from the gradients that nobody has taken, and count those that were not finite."""
-        for group, name, parameter in self._parameters():
-            self._take_gradient(group, name, parameter, share=1, part=self._passes)
-        if not self._finite:
-            raise RuntimeError(
-                "No gradient has reached any masked weight: loss.backward() has to be called, and "
-                "weights need requires_grad=True and a part in the loss."
-            )
-        device = self.last["loss"].device
-        finite = torch.stack([each.to(device) for each in self._finite])
-        self._all_finite = finite.all()
-        self._finite.clear()
-        self._passes = 0
-        for group in self.param_groups:
-            group.update(tracker.skips(self.tracker, (~finite).float().mean()))
 
     def _judge(self, loss: Tensor, baseline: Tensor) -> Tensor:
         """How much worse than expected the drawn mask was; the tracker learns from that."""
@@ -551,15 +485,13 @@ class MaskPro(Optimizer):
         # The base class would cast to the parameter's dtype; logits and masks have their own.
         super().load_state_dict({**state_dict, "state": {}})
         self._states.forget()
-        self._finite.clear()
-        self._passes = 0
+        self._gradients.forget()
         for parameter, tensors in state.items():
             self.state[parameter] = self._states.keep(parameter, tensors)
         self.write("drawn")
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"estimator", "last", "_states", "_fusion", "_finite", "_all_finite", "_passes"}
-        kept.add("_without_gradient")
+        kept = {"estimator", "last", "_states", "_fusion", "_gradients"}
         return super().__getstate__() | {name: vars(self)[name] for name in kept}
 
     # What is behind it
@@ -600,16 +532,3 @@ class MaskPro(Optimizer):
                     f"the gradients of whole groups: use fully_shard (FSDP2), or choose "
                     f"estimator='policy'."
                 )
-
-
-def _recomputes() -> bool:
-    """Whether a gradient comes from within a reentrant checkpoint's own backward pass.
-
-    A weight that several checkpointed calls use gets a part of its gradient from each.
-    """
-    frame: FrameType | None = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.backward.__code__:
-            return True
-        frame = frame.f_back
-    return False
