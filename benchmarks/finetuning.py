@@ -12,21 +12,16 @@ reported.
 from __future__ import annotations
 
 import argparse
-import ast
-import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import cases
 import methods
 import report
-import shapes
 import torch
 from ledger import Key, Ledger, Result, share_closed
 from torch import Tensor
@@ -35,8 +30,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import trange
 
 from maskpro_lightning import NMPattern, keep_sparse
-from maskpro_lightning.modules.language import TextData
-from maskpro_lightning.modules.python_docs import SKIPPED_FOLDERS
 
 RATES = (3e-4, 1e-3, 3e-3)
 SHARES = (0.25, 0.5, 0.75)
@@ -56,31 +49,20 @@ ROWS = {
 COLUMNS = ("method", "seeds", "held-out loss", "gap closed", "other kind of data", "spent")
 
 
-@dataclass(frozen=True)
-class Finetuned(Result):
-    """A finished run.
-
-    Attributes:
-        elsewhere: The loss on held-out data of another kind, in nats.
-    """
-
-    elsewhere: float
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then write the table."""
     args = parse(arguments)
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
-    models: dict[str, Callable[[], tuple[cases.Case, Sequence[Any]]]] = {
-        "llama": cache(lambda: (cases.llama(), source_code())),
-        "vision": cache(lambda: (cases.vision(args.output), noisier_images())),
+    models: dict[str, Callable[[], cases.Case]] = {
+        "llama": cache(cases.llama),
+        "vision": cache(partial(cases.vision, args.output)),
     }
-    ledger = Ledger(args.output / "finetuning.csv", Finetuned)
+    ledger = Ledger(args.output / "finetuning.csv")
     for name, pattern in product(args.model, args.pattern):
         for key in wanted(ledger, name, pattern, args.rows, args.seeds):
             if key not in ledger.results:
-                ledger.add(run(key, *models[name](), args.forwards))
+                ledger.add(run(key, models[name](), args.forwards))
         (args.output / "finetuning.md").write_text(markdown(ledger), encoding="utf-8")
     print(markdown(ledger).replace("**", ""))
 
@@ -119,7 +101,7 @@ def wanted(
             yield Key(model, str(pattern), method, seed, setting)
 
 
-def run(key: Key, case: cases.Case, elsewhere: Sequence[Any], forwards: int) -> Finetuned:
+def run(key: Key, case: cases.Case, forwards: int) -> Result:
     """Find a mask, train, and measure; the model is left as it was."""
     bench = methods.Workbench(case, NMPattern.parse(key.pattern), key.seed)
     setting = {k: float(v) for k, v in (part.split("=") for part in key.setting.split())}
@@ -130,9 +112,9 @@ def run(key: Key, case: cases.Case, elsewhere: Sequence[Any], forwards: int) -> 
         for target in bench.targets if key.method != "dense" else ():
             kept_GM = bench.pattern.group(target.parameter.detach(), target.input_dim) != 0
             assert (kept_GM.sum(-1) <= bench.pattern.n).all(), target.name
-        kinds = (case.reported, case.choosing, elsewhere)
+        kinds = (case.reported, case.choosing, case.elsewhere)
         loss, choosing, other = (case.held_out_loss(batches) for batches in kinds)
-    return Finetuned(*key, loss, choosing, spent, watch.seconds, 0, "", other)
+    return Result(*key, loss, choosing, spent, watch.seconds, 0, "", other)
 
 
 @contextmanager
@@ -258,33 +240,6 @@ METHODS: Mapping[str, Callable[..., int]] = {
 }
 
 
-# --- data of another kind -------------------------------------------------------------------------
-
-
-class _WithoutDocstrings(ast.NodeTransformer):
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        return ast.Expr(ast.Constant(...)) if text else node
-
-
-def source_code() -> list[Tensor]:
-    """The code of Python's library without what its documentation says: for the Llama."""
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = [path for path in sorted(root.glob("*.py")) if path.name not in SKIPPED_FOLDERS]
-    trees = (_WithoutDocstrings().visit(ast.parse(path.read_bytes())) for path in paths)
-    texts = (ast.unparse(ast.fix_missing_locations(tree)) for tree in trees)
-    data = TextData("quickstart/model")
-    tokens = data.tokenise(islice(texts, 40), cases.SEQUENCES * 16)
-    return list(tokens.split(cases.SEQUENCES))
-
-
-def noisier_images() -> list[Any]:
-    """Shapes with more noise than the vision transformer was trained on."""
-    generator = torch.Generator().manual_seed(5)
-    drawn = shapes.batches(cases.HELD_OUT_BATCHES, seed=4)
-    return [(x + 0.2 * torch.randn(x.shape, generator=generator), y) for x, y in drawn]
-
-
 # --- the table ------------------------------------------------------------------------------------
 
 
@@ -306,7 +261,7 @@ def markdown(ledger: Ledger) -> str:
 
 
 def _line(rows: Mapping[str, list[Result]], method: str) -> list[str]:
-    runs = [run for run in rows[method] if isinstance(run, Finetuned)]
+    runs = rows[method]
     closed = ""
     if method != "dense" and {"dense", "sparsegpt"} <= rows.keys():
         closed = f"{mean(share_closed(rows, run) for run in runs):.0%}"
@@ -315,7 +270,7 @@ def _line(rows: Mapping[str, list[Result]], method: str) -> list[str]:
         str(len(runs)),
         report.spread([run.loss for run in runs], "{:.3f}".format),
         closed,
-        report.spread([run.elsewhere for run in runs], "{:.3f}".format),
+        report.elsewhere(runs),
         f"{runs[0].forwards:,}",
         runs[0].setting,
     ]

@@ -22,6 +22,7 @@ METHODS = {
     "policy": "**policy**, from reconstruction",
     "categorical": "categorical (MaskLLM), from SparseGPT's mask",
     "straight_through": "**straight-through**, from SparseGPT's mask",
+    "distilled": "**straight-through**, distilling",
 }
 
 
@@ -47,6 +48,7 @@ class Result:
         seconds: Time to find the mask.
         bytes_per_weight: Memory held beyond the weight, per masked weight; 0 for one-shot masks.
         curve: ``forwards:loss`` on the way, space-separated.
+        elsewhere: Loss on held-out data of another kind, in nats; NaN where there is none.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Result:
     seconds: float
     bytes_per_weight: float
     curve: str
+    elsewhere: float
 
     @property
     def key(self) -> Key:
@@ -77,15 +80,14 @@ class Ledger:
 
     Args:
         path: The file.
-        kind: What a line of it holds.
     """
 
-    def __init__(self, path: Path, kind: type[Result] = Result) -> None:
-        self._path, self._kind = path, kind
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self.results: dict[Key, Result] = {}
         if path.exists():
             with path.open(newline="") as file:
-                found = [_read(kind, row) for row in csv.DictReader(file)]
+                found = [_read(row) for row in csv.DictReader(file)]
             self.results = {result.key: result for result in found}
 
     def add(self, result: Result) -> None:
@@ -94,7 +96,7 @@ class Ledger:
         with self._path.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if new:
-                writer.writerow(field.name for field in fields(self._kind))
+                writer.writerow(field.name for field in fields(Result))
             cells = asdict(result).values()
             writer.writerow(f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells)
         self.results[result.key] = result
@@ -129,6 +131,6 @@ def _choosing_loss(result: Result) -> float:
     return math.inf if math.isnan(result.choosing_loss) else result.choosing_loss
 
 
-def _read(kind: type[Result], row: Mapping[str, str]) -> Result:
+def _read(row: Mapping[str, str]) -> Result:
     kinds = {"int": int, "float": float, "str": str}
-    return kind(**{field.name: kinds[str(field.type)](row[field.name]) for field in fields(kind)})
+    return Result(**{f.name: kinds[str(f.type)](row[f.name]) for f in fields(Result)})

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from maskpro_lightning import (
+    Distillation,
     MaskPro,
     NMPattern,
     Policy,
@@ -35,6 +36,7 @@ from maskpro_lightning.optim.estimators import Estimator
 
 #: Calibration batches of every method, and how often each goes through them.
 CALIBRATION_BATCHES = 16
+_DISTILLATION = Distillation("")
 PASSES = {"magnitude": 0, "wanda": 1, "sparsegpt": 1, "reconstruction": 7}
 
 
@@ -62,6 +64,10 @@ class Workbench:
     def loss(self, number: int) -> Tensor:
         """The loss on a training batch."""
         return self.case.loss_of(self.case.training[number])
+
+    def divergence(self, number: int, dense: Tensor) -> Tensor:
+        """What the outputs on a training batch differ from the dense model's, in nats."""
+        return _DISTILLATION.between(self.case.logits_of(self.case.training[number]), dense)
 
     def calibrate(self) -> Iterator[Callable[[], Tensor]]:
         """Calls that run the model on a calibration batch each."""
@@ -147,6 +153,7 @@ class MaskProLearner(Learner):
         masks: The initial masks.
         steps: Steps that will be made.
         estimator: The estimator.
+        distilling: Whether to learn from the dense model's outputs instead of the labels.
         how: What else :class:`MaskPro` takes.
     """
 
@@ -156,9 +163,11 @@ class MaskProLearner(Learner):
         masks: Mapping[str, Tensor],
         steps: int,
         estimator: Estimator,
+        *,
+        distilling: bool = False,
         **how: Any,
     ) -> None:
-        self._bench = bench
+        self._bench, self._distilling = bench, distilling
         self._baselines: dict[int, Tensor] = {}
         self._policy = not estimator.needs_gradients
         for target in bench.targets:
@@ -191,8 +200,13 @@ class MaskProLearner(Learner):
         def look(_: Tensor) -> None:
             self.bytes = max(self.bytes, self._held())
 
+        if self._distilling:
+            with torch.no_grad(), self.optimizer.applied("dense"):
+                dense = self._bench.case.logits_of(self._bench.case.training[number])
+
         def closure() -> Tensor:
-            loss = self._bench.loss(number)
+            bench = self._bench
+            loss = bench.divergence(number, dense) if self._distilling else bench.loss(number)
             loss.backward()
             return loss
 
@@ -203,7 +217,7 @@ class MaskProLearner(Learner):
         self.optimizer.step(closure)
         for handle in handles:
             handle.remove()
-        return 3
+        return 4 if self._distilling else 3
 
     def _held(self) -> int:
         state = [t for held in self.optimizer.state.values() for t in held.values()]
@@ -243,6 +257,7 @@ LEARNERS: dict[str, tuple[str, Sequence[Mapping[str, float]]]] = {
     "policy": ("reconstruction", [{}]),
     "policy_from_sparsegpt": ("sparsegpt", [{}]),
     "straight_through": ("sparsegpt", [{}]),
+    "distilled": ("sparsegpt", [{}]),
 }
 
 
@@ -259,7 +274,8 @@ def learner(
         ValueError: they are too few for one step.
     """
     policy = method in ("published", "policy", "policy_from_sparsegpt")
-    steps = steps_within(forwards, bench, policy=policy)
+    distilling = method == "distilled"
+    steps = steps_within(forwards, bench, policy=policy, distilling=distilling)
     if steps < 1:
         raise ValueError(f"{forwards} forward-equivalents are left for {method}: give more.")
     if method == "categorical":
@@ -269,13 +285,13 @@ def learner(
         estimator = Policy(lr=setting["lr"], logit_scale=setting["logit_scale"], published=True)
     elif policy:
         estimator = Policy().for_fit(bench.pattern, len(bench.targets), steps)
-    return MaskProLearner(bench, masks, steps, estimator), steps
+    return MaskProLearner(bench, masks, steps, estimator, distilling=distilling), steps
 
 
-def steps_within(forwards: int, bench: Workbench, *, policy: bool) -> int:
+def steps_within(forwards: int, bench: Workbench, *, policy: bool, distilling: bool = False) -> int:
     """How many steps of a learner take at most so many forward-equivalents."""
     if not policy:
-        return forwards // 3
+        return forwards // (4 if distilling else 3)
     # A batch that is seen for the first time costs two forward passes.
     return max(forwards // 2, forwards - len(bench.case.training))
 

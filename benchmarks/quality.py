@@ -112,8 +112,9 @@ def run(key: Key, case: cases.Case, forwards: int) -> Result:
             elif key.method != "dense":
                 masks, spent = bench.one_shot(key.method)
                 bench.write(masks)
-        losses = case.held_out_loss(case.reported), case.held_out_loss(case.choosing)
-        return Result(*key, *losses, spent, watch.seconds, 0, "")
+        kinds = (case.reported, case.choosing, case.elsewhere)
+        loss, choosing, elsewhere = map(case.held_out_loss, kinds)
+        return Result(*key, loss, choosing, spent, watch.seconds, 0, "", elsewhere)
 
 
 def learn(
@@ -135,9 +136,11 @@ def learn(
         if step in looks:
             loss = bench.deployed_loss(learner.masks(), case.reported)
             curve.append(f"{spent}:{loss:.5f}")
-    choosing = bench.deployed_loss(learner.masks(), case.choosing)
+    choosing, elsewhere = (
+        bench.deployed_loss(learner.masks(), kind) for kind in (case.choosing, case.elsewhere)
+    )
     held = learner.bytes / bench.weights
-    return Result(*key, loss, choosing, spent, watch.seconds, held, " ".join(curve))
+    return Result(*key, loss, choosing, spent, watch.seconds, held, " ".join(curve), elsewhere)
 
 
 if __name__ == "__main__":

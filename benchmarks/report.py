@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from statistics import mean
 
@@ -18,6 +19,7 @@ COLUMNS = (
     "seeds",
     "held-out loss",
     "gap closed",
+    "other kind of data",
     "forward-equivalents",
     "seconds",
     "extra bytes per weight",
@@ -31,6 +33,7 @@ _COLOURS = {
     "policy": "#0b76b8",
     "categorical": "#d55e00",
     "straight_through": "#b5489c",
+    "distilled": "#6a3d9a",
 }
 _LEVELS = {
     "dense": "-",
@@ -54,6 +57,7 @@ def lines(rows: Mapping[str, Sequence[Result]]) -> list[list[str]]:
                 str(len(results)),
                 spread([r.loss for r in results], "{:.3f}".format),
                 *closed,
+                elsewhere(results),
                 f"{results[0].forwards:,}",
                 f"{mean(r.seconds for r in results):.0f}",
                 *(learned[:1] or [""]),
@@ -147,6 +151,12 @@ def _curve(axes: Axes, results: Sequence[Result], colour: str, label: str) -> No
 
 def _legend(axes: Axes) -> tuple[Sequence[Artist], Sequence[str]]:
     return axes.get_legend_handles_labels() if axes.get_visible() else ([], [])
+
+
+def elsewhere(results: Sequence[Result]) -> str:
+    """The loss on another kind of data, where it was measured."""
+    found = [r.elsewhere for r in results if not isnan(r.elsewhere)]
+    return spread(found, "{:.3f}".format) if found else ""
 
 
 def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
