@@ -94,10 +94,10 @@ def smollm2(wikitext: Path) -> Case:
         tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
         return list(tokens[: len(tokens) // 512 * 512].view(-1, 2, 256))
 
-    @torch.autocast("cpu", dtype=torch.bfloat16)
     def logits_of(tokens: Tensor) -> Tensor:
-        logits: Tensor = model(tokens, use_cache=False).logits.float()
-        return logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits: Tensor = model(tokens, use_cache=False).logits
+        return logits.float()
 
     valid, test = (
         batches((wikitext / f"{split}.txt").read_text(encoding="utf-8"))

@@ -23,6 +23,7 @@ from maskpro_lightning.fit import neighbours, start, strategies
 from maskpro_lightning.fit.baseline import BaselineCache
 from maskpro_lightning.fit.best import BestMask, MonitorMode
 from maskpro_lightning.fit.distillation import Distillation
+from maskpro_lightning.fit.learning import Learning
 from maskpro_lightning.fit.passes import Passes
 from maskpro_lightning.fit.patches import Patches
 from maskpro_lightning.fit.quiet import quiet
@@ -46,9 +47,6 @@ _log = logging.getLogger(__name__)
 
 # A trainer or a logger is of either of two Lightnings, whose classes of a name are not the same.
 Trainer = Any
-# A fit ends after so many updates in a row that were skipped since no loss was finite. Looked at as
-# often, since reading a number waits for the device; so it can be nearly twice as many.
-_PATIENCE = 100
 # Of what a checkpoint holds of the callback.
 _FORMAT = 2
 
@@ -119,7 +117,6 @@ class MaskProCallback(pl.Callback):
         log_distributions: bool = True,
         on_logger_error: OnError = "warn",
     ) -> None:
-        self.log: Callable[..., None]  # the Trainer's gift
         self.pattern = NMPattern.parse(pattern)
         self.include = include
         self.exclude = exclude
@@ -170,12 +167,9 @@ class MaskProCallback(pl.Callback):
         self._journal = Journal()
         self._failed = False
         self._fitting = False
-        self._stepped = False
         self._logged_before: dict[str, Any] = {}
-        self._window: list[Tensor] = []
         self._targets: list[Target] = []
         self._patches = Patches()
-        self._backward = ExitStack()
         self._quiet = ExitStack()
         self._tracking: Tracking | None = None
 
@@ -200,13 +194,18 @@ class MaskProCallback(pl.Callback):
 
     # Entering and leaving the fit
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        # Trainers give callbacks their log before they open the loggers; all hooks come later.
-        if name == "log" and self.on_logger_error == "warn":
-            trainer = value.__self__.trainer
-            if trainer.state.fn == "fit":
-                watch_loggers(trainer)
+    @property
+    def log(self) -> Callable[..., None]:
+        """The module's own ``log``, which the Trainer gives its callbacks."""
+        return self._module_log
+
+    @log.setter
+    def log(self, log: Callable[..., None]) -> None:
+        # Trainers set it before they open their loggers; all hooks come after that.
+        self._module_log = log
+        module = getattr(log, "__self__", None)  # not where a module's log is a function of its own
+        if self.on_logger_error == "warn" and module and module.trainer.state.fn == "fit":
+            watch_loggers(module.trainer)
 
     def setup(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -227,16 +226,10 @@ class MaskProCallback(pl.Callback):
         put, strategy = self._patches.put, trainer.strategy
         neighbours.leave_out_rivals(trainer, self._patches)
         put(pl_module, "configure_optimizers", self._configure_optimizers)
-        put(pl_module, "optimizer_step", self._optimizer_step)
-        put(pl_module, "lr_scheduler_step", self._lr_scheduler_step)
-        if not self.estimator.needs_gradients:
-            put(pl_module, "backward", lambda *args, **kwargs: None)
-        self._passes = Passes(
-            trainer,
-            pl_module,
-            put(strategy, "training_step", self._training_step),
-            self._baselines,
-            self.distillation,
+        self._learning = Learning(trainer, pl_module, self.estimator, lambda: self._optimizer)
+        self._learning.stand_in(
+            self._patches,
+            lambda step: Passes(trainer, pl_module, step, self._baselines, self.distillation),
         )
         self._state_dict_inside = put(strategy, "lightning_module_state_dict", self._state_dict)
         patches = strategies.MaskCheckpoints.patches(
@@ -246,7 +239,6 @@ class MaskProCallback(pl.Callback):
         )
         for name, method in patches.items():
             put(strategy, name, method)
-        self._gradients = strategies.Gradients(strategy, self._patches)
         self._load_inside = put(pl_module, "on_load_checkpoint", self._before_loading)
         self._configure_model_inside = put(pl_module, "configure_model", self._configure_model)
         # Lightning's last call on the way out, after a fit that failed as well.
@@ -257,7 +249,7 @@ class MaskProCallback(pl.Callback):
         self._configure_model_inside()
         if self.estimator.needs_gradients:
             weights = [target.parameter for target in self._select().targets]
-            self._gradients.expect(self._module, weights)
+            self._learning.gradients.expect(self._module, weights)
 
     def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         keeps = bool(trainer.loggers) and not trainer.fast_dev_run
@@ -337,16 +329,16 @@ class MaskProCallback(pl.Callback):
         finally:
             teardown = self._teardown_inside
             self._patches.undo()
-            self._window.clear()
+            if "_learning" in vars(self):
+                self._learning.end()
             self._logged_before.clear()
-            self._backward.close()
             self._quiet.close()
             self._fitting = False
             # All that leads to the trainer, so that the callback can be copied and pickled.
             self._tracking = None
             self._targets = []
-            gone = ("_trainer", "_module", "_selection", "_passes", "_gradients", "_mlflow_run")
-            for name in (*gone, "log"):
+            gone = ("_trainer", "_module", "_selection", "_learning", "_mlflow_run")
+            for name in (*gone, "_module_log"):
                 vars(self).pop(name, None)
             for name in [name for name in vars(self) if name.endswith("_inside")]:
                 del vars(self)[name]
@@ -369,7 +361,7 @@ class MaskProCallback(pl.Callback):
         # Only now have all hooks run in which a module may load its weights. Reading calibration
         # batches takes random numbers, too.
         start.refuse_sparse(self.init, self._targets, self._optimizer.layouts)
-        run = partial(self._passes.plain, self._optimizer)
+        run = partial(self._learning.passes.plain, self._optimizer)
         with torch.set_grad_enabled(self.estimator.needs_gradients):
             summary.announce(
                 strategies.sharded_model(trainer.strategy) or pl_module,
@@ -402,98 +394,13 @@ class MaskProCallback(pl.Callback):
         trainer.training = True
         connector._first_loop_iter = first_loop_iter
 
-    def _training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for the strategy's training step: baseline, then the drawn mask."""
-        passes, baseline = self._passes, None
-        with torch.set_grad_enabled(self.estimator.needs_gradients):
-            passes.ask_teacher(self._optimizer, *args, **kwargs)
-            if not self.estimator.needs_gradients:
-                baseline = passes.baseline(self._optimizer, *args, **kwargs)
-            output, loss = passes.evaluate(*args, **kwargs)
-        if loss is None:
-            return output
-        if self.estimator.needs_gradients:
-            self._expect_gradients(loss)
-        losses = [loss] if baseline is None else [loss, baseline]
-        self._window.append(torch.stack([value.detach().float() for value in losses]))
-        return output
-
-    def _expect_gradients(self, loss: Tensor) -> None:
-        if not loss.requires_grad:
-            raise RuntimeError(
-                f"The loss of {type(self._module).__name__} has no gradient, which "
-                f"estimator='straight_through' learns from: choose estimator='policy'."
-            )
-        finite = loss.detach().isfinite()
-        # What is not finite shall teach nothing, and gradients are used before this can be asked.
-        loss.register_hook(lambda gradient: gradient.where(finite, torch.nan))
-
     def on_before_backward(
         self, trainer: Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        if self.estimator.needs_gradients:
-            passes = trainer.accumulate_grad_batches
-            self._backward.enter_context(self._gradients.taken_by(self._optimizer, passes))
+        self._learning.before_backward()
 
     def on_after_backward(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
-        self._backward.close()
-
-    def _optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any]
-    ) -> None:
-        """Stands in for the module's optimizer_step: no clipping, no scaler."""
-        optimizer_closure()
-        if not self._optimizer.begun:  # a trial run without callbacks, as of a BatchSizeFinder
-            self._window.clear()
-            self._module.zero_grad()
-        if not self._window:
-            return
-        losses = torch.stack(self._window).mean(0)
-        self._window.clear()
-        self._optimizer.learn(*self._trainer.strategy.reduce(losses, reduce_op="mean"))
-        if self.estimator.needs_gradients:
-            strategies.lower_scale(self._trainer.precision_plugin, self._optimizer)
-            self._tell_of_weights_without_gradient()
-        self._module.zero_grad()
-        self._stepped = True
-        if self._optimizer.param_groups[0]["step"] % _PATIENCE == 0:
-            self._end_if_nothing_is_finite(batch_idx)
-
-    def _tell_of_weights_without_gradient(self) -> None:
-        """Say after the first step which masks it did not teach."""
-        names = self._optimizer.without_gradient
-        if names and self._optimizer.param_groups[0]["step"] == 1:
-            _log.warning(
-                f"{len(names)} of {len(self._targets)} masked weights got no gradient in the first "
-                f"step, such as {names[0]!r}: where that goes on (under torch.no_grad, or unused), "
-                f"they keep their initial masks. exclude leaves them dense."
-            )
-
-    def _lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        if not self._optimizer.begun:
-            return
-        if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(float(self._optimizer.last["loss"]))
-        else:
-            scheduler.step()
-
-    def _end_if_nothing_is_finite(self, batch_idx: int) -> None:
-        skipped = int(self._optimizer.tracker["skipped_in_a_row"])
-        if skipped < _PATIENCE:
-            return
-        losses = {name: float(value) for name, value in self._optimizer.last.items()}
-        what, seen = "No gradient", f"{losses['loss']:g} under the drawn mask"
-        remedy = "look at the batches, the loss and the precision"
-        if not self.estimator.needs_gradients:
-            what = "No loss"
-            seen += f" and {losses['baseline']:g} under the initial one"
-            if math.isfinite(losses["baseline"]):
-                remedy = "a larger logit_scale keeps masks closer to the initial one"
-        raise RuntimeError(
-            f"{what} was finite in the last {skipped} updates, so nothing is learned any more: at "
-            f"step {self._trainer.global_step}, batch {batch_idx}, the loss was {seen}. "
-            f"{remedy.capitalize()}."
-        )
+        self._learning.after_backward()
 
     def on_train_batch_end(
         self,
@@ -503,9 +410,8 @@ class MaskProCallback(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if not self._stepped or not trainer.log_every_n_steps:
+        if not self._learning.has_stepped() or not trainer.log_every_n_steps:
             return
-        self._stepped = False
         values = self._cheap_numbers()
         self._log(values)
         wanted = trainer._logger_connector.should_update_logs

@@ -1,0 +1,177 @@
+"""The way of a batch's loss into the logits, in place of the module's own training."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from maskpro_lightning.fit import strategies
+from maskpro_lightning.fit.passes import Passes
+from maskpro_lightning.fit.patches import Patches
+from maskpro_lightning.optim.estimators import Estimator
+from maskpro_lightning.optim.optimizer import MaskPro
+
+_log = logging.getLogger(__name__)
+
+# A fit ends after so many updates in a row that were skipped since no loss was finite. Looked at as
+# often, since reading a number waits for the device; so it can be nearly twice as many.
+_PATIENCE = 100
+
+
+class Learning:
+    """Evaluates each batch under a drawn mask, and lets the optimizer of masks learn from it.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+        estimator: What logits learn from.
+        optimizer: Gives the optimizer of masks, once it is made.
+
+    Attributes:
+        passes: The forward passes of a training step.
+        gradients: How the strategy hands out gradients.
+    """
+
+    def __init__(
+        self, trainer: Any, module: Any, estimator: Estimator, optimizer: Callable[[], MaskPro]
+    ) -> None:
+        self._trainer, self._module = trainer, module
+        self._needs_gradients = estimator.needs_gradients
+        self._optimizer = optimizer
+        self.passes: Passes
+        self.gradients: strategies.Gradients
+        # Loss and baseline of each batch that the next step learns from.
+        self._window: list[Tensor] = []
+        self._backward = ExitStack()
+        self._stepped = False
+
+    def stand_in(self, patches: Patches, make_passes: Callable[[Any], Passes]) -> None:
+        """Put methods in the place of the module's and the strategy's.
+
+        Args:
+            patches: Undoes it.
+            make_passes: Makes the passes from the strategy's own training step.
+        """
+        put, module, strategy = patches.put, self._module, self._trainer.strategy
+        put(module, "optimizer_step", self._optimizer_step)
+        put(module, "lr_scheduler_step", self._lr_scheduler_step)
+        if not self._needs_gradients:
+            put(module, "backward", lambda *args, **kwargs: None)
+        self.passes = make_passes(put(strategy, "training_step", self._training_step))
+        self.gradients = strategies.Gradients(strategy, patches)
+
+    # In the order of a step
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the strategy's training step: baseline, then the drawn mask."""
+        passes, optimizer, baseline = self.passes, self._optimizer(), None
+        with torch.set_grad_enabled(self._needs_gradients):
+            passes.ask_teacher(optimizer, *args, **kwargs)
+            if not self._needs_gradients:
+                baseline = passes.baseline(optimizer, *args, **kwargs)
+            output, loss = passes.evaluate(*args, **kwargs)
+        if loss is None:
+            return output
+        if self._needs_gradients:
+            self._expect_gradients(loss)
+        losses = [loss] if baseline is None else [loss, baseline]
+        self._window.append(torch.stack([value.detach().float() for value in losses]))
+        return output
+
+    def before_backward(self) -> None:
+        """Learn from gradients as they come."""
+        if self._needs_gradients:
+            passes = self._trainer.accumulate_grad_batches
+            self._backward.enter_context(self.gradients.taken_by(self._optimizer(), passes))
+
+    def after_backward(self) -> None:
+        """Learn from none that comes later."""
+        self._backward.close()
+
+    def _optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any]
+    ) -> None:
+        """Stands in for the module's optimizer_step: no clipping, no scaler."""
+        optimizer_closure()  # the training step, and the backward pass
+        masks = self._optimizer()
+        if not masks.begun:  # a trial run without callbacks, as of a BatchSizeFinder
+            self._window.clear()
+            self._module.zero_grad()
+        if not self._window:
+            return
+        losses = torch.stack(self._window).mean(0)
+        self._window.clear()
+        masks.learn(*self._trainer.strategy.reduce(losses, reduce_op="mean"))
+        if self._needs_gradients:
+            strategies.lower_scale(self._trainer.precision_plugin, masks)
+            self._tell_of_weights_without_gradient(masks)
+        self._module.zero_grad()
+        self._stepped = True
+        if masks.param_groups[0]["step"] % _PATIENCE == 0:
+            self._end_if_nothing_is_finite(masks, batch_idx)
+
+    def _lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        masks = self._optimizer()
+        if not masks.begun:
+            return
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(float(masks.last["loss"]))
+        else:
+            scheduler.step()
+
+    def has_stepped(self) -> bool:
+        """Whether there was a step since this was last asked."""
+        stepped, self._stepped = self._stepped, False
+        return stepped
+
+    def end(self) -> None:
+        """Let go of what a fit that failed has left."""
+        self._window.clear()
+        self._backward.close()
+
+    # What can be wrong with losses and gradients
+
+    def _expect_gradients(self, loss: Tensor) -> None:
+        if not loss.requires_grad:
+            raise RuntimeError(
+                f"The loss of {type(self._module).__name__} has no gradient, which "
+                f"estimator='straight_through' learns from: choose estimator='policy'."
+            )
+        finite = loss.detach().isfinite()
+        # What is not finite shall teach nothing, and gradients are used before this can be asked.
+        loss.register_hook(lambda gradient: gradient.where(finite, torch.nan))
+
+    def _tell_of_weights_without_gradient(self, masks: MaskPro) -> None:
+        """Say after the first step which masks it did not teach."""
+        names = masks.without_gradient
+        if names and masks.param_groups[0]["step"] == 1:
+            _log.warning(
+                f"{len(names)} of {len(masks.names)} masked weights got no gradient in the first "
+                f"step, such as {names[0]!r}: where that goes on (under torch.no_grad, or unused), "
+                f"they keep their initial masks. exclude leaves them dense."
+            )
+
+    def _end_if_nothing_is_finite(self, masks: MaskPro, batch_idx: int) -> None:
+        skipped = int(masks.tracker["skipped_in_a_row"])
+        if skipped < _PATIENCE:
+            return
+        losses = {name: float(value) for name, value in masks.last.items()}
+        what, seen = "No gradient", f"{losses['loss']:g} under the drawn mask"
+        remedy = "look at the batches, the loss and the precision"
+        if not self._needs_gradients:
+            what = "No loss"
+            seen += f" and {losses['baseline']:g} under the initial one"
+            if math.isfinite(losses["baseline"]):
+                remedy = "a larger logit_scale keeps masks closer to the initial one"
+        raise RuntimeError(
+            f"{what} was finite in the last {skipped} updates, so nothing is learned any more: at "
+            f"step {self._trainer.global_step}, batch {batch_idx}, the loss was {seen}. "
+            f"{remedy.capitalize()}."
+        )
