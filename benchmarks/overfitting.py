@@ -1,9 +1,14 @@
-"""Loss on seen and on held-out text after learning from 1, 32, 512 and 4096 sequences.
+r"""Loss on seen and on held-out text after learning from 1, 32, 512 and 4096 sequences.
 
     python benchmarks/overfitting.py --output benchmarks/results
+    python benchmarks/overfitting.py --model smollm2 --wikitext FOLDER --steps 60 \
+        --sequences 1 32 128 512
+    python benchmarks/overfitting.py --model smollm2 --wikitext FOLDER --steps 60 \
+        --sequences 128 --written
 
 Straight-through learning from SparseGPT's mask with its defaults, for the same number of steps
-whatever the number of sequences. Writes ``overfitting.csv`` and prints it.
+whatever the number of sequences; ``--written`` learns from what the model writes itself. Each run
+is added to ``overfitting.csv``.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import argparse
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import cases
@@ -23,7 +29,7 @@ from tqdm import tqdm
 
 from maskpro_lightning import NMPattern, StraightThrough
 
-COLUMNS = ("sequences", "seed", "step", "seen", "held_out", "groups_changed")
+COLUMNS = ("model", "text", "sequences", "seed", "step", "seen", "held_out", "groups_changed")
 # Batches that the loss on seen text is measured on.
 _SEEN = 32
 
@@ -33,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=("llama", "smollm2"), default="llama")
+    parser.add_argument("--wikitext", type=Path, help="valid.txt and test.txt, for SmolLM2")
+    parser.add_argument("--written", action="store_true", help="of SmolLM2")
     parser.add_argument("--sequences", nargs="+", type=int, default=[1, 32, 512, 4096])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=500)
@@ -40,26 +49,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    whole = cases.llama()
-    rows = [
-        row
-        for count in args.sequences
-        for seed in args.seeds
-        for row in run(limited(whole, count), count, seed, args.steps, args.looks)
-    ]
+    text = "written" if args.written else "given"
+    if args.model == "llama":
+        whole = cases.llama()
+    else:
+        most = max(args.sequences) // 2 if args.written else 0
+        whole = cases.smollm2(args.wikitext, written=most)
     args.output.mkdir(parents=True, exist_ok=True)
-    with (args.output / "overfitting.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([COLUMNS, *rows])
-    table = Table(*COLUMNS, title="Straight-through on the quickstart's Llama, 2:4")
-    for row in rows:
-        table.add_row(*map(str, row))
+    path = args.output / "overfitting.csv"
+    table = Table(*COLUMNS, title="Straight-through, 2:4")
+    for count, seed in product(args.sequences, args.seeds):
+        found = list(run(limited(whole, count), count, seed, args.steps, args.looks))
+        rows = [tuple(map(str, (args.model, text, *row))) for row in found]
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows] if new else rows)
+        for cells in rows:
+            table.add_row(*cells)
     Console().print(table)
 
 
 def limited(case: cases.Case, sequences: int) -> cases.Case:
     """The case with the first training sequences alone, in batches of one size or one batch."""
-    batches = max(1, sequences // cases.SEQUENCES)
+    batches = max(1, sequences // len(case.training[0]))
     return replace(case, training=[batch[:sequences] for batch in case.training[:batches]])
 
 

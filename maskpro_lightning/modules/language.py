@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from maskpro_lightning.catalog import resolve
 from maskpro_lightning.modules.python_docs import python_docs
+from maskpro_lightning.modules.written import written
 from maskpro_lightning.progress import progress
 
 
@@ -111,7 +112,8 @@ class TextData(pl.LightningDataModule):
 
     Args:
         tokenizer: Path or Hub name of a tokenizer, or a path inside ``recipes/``.
-        source: "python-docs" (the documentation that every CPython carries; no network), or what
+        source: "python-docs" (the documentation that every CPython carries; no network); "model"
+            (what the model beside the tokenizer writes, see :func:`written`); or what
             ``datasets.load_dataset`` takes: a Hub name, a folder, "text", "json" or "parquet".
         name: The data set's configuration, for ``load_dataset``.
         data_files: Files by split, for ``load_dataset``.
@@ -120,7 +122,8 @@ class TextData(pl.LightningDataModule):
         text_column: Column that holds the text.
         length: Tokens of a sequence.
         train_sequences: Number of training sequences; None packs all of the split.
-        val_sequences: Number of validation sequences; None packs all of the split.
+        val_sequences: Number of validation sequences; None packs all of the split, and 64 of
+            "model".
         batch_size: Sequences of a batch.
         num_workers: Processes that load data.
         seed: Seed of the order, which is another in every epoch.
@@ -147,14 +150,34 @@ class TextData(pl.LightningDataModule):
         self.tokenizer = AutoTokenizer.from_pretrained(resolve(tokenizer))
         self._sets: dict[str, Tensor] = {}
 
+    def prepare_data(self) -> None:
+        """Let the model write, on one rank, what all of them read."""
+        if self.hparams["source"] == "model":
+            self._written()
+
     def setup(self, stage: str) -> None:
         """Pack both splits, once."""
         if self._sets:
+            return
+        if self.hparams["source"] == "model":
+            self._sets = self._written()
             return
         for part in ("train", "val"):
             texts = self._texts(self.hparams[f"{part}_split"])
             count = self.hparams[f"{part}_sequences"]
             self._sets[part] = self.tokenise(texts, count)
+
+    def _written(self) -> dict[str, Tensor]:
+        hparams = self.hparams
+        counts = {"train": hparams["train_sequences"], "val": hparams["val_sequences"] or 64}
+        if counts["train"] is None:
+            raise ValueError("A model writes without end: give train_sequences a number.")
+        device = "cpu" if self.trainer is None else self.trainer.strategy.root_device
+        about = hparams["tokenizer"], hparams["length"], device
+        return {
+            part: written(about[0], count, about[1], hparams["seed"] + offset, about[2])
+            for offset, (part, count) in enumerate(counts.items())
+        }
 
     def tokenise(self, texts: Iterable[str], count: int | None) -> Tensor:
         """Tokens of a split, int64 with a sequence in each row; see :func:`pack`."""
@@ -162,8 +185,9 @@ class TextData(pl.LightningDataModule):
 
     def provenance(self) -> dict[str, str]:
         """The training data's name, digest and source, as MLflow wants to know them."""
-        local = self.hparams["source"] == "python-docs"
-        source = {"uri": "python-docs"} if local else {"path": self.hparams["source"]}
+        local = self.hparams["source"] in ("python-docs", "model")
+        uri = {"model": self.hparams["tokenizer"]}.get(self.hparams["source"], "python-docs")
+        source = {"uri": uri} if local else {"path": self.hparams["source"]}
         for key, value in {"config_name": "name", "data_files": "data_files"}.items():
             source |= {} if self.hparams[value] is None else {key: self.hparams[value]}
         return {
