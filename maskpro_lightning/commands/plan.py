@@ -12,12 +12,12 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.estimators import EstimatorName
 from maskpro_lightning.optim.masked_weight import MaskedWeight
 from maskpro_lightning.optim.states import LogitsDtype, Memory
+from maskpro_lightning.weights.layers import CONVOLUTIONS, TRANSPOSED
 from maskpro_lightning.weights.layout import Layout
 from maskpro_lightning.weights.targets import Target
 
@@ -183,7 +183,8 @@ def _widths(module: nn.Module) -> list[tuple[int, int, int]]:
         if isinstance(module, nn.Embedding):
             found.append((0, weight.shape[1], weight.element_size()))
         elif weight.dim() > 1:
-            shape = weight.shape[:2] if isinstance(module, _ConvNd) else weight.shape[-2:]
+            convolves = isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
+            shape = weight.shape[:2] if convolves else weight.shape[-2:]
             inputs, outputs = (shape[1], shape[0])
             if "Conv1D" in type(module).__name__:  # transformers' own is (inputs, outputs)
                 inputs, outputs = outputs, inputs

@@ -17,7 +17,6 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 # Of a longer list only what is appended is taken back, and of a larger tensor nothing.
@@ -150,7 +149,7 @@ _KNOWN = {*vars(pl.LightningModule()), "_trainer", "_fabric", "_compiler_ctx"}
 def _metric_state(metric: Metric) -> dict[str, Any]:
     states = {
         name: value.clone() if isinstance(value, Tensor) else list(value)
-        for name, value in ((name, getattr(metric, name)) for name in metric._defaults)
+        for name, value in metric.metric_state.items()
     }
     cached = ("_update_count", "_computed", "_forward_cache")
     return states | {name: getattr(metric, name) for name in cached}
@@ -191,8 +190,8 @@ def fresh_batches(loader: CombinedLoader) -> Iterator[Iterator[Any]]:
         if isinstance(generator := getattr(owner, "generator", None), torch.Generator)
     }
     states = [(generator, generator.get_state()) for generator in generators]
-    copies = iter([_copy_of(inner) for inner in loader.flattened])
-    again = CombinedLoader(tree_map(lambda _: next(copies), loader.iterables), loader._mode)
+    again = copy.copy(loader)
+    again.flattened = [_copy_of(inner) for inner in loader.flattened]
     try:
         yield (batch for batch, _, _ in again)
     finally:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -136,15 +140,10 @@ def _has_loop(pattern: NMPattern) -> bool:
 
 def _missing(devices: set[str]) -> str | None:
     """What is missing to compile for devices."""
-    from torch._inductor import cpp_builder
-    from torch._inductor.exc import InvalidCxxCompiler
-    from torch.utils._triton import has_triton
-
-    if devices - {"cpu"} and not has_triton():
+    if devices - {"cpu"} and find_spec("triton") is None:
         return f"Triton for {', '.join(sorted(devices - {'cpu'}))}"
-    try:
-        cpp_builder.get_cpp_compiler()
-    except InvalidCxxCompiler:
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    if shutil.which(os.environ.get("CXX", usual)) is None:  # where torch.compile looks for one
         return "a C++ compiler such as g++"
     return None
 

@@ -41,7 +41,7 @@ def log_model(
     import mlflow
 
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(logger._tracking_uri)
+    mlflow.set_tracking_uri(logger.experiment.tracking_uri)
     # MLflow starts no run of another experiment than the active one, for which there is no getter.
     fluent: Any = import_module("mlflow.tracking.fluent")
     active = fluent._active_experiment_id

@@ -94,7 +94,7 @@ class MLflowRun:
                 logger.run_id,
                 sampling_interval=settings.MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or 10,
                 samples_before_logging=samples,
-                tracking_uri=logger._tracking_uri,
+                tracking_uri=logger.experiment.tracking_uri,
             )
         except ModuleNotFoundError as error:  # MLflow itself does not ask for psutil
             _log.warning("The run goes on without system metrics: pip install %s.", error.name)

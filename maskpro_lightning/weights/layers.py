@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 # Layers of transformers that multiply with parameters of their own, by the name of their class.
 # The tests watch the products of each.
@@ -46,7 +48,7 @@ def weights_of(
         The parameter's name in the layer, the dimension that the product sums over, and how many
         products lie side by side in that dimension, each of which sums over its own part.
     """
-    if isinstance(module, _ConvTransposeNd):
+    if isinstance(module, TRANSPOSED):
         yield "weight", 0, module.groups
         return
     dims = _of_torch(module) or _of_transformers(module, shapes)
@@ -60,7 +62,7 @@ def weights_of(
 def _of_torch(module: nn.Module) -> Mapping[str, int]:
     if isinstance(module, nn.Linear | nn.Bilinear):
         return {"weight": -1}
-    if isinstance(module, _ConvNd):
+    if isinstance(module, CONVOLUTIONS):
         return {"weight": 1}
     if isinstance(module, nn.MultiheadAttention):
         return dict.fromkeys(_ATTENTION, -1)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from maskpro_lightning.weights.contractions import observe
+from maskpro_lightning.weights.layers import CONVOLUTIONS, TRANSPOSED
 
 
 def computed_in_forward(module: nn.Module, shape: torch.Size) -> str | None:
@@ -22,7 +22,7 @@ def computed_in_forward(module: nn.Module, shape: torch.Size) -> str | None:
         module: The layer.
         shape: Shape of its whole weight.
     """
-    if not isinstance(module, nn.Linear | _ConvNd) or _is_of_torch(module):
+    if not isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)) or _is_of_torch(module):
         return None
     twin = _on_meta(module, shape)
     try:
@@ -55,7 +55,7 @@ def _on_meta(module: nn.Module, shape: torch.Size) -> Any:
     return twin
 
 
-def _inputs(module: nn.Linear | _ConvNd) -> Tensor:
+def _inputs(module: Any) -> Tensor:
     if isinstance(module, nn.Linear):
         return torch.empty(2, module.in_features, device="meta")
     reach = [
