@@ -106,11 +106,26 @@ class Model(nn.Module):
         return self.second(self.first(hidden).relu())
 
 
-def weights(model: nn.Module, pattern: str = "2:4") -> list[dict[str, Any]]:
-    """The four weights as parameter groups, by name, whatever wraps the model."""
+class Chain(nn.Module):
+    """Two linear layers."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.first, self.second = map(nn.Linear, sizes, sizes[1:])
+        for seed, layer in enumerate((self.first, self.second)):
+            shape = layer.weight.shape
+            layer.weight.data = oracle.random(*shape, seed=seed) / shape[1] ** 0.5
+            layer.bias.data.fill_(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x.flatten(1)).relu())
+
+
+def weights(model: nn.Module) -> list[dict[str, Any]]:
+    """The weights as parameter groups, by name, whatever wraps the model."""
     named = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in model.named_parameters()}
     dims = {"conv.weight": 1, "transposed.weight": 0, "first.weight": -1, "second.weight": -1}
-    return [{"params": [(n, named[n])], "input_dim": dim} for n, dim in dims.items()]
+    return [{"params": [(n, named[n])], "input_dim": d} for n, d in dims.items() if n in named]
 
 
 # What each strategy makes of a model, and over how many ranks data is split ("all", or a number).
@@ -140,13 +155,14 @@ def fsdp1(model: nn.Module, ranks: int, kind: str = "FULL_SHARD", **kwargs: Any)
         device_id=torch.device("cpu"),
         **kwargs,
     )
-    for name, layer in list(model.named_children())[2:]:
+    for name, layer in list(model.named_children())[-2:]:
         setattr(model, name, wrapped(layer))
     return wrapped(model)
 
 
 def tp(model: nn.Module, ranks: int, mesh: DeviceMesh | None = None) -> nn.Module:
-    plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+    # As DTensors in between, for which ranks may have a different number of inputs.
+    plan = {"first": ColwiseParallel(use_local_output=False), "second": RowwiseParallel()}
     return parallelize_module(model, mesh or init_device_mesh("cpu", (ranks,)), plan)
 
 
@@ -179,9 +195,17 @@ STRATEGIES: dict[str, tuple[Wrap, Callable[[int], int]]] = {
     "tp": (tp, lambda ranks: ranks),
     "tp and fsdp2": (tp_and_fsdp2, lambda _: 2),
 }
-#: Where gradients of whole groups are at hand.
-WITH_GRADIENTS = ("fsdp2", "fsdp2 keeping", "hsdp2")
-REFUSED = ("fsdp1", "fsdp2 by inputs", "tp")
+#: What is learned from gradients, and where else than on one device. Of 24 or 32 inputs, 4 ranks
+#: cut groups of 8 once, of 16 into two or four; of 10 inputs they have 3, 3, 3 and 1.
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any], tuple[str, ...]]] = {
+    "2:4": (Model, "2:4", {}, tuple(name for name in STRATEGIES if name != "ddp")),
+    "4:8": (partial(Chain, 16, 24, 6), "4:8", {}, ("fsdp1", "hybrid", "fsdp2 by inputs", "tp")),
+    "8:16": (partial(Chain, 16, 32, 6), "8:16", {}, ("fsdp1", "hybrid", "fsdp2 by inputs", "tp")),
+    "8:16 in four": (partial(Chain, 16, 16, 6), "8:16", {}, ("fsdp1", "tp")),
+    "2:5": (partial(Chain, 16, 10, 6), "2:5", {"include": "second.weight"}, ("tp",)),
+    "lean": (Model, "2:4", {"memory": "lean"}, ("fsdp1", "fsdp2", "fsdp2 by inputs", "tp")),
+    "bfloat16": (Model, "2:4", {"logits_dtype": "bfloat16"}, ("fsdp1", "fsdp2")),
+}
 
 
 def applies(name: str, ranks: int) -> bool:
@@ -193,22 +217,29 @@ class Run:
     """A few steps of one strategy, watched from outside."""
 
     def __init__(
-        self, strategy: str, ranks: int, estimator: EstimatorName = "policy", **rule: Any
+        self,
+        strategy: str,
+        ranks: int,
+        estimator: EstimatorName = "policy",
+        make: Callable[[], nn.Module] = Model,
+        include: str = "",
+        **rule: Any,
     ) -> None:
         wrap, copies = STRATEGIES[strategy]
-        self.model = wrap(Model(6 if estimator == "policy" else 8), ranks)
+        model = make()
+        outputs = model.second.out_features
+        self.model = wrap(model, ranks)
         rule = {
             "lr": LR if estimator == "policy" else 0.1,
             "published": True,
             "logit_scale": 1.0,
         } | rule
-        self.optimizer = mask_optimizer(
-            weights(self.model), estimator=estimator, model=self.model, **rule
-        )
+        groups = [g for g in weights(self.model) if include in g["params"][0][0]]
+        self.optimizer = mask_optimizer(groups, estimator=estimator, model=self.model, **rule)
         self._estimator = estimator
         parts, part = ranks // copies(ranks), dist.get_rank() // copies(ranks)
         self._x = oracle.random(8, 4, 2, 2, seed=20).chunk(parts)[part]
-        self._y = oracle.random(8, 3, seed=21).chunk(parts)[part]
+        self._y = oracle.random(8, outputs, seed=21).chunk(parts)[part]
         self.losses: list[float] = []
         self.sent: list[int] = []  # numbers in each collective of our own
 
@@ -262,18 +293,14 @@ def core(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
             start = run.told()
             run.train(STEPS)
             yield name, {"start": start, "end": run.told()}
-    for name in WITH_GRADIENTS:
-        if applies(name, ranks):
-            run = Run(name, ranks, "straight_through")
-            run.optimizer.begin()
-            start = run.told()
-            run.train(STEPS)
-            yield f"straight_through {name}", {"start": start, "end": run.told()}
-    for name in REFUSED if ranks > 1 else ():
-        try:
-            Run(name, ranks, "straight_through")
-        except ValueError as error:
-            yield f"refused {name}", str(error)
+    for family, (make, pattern, rule, names) in FAMILIES.items():
+        for name in names if ranks > 1 else ("ddp", *names):
+            if applies(name, ranks):
+                run = Run(name, ranks, "straight_through", make, pattern=pattern, **rule)
+                run.optimizer.begin()
+                start = run.told()
+                run.train(STEPS)
+                yield f"{family} {name}", {"start": start, "end": run.told()}
     for name in ("ddp", "fsdp1", "fsdp2", "fsdp2 by inputs"):
         run = Run(name, ranks)
         run.optimizer.begin()

@@ -12,7 +12,7 @@ import process_shards
 import pytest
 import torch
 from modules import ROUNDING, equal, identical
-from process_shards import LR, STEPS, STRATEGIES, WITH_GRADIENTS, Model, applies
+from process_shards import FAMILIES, LR, STEPS, STRATEGIES, Model, applies
 
 from maskpro_lightning import NMPattern, find_targets
 from maskpro_lightning.commands.plan import plan
@@ -43,7 +43,13 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Told:
 
 
 POLICY = [(name, ranks) for name in STRATEGIES for ranks in RANKS if applies(name, ranks)]
-GRADIENTS = [(name, ranks) for name in WITH_GRADIENTS for ranks in RANKS if applies(name, ranks)]
+GRADIENTS = [
+    (family, name, ranks)
+    for family, (_, _, _, names) in FAMILIES.items()
+    for name in names
+    for ranks in RANKS
+    if applies(name, ranks)
+]
 
 
 def assert_alike(found: Any, expected: Any, rounding: float) -> None:
@@ -66,12 +72,12 @@ def test_masks_do_not_depend_on_how_the_weights_are_cut(
         assert not equal(told[strategy]["start"]["mode"], told[strategy]["end"]["mode"])
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), GRADIENTS)
+@pytest.mark.parametrize(("family", "strategy", "ranks"), GRADIENTS)
 def test_masks_learned_from_gradients_do_not_depend_on_how_the_weights_are_cut(
-    core: Told, strategy: str, ranks: int
+    core: Told, family: str, strategy: str, ranks: int
 ) -> None:
-    name = f"straight_through {strategy}"
-    one = core[1][0]["straight_through fsdp2"]
+    name = f"{family} {strategy}"
+    one = core[1][0][f"{family} ddp"]
     for told in core[ranks]:
         assert_alike(told[name]["start"], one["start"], 0.0)
         assert_alike(told[name]["end"], one["end"], STEPS * 0.1 * ROUNDING["straight_through"])
@@ -128,25 +134,28 @@ def test_a_plan_tells_what_the_largest_rank_keeps(core: Told, ranks: int) -> Non
     assert mean <= found.state["weights"] <= mean + 4 * 8  # eight weights, each rounded up
 
 
-def test_a_step_sends_nothing_but_a_scalar_of_each_weight(core: Told) -> None:
+def test_a_step_of_the_policy_sends_nothing(core: Told) -> None:
     for ranks in RANKS:
         for told in core[ranks]:
             assert not any(told[name]["end"]["sent"] for name, n in POLICY if n == ranks)
-            for name, n in GRADIENTS:
-                sent = told[f"straight_through {name}"]["end"]["sent"] if n == ranks else []
-                assert all(numbers == 1 for numbers in sent)
-                # Four weights, each as soon as its gradient is there.
-                assert len(sent) == (4 * STEPS if n == ranks > 1 else 0)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("strategy", process_shards.REFUSED)
-def test_gradients_of_cut_groups_are_refused(core: Told, strategy: str, ranks: int) -> None:
-    # 20 inputs stay whole where two ranks share them: ten are cut.
-    for told in core[ranks]:
-        message = told[f"refused {strategy}"]
-        assert "is cut within groups of 4 inputs" in message
-        assert "use fully_shard (FSDP2), or choose estimator='policy'." in message
+@pytest.mark.parametrize(
+    ("case", "sent"),
+    [
+        ("2:4 fsdp2", [4]),  # the size of each of four gradients, in one message
+        ("2:4 hsdp2", [4]),
+        ("lean fsdp2", [4]),
+        ("2:4 fsdp1 unsharded", []),
+        # The last two weights are split over the tensor's ranks, and one is cut.
+        ("2:4 tp", [4 * 3 * 3, 2]),
+    ],
+)
+def test_a_step_learns_from_gradients_with_one_message_of_sizes_and_one_of_cut_groups(
+    core: Told, case: str, sent: list[int]
+) -> None:
+    for told in core[4]:
+        assert told[case]["end"]["sent"] == sent * STEPS
 
 
 @pytest.mark.parametrize("ranks", RANKS)

@@ -92,7 +92,7 @@ def plan(
         )
     for target in targets:
         layout = _part(target, NMPattern.parse(pattern), strategy, devices)
-        weight = torch.empty(layout.size, dtype=target.parameter.dtype, device="meta")
+        weight = torch.empty(layout.padded_size, dtype=target.parameter.dtype, device="meta")
         mask = torch.empty(layout.padded_size, dtype=torch.bool, device="meta")
         logits = mask.to(getattr(torch, logits_dtype))
         lean = memory == "lean" and not layout.cut

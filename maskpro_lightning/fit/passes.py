@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maskpro_lightning.fit.baseline import BaselineCache, fingerprint
 from maskpro_lightning.fit.distillation import Distillation, Teacher
+from maskpro_lightning.fit.patches import Patches
 from maskpro_lightning.fit.traceless import copied, notices_random_numbers, traceless
 from maskpro_lightning.optim.masked_weight import Version
 from maskpro_lightning.optim.optimizer import MaskPro
@@ -91,15 +92,30 @@ class Passes:
 
     def evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
         """The training step with the weights as they are: its output, and what to learn from."""
-        if self._teacher is None:
+        with nullcontext() if self._teacher is None else self._distilling(self._teacher):
             output = self._training_step(*args, **kwargs)
-            return output, _loss_of(output)
-        with self._teacher.asking() as losses:
-            output = self._training_step(*args, **kwargs)
-        if _loss_of(output) is None:
-            return output, None
-        output = {**output, "loss": losses[0]} if isinstance(output, Mapping) else losses[0]
-        return output, losses[0]
+        return output, _loss_of(output)
+
+    @contextmanager
+    def _distilling(self, teacher: Teacher) -> Iterator[None]:
+        """Let the module's own training step return the distance to the teacher as its loss.
+
+        The step's own, as wrappers around it (FSDP, DDP) follow what it returns to the gradients.
+        """
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            with teacher.asking() as losses:
+                output = inside(*args, **kwargs)
+            if _loss_of(output) is None:
+                return output
+            return {**output, "loss": losses[0]} if isinstance(output, Mapping) else losses[0]
+
+        patches = Patches()
+        inside = patches.put(self._module, "training_step", step)
+        try:
+            yield
+        finally:
+            patches.undo()
 
     def baseline(self, optimizer: MaskPro, batch: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         """The initial mask's loss on a batch, remembered or measured."""

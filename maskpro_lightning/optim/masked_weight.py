@@ -88,6 +88,10 @@ class Held:
     bits: Tensor | None = None
     _way: tuple[Version, Callable[[Tensor], None], Tensor] | None = field(default=None, init=False)
 
+    def holds(self, version: Version) -> bool:
+        """Whether the weight holds a version, and is not on its way to another."""
+        return version == self.version and self._way is None
+
     def begin(self, version: Version, move: Callable[[Tensor], None]) -> Tensor:
         """Set out for a version.
 
@@ -155,7 +159,7 @@ class MaskedWeight:
 
         Args:
             layout: Where the part lies.
-            weight: The dense part.
+            weight: The dense part, padded with what others have of its groups.
             initial: Its initial mask, bool, padded.
             drawn: The mask to go on from, likewise.
             logits: Padded.
@@ -171,8 +175,7 @@ class MaskedWeight:
         if lean:
             rest = _beside(layout, logits, pattern.m - pattern.n, weight.dtype)
         else:
-            rest = layout.padded(weight.detach())
-            rest = rest if layout.cut else rest.clone()
+            rest = weight.detach().clone()
         redrawn = torch.zeros(blocks, dtype=torch.int64, device=weight.device)
         name = "pruned" if lean else "dense"
         return {name: rest, "logits": logits, "masks": masks, "redrawn": redrawn}
@@ -180,18 +183,27 @@ class MaskedWeight:
     def direction(self, gradient: Tensor, fusion: Fusion) -> Tensor:
         """Turn a gradient, in its memory, into that of the expected loss in the logits.
 
+        Args:
+            gradient: Padded with what others have of the part's groups.
+            fusion: Runs the step of a block.
+
         Returns:
-            The sum of its squares, a scalar.
+            The sum of its squares, a scalar; a group that is cut counts on one rank.
         """
         self.held.arrive()
         total = torch.zeros((), device=gradient.device)
-        for groups_G, (values, weight, *state) in self._blocks(gradient, share=_GRADIENT_SHARE):
+        # Of a weight that is cut nothing is asked, which plain memory has a copy of.
+        weight = self.weight if self.lean else self.rest
+        beside = gradient, weight, *self._state()
+        blocks = self.layout.blocks(state=beside, share=_GRADIENT_SHARE)
+        for number, (groups_G, (values, weight, *state)) in enumerate(blocks):
             logits = state[1]
             about = values, self._dense(weight, *state), logits_of(logits)
             groups = groups_G.view(logits.shape[:-1])
             (found,) = fusion(directed, self.layout.pattern, groups, *about)
             values.copy_(found)
-            total += values.float().square().sum()
+            squares = values.float().square().sum(-1)
+            total += self.layout.seen_first(number, squares).sum()
         return total
 
     def move(
@@ -207,7 +219,7 @@ class MaskedWeight:
 
         Args:
             draw: The next draw.
-            direction: Shaped like the weight.
+            direction: Shaped like the padded part.
             scale: Scalar; at 0 the direction may be anything.
             bound: The largest move.
             part: Number of the move before that draw, from 0.
@@ -216,7 +228,7 @@ class MaskedWeight:
         step = torch.full((), draw.step, device=self.weight.device)
         most = torch.full((), bound, device=self.weight.device)
         about = self._key(draw), step, scale, most, part
-        for groups_G, (moves, logits) in self.layout.blocks(direction, state=(self.logits,)):
+        for groups_G, (moves, logits) in self.layout.blocks(state=(direction, self.logits)):
             groups = groups_G.view(logits.shape[:-1])
             (found,) = fusion(moved, self.layout.pattern, groups, logits_of(logits), moves, *about)
             logits_to(logits).copy_(found)
@@ -376,10 +388,16 @@ class MaskedWeight:
         share: int = 1,
     ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
         """Blocks of parts, of the weight, and of what masks of the held or some versions are in."""
+        return self.layout.blocks(
+            *parts, self.weight, state=self._state(*versions), once=once, share=share
+        )
+
+    def _state(self, *versions: Version) -> list[Tensor]:
+        """What masks of the held or some versions are in, padded."""
         state = [self.rest, self.logits, self.masks]
         if self.best is not None and "best" in (*versions, self.held.version):
             state.append(self._padded_mask("best"))
-        return self.layout.blocks(*parts, self.weight, state=state, once=once, share=share)
+        return state
 
     def _padded_mask(self, version: Version) -> Tensor:
         """The mask of a version, bool, padded."""

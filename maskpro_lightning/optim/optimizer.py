@@ -41,7 +41,11 @@ from maskpro_lightning.optim.straight_through import Gradients
 from maskpro_lightning.optim.together import Together
 from maskpro_lightning.weights import admission
 from maskpro_lightning.weights.layout import Layout, like, local, whole_of
-from maskpro_lightning.weights.sharding import flat_shapes, over_ranks
+from maskpro_lightning.weights.sharding import (
+    flat_shapes,
+    over_ranks,
+    shows_gradients_late,
+)
 
 
 class MaskPro(Optimizer):
@@ -75,8 +79,8 @@ class MaskPro(Optimizer):
             random, so that small steps count on average.
 
     Raises:
-        TypeError, ValueError: an argument out of range, an unknown pattern, a weight that M does
-            not divide, or groups cut by a shard's edge with "straight_through".
+        TypeError, ValueError: an argument out of range, an unknown pattern, or a weight that M does
+            not divide.
         RuntimeError: ``fused`` is True and there is no compiler.
     """
 
@@ -128,12 +132,10 @@ class MaskPro(Optimizer):
             for group, _, parameter in self._parameters()
         ]
         self._states = States(model, weights, memory, logits_dtype)
-        if self.estimator.needs_gradients:
-            self._refuse_cut_groups()
         self._fusion = Fusion(
             fused, [(local(p), layout.pattern) for p, layout in self.layouts.items()]
         )
-        self._gradients = Gradients(self.names, self._fusion)
+        self._gradients = Gradients(self.names, self._states, self._fusion)
         #: Loss, and for the policy baseline, residual and advantage, of the last step; scalars.
         self.last: dict[str, Tensor] = {}
 
@@ -207,9 +209,10 @@ class MaskPro(Optimizer):
             admission.check_mask(name, mask, layout.shape)
             mask = whole_of(mask).to(parameter.device)
             layout.pattern.check(mask, layout.input_dim, f"the mask of {name!r}")
-            about = self.whole(parameter), mask, layout.pattern, layout.input_dim
+            whole = self.whole(parameter)
+            about = whole, mask, layout.pattern, layout.input_dim
             logits = self.estimator.initial_logits(*about, group["logit_scale"])
-            state[parameter] = self._states.new(parameter, mask, logits)
+            state[parameter] = self._states.new(parameter, whole, mask, logits)
         # At once, so that an error on the way, such as no memory, leaves nothing begun.
         for parameter, tensors in state.items():
             self.state[parameter] = self._states.keep(parameter, tensors)
@@ -242,6 +245,7 @@ class MaskPro(Optimizer):
         if closure is None:
             return None
         if self.estimator.needs_gradients:
+            self._refuse_late_gradients(backward_passes)
             with torch.enable_grad(), self.taking_gradients(backward_passes):
                 loss = closure()
         else:
@@ -291,8 +295,9 @@ class MaskPro(Optimizer):
     ) -> Iterator[None]:
         """Within a ``with`` block, learn from each gradient as soon as it is there, and free it.
 
-        For "straight_through". So there are never the gradients of more than a few weights at once.
-        The parameters hold the drawn mask then.
+        For "straight_through". So there are never the gradients of more than a few weights at once,
+        but with FSDP1, which shows those of all weights when the backward pass is over. The
+        parameters hold the drawn mask then.
 
         Args:
             backward_passes: How many of them one step learns from. Each moves the logits by its
@@ -303,7 +308,7 @@ class MaskPro(Optimizer):
             self.begin()
         self._check_rates()
         self.write("drawn")
-        with self._gradients.taken(self._masked_weights(), backward_passes, reduce):
+        with self._gradients.taken(self._with_states, backward_passes, reduce):
             yield
 
     def _judge(self, loss: Tensor, baseline: Tensor) -> Tensor:
@@ -351,6 +356,9 @@ class MaskPro(Optimizer):
         """
         if version not in get_args(Version):
             raise ValueError(f"version is one of {get_args(Version)}, got {version!r}.")
+        # Nothing to write, and FSDP's whole weights are right, which a backward pass may wait for.
+        if all(held.holds(version) for held in self._states.held.values()):
+            return
         for _, _, masked in self._masked_weights():
             masked.write(version)
 
@@ -504,8 +512,11 @@ class MaskPro(Optimizer):
                 yield group, name, parameter
 
     def _masked_weights(self) -> Iterator[tuple[dict[str, Any], Tensor, MaskedWeight]]:
-        """All weights, once begun."""
+        """All weights, once begun, of which the parameters are this rank's parts from now on."""
         self._states.reshard()
+        yield from self._with_states()
+
+    def _with_states(self) -> Iterator[tuple[dict[str, Any], Tensor, MaskedWeight]]:
         for group, name, parameter in self._parameters() if self.begun else ():
             yield group, parameter, self._states.masked(name, parameter, self.state[parameter])
 
@@ -522,13 +533,11 @@ class MaskPro(Optimizer):
     def _cuda_devices(self) -> list[torch.device]:
         return list({p.device for _, _, p in self._parameters() if p.device.type == "cuda"})
 
-    def _refuse_cut_groups(self) -> None:
-        for _, name, parameter in self._parameters():
-            layout = self.layouts[parameter]
-            if layout.may_be_cut:
-                raise ValueError(
-                    f"{name!r} is cut within groups of {layout.pattern.m} inputs (FSDP1, or tensor "
-                    f"parallelism along the inputs), but the estimator 'straight_through' needs "
-                    f"the gradients of whole groups: use fully_shard (FSDP2), or choose "
-                    f"estimator='policy'."
-                )
+    def _refuse_late_gradients(self, backward_passes: int) -> None:
+        if backward_passes > 1 and any(shows_gradients_late(p) for _, _, p in self._parameters()):
+            raise ValueError(
+                f"backward_passes is {backward_passes}, but FSDP1 shows gradients only when a "
+                f"backward pass is over, and adds up those of several: call each backward() within "
+                f"a block of its own, with optimizer.taking_gradients({backward_passes}), and then "
+                f"optimizer.learn(loss)."
+            )

@@ -7,6 +7,7 @@ a part that cuts groups are views of padded ones, which are held here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -16,8 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.masked_weight import BITS, Held, MaskedWeight, bits_in
-from maskpro_lightning.weights.layout import Layout, like, local
-from maskpro_lightning.weights.sharding import layouts, reshard
+from maskpro_lightning.weights.layout import Layout, like, local, shared_slabs
+from maskpro_lightning.weights.sharding import free_gradients, layouts, reshard
 
 Memory = Literal["plain", "lean"]
 LogitsDtype = Literal["float32", "bfloat16"]
@@ -58,13 +59,27 @@ class States:
         if self._model is not None:
             reshard(self._model)
 
-    def new(self, parameter: Tensor, mask: Tensor, logits: Tensor) -> dict[str, Tensor]:
+    def free_gradients(self) -> None:
+        """Free what gradients of shards leave behind."""
+        if self._model is not None:
+            free_gradients(self._model)
+
+    @cached_property
+    def slabs(self) -> dict[Tensor, tuple[int, ...]]:
+        """Where each weight is cut within groups, see :func:`shared_slabs`; a collective."""
+        found = shared_slabs(list(self.layouts.values()), local(next(iter(self.layouts))).device)
+        return dict(zip(self.layouts, found, strict=True))
+
+    def new(
+        self, parameter: Tensor, whole: Tensor, mask: Tensor, logits: Tensor
+    ) -> dict[str, Tensor]:
         """The tensors of a weight that starts from a mask and logits of the whole weight."""
         layout = self.layouts[parameter]
+        dense = layout.take(whole) if layout.cut else local(parameter)
         mask = layout.take(mask)
         # A copy where it is a part, which would else keep the whole in memory.
         logits = layout.take(logits).to(self._logits_dtype, copy=bool(layout.across))
-        return self._state(parameter, local(parameter), mask, mask, logits)
+        return self._state(parameter, dense, mask, mask, logits)
 
     def keep(self, parameter: Tensor, tensors: Tensors) -> dict[str, Tensor]:
         """Take a weight's tensors, padded where it is cut; what the optimizer's state holds."""
@@ -99,8 +114,7 @@ class States:
         In lean memory the weight then holds its dense version.
         """
         dense, logits, masks = (
-            self._part(parameter, saved[name], padded=name != "dense")
-            for name in ("dense", "logits", "masks")
+            self._part(parameter, saved[name]) for name in ("dense", "logits", "masks")
         )
         initial, drawn, best = ((masks & bit).bool() for bit in BITS.values())
         logits = logits.to(self._logits_dtype)
@@ -125,14 +139,14 @@ class States:
         lean = self._lean and not layout.cut
         return MaskedWeight.state(layout, dense, initial, drawn, logits, lean=lean)
 
-    def _part(self, parameter: Tensor, value: Tensor, *, padded: bool) -> Tensor:
+    def _part(self, parameter: Tensor, value: Tensor) -> Tensor:
+        """This rank's part, padded with what others have of its groups."""
         layout = self.layouts[parameter]
         if isinstance(value, DTensor) and not isinstance(parameter, DTensor):
             value = value.full_tensor()
         value = local(value.detach())
         if tuple(value.shape) != layout.size:
             value = layout.take(value)
-            value = value if padded else layout.own(value)
-        elif layout.may_be_cut and padded:
+        elif layout.may_be_cut:
             value = layout.take(layout.whole(value.to(parameter.device)))
         return value.to(parameter.device).clone()

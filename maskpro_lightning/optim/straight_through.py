@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -16,10 +17,14 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from maskpro_lightning.optim.fusion import Fusion
 from maskpro_lightning.optim.masked_weight import Draw, MaskedWeight
+from maskpro_lightning.optim.states import States
 from maskpro_lightning.weights.layout import local, sums
+from maskpro_lightning.weights.sharding import shows_gradients_late
 
 # Each with its parameter group.
 MaskedWeights = Iterable[tuple[dict[str, Any], Tensor, MaskedWeight]]
+# Numbers of gradients, on each rank, that wait for others to share a message with.
+_WAITING = 2**26
 
 
 class Gradients:
@@ -27,6 +32,7 @@ class Gradients:
 
     Args:
         names: The weights' names.
+        states: Where the weights lie.
         fusion: Runs the step of a block.
 
     Attributes:
@@ -34,29 +40,30 @@ class Gradients:
         unreached: The names of weights that no gradient has reached yet.
     """
 
-    def __init__(self, names: Iterable[str], fusion: Fusion) -> None:
-        self._fusion = fusion
+    def __init__(self, names: Iterable[str], states: States, fusion: Fusion) -> None:
+        self._states, self._fusion = states, fusion
         self.unreached = set(names)
         self.all_finite = torch.tensor(True)
         self.forget()
 
     def forget(self) -> None:
         """Begin a step anew."""
-        # Whether each gradient of this step was finite, and how many backward passes there were.
-        self._finite: list[Tensor] = []
+        # The gradients of this step, whether any has come, and how many backward passes there were.
+        self._lessons = Lessons(self._fusion)
+        self._arrived = False
         self._passes = 0
 
     @contextmanager
     def taken(
         self,
-        weights: MaskedWeights,
+        weights: Callable[[], MaskedWeights],
         backward_passes: int,
         reduce: Callable[[Tensor], object] | None,
     ) -> Iterator[None]:
         """Within a ``with`` block, take each gradient when it has been accumulated.
 
         Args:
-            weights: Those to learn of.
+            weights: Gives those to learn of, as they are.
             backward_passes: How many of them one step learns from.
             reduce: Averages a gradient over ranks in place, where nothing else does.
         """
@@ -77,15 +84,17 @@ class Gradients:
 
         handles = [
             parameter.register_post_accumulate_grad_hook(partial(see, group, masked))
-            for group, parameter, masked in weights
-            if parameter.requires_grad
+            for group, parameter, masked in weights()
+            if parameter.requires_grad and not shows_gradients_late(parameter)
         ]
         try:
             yield
             for take_now in later.values():
                 take_now()
+            self._take_late(weights(), share, part)
+            self._lessons.finish()
         except BaseException:
-            self._finite.clear()
+            self.forget()
             raise
         finally:
             for handle in handles:
@@ -104,14 +113,19 @@ class Gradients:
         Raises:
             RuntimeError: there was no gradient in this step.
         """
+        weights = list(weights)
         for group, parameter, masked in weights:
-            self._take(group, parameter, masked, share=1, part=self._passes)
-        if not self._finite:
+            if not shows_gradients_late(parameter):
+                self._take(group, parameter, masked, share=1, part=self._passes)
+        if not self._passes:
+            self._take_late(weights, share=1, part=0)
+        self._lessons.finish()
+        if not self._arrived:
             raise RuntimeError(
                 "No gradient has reached any masked weight: loss.backward() has to be called, and "
                 "weights need requires_grad=True and a part in the loss."
             )
-        finite = torch.stack([each.to(device) for each in self._finite])
+        finite = torch.stack([each.to(device) for each in self._lessons.finite])
         self.all_finite = finite.all()
         self.forget()
         return (~finite).float().mean()
@@ -126,50 +140,128 @@ class Gradients:
         part: int,
     ) -> None:
         """Learn from what is in a weight's ``grad``, and free it."""
-        if parameter.grad is None:
+        layout, found = masked.layout, parameter.grad
+        if found is None and not layout.flat:
             return
-        gradient = local(parameter.grad)
-        self.unreached.discard(masked.name)
-        self._finite.append(learn(masked, gradient, group, self._fusion, share=share, part=part))
+        if found is None:  # in a run that may be empty here and is not elsewhere
+            gradient = masked.weight.new_zeros(layout.size)
+        else:
+            gradient, self._arrived = local(found), True
+            self.unreached.discard(masked.name)
+        if tuple(gradient.shape) != layout.size:
+            raise RuntimeError(
+                f"The gradient of {masked.name!r} is {tuple(gradient.shape)}, but this rank's part "
+                f"of it is {layout.size}: masks learn from what ranks have averaged, so leave out "
+                f"no_sync()."
+            )
+        slabs = self._states.slabs[parameter]
         parameter.grad = None
+        self._lessons.add(Lesson(masked, gradient, group, slabs, share, part), hold=layout.flat)
+
+    def _take_late(self, weights: MaskedWeights, share: float, part: int) -> None:
+        """Learn from the gradients that FSDP1 shows when a backward pass is over."""
+        late = [each for each in weights if shows_gradients_late(each[1])]
+        if not late:
+            return
+        empty = {masked.name for _, _, masked in late if not masked.layout.size[0]}
+        self.unreached -= empty  # nor will any gradient reach them
+        self._arrived |= len(empty) == len(late)
+        for group, parameter, masked in late:
+            self._take(group, parameter, masked, share, part)
+        self._lessons.finish()
+        self._states.free_gradients()
 
 
-def learn(
-    masked: MaskedWeight,
-    gradient: Tensor,
-    group: dict[str, Any],
-    fusion: Fusion,
-    *,
-    share: float,
-    part: int,
-) -> Tensor:
-    """Move a weight's logits by ``lr * share`` along the gradient of the expected loss in them.
+@dataclass(frozen=True)
+class Lesson:
+    """A gradient of a weight, and which part of a step it makes.
+
+    Attributes:
+        masked: The weight, or this rank's part of it.
+        gradient: That of the loss in the part, whose memory is used.
+        group: The weight's parameter group.
+        slabs: Where the weight is cut within groups, see :func:`shared_slabs`.
+        share: This gradient's share of the step, in (0, 1].
+        part: Number of the backward pass in the step, from 0.
+    """
+
+    masked: MaskedWeight
+    gradient: Tensor
+    group: dict[str, Any]
+    slabs: tuple[int, ...]
+    share: float
+    part: int
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of the gradient on a rank, alike on all of them."""
+        layout = self.masked.layout
+        return math.prod(layout.shape) // layout.ranks
+
+
+class Lessons:
+    """Moves logits by ``lr * share`` along the gradient of the expected loss in them.
 
     The gradient is divided by its root mean square over the whole weight, so that one step size
     fits all weights, and no element counts for more than that. Gradients of deep networks are
     heavy-tailed: without the bound, a step moves a handful of decisive groups by many units in all
     layers together, and the loss runs away. Where the root mean square is not finite or zero
-    nothing is learned. A collective for shards.
+    nothing is learned.
+
+    Gradients of shards wait until there are enough of them: what ranks tell each other, the sizes
+    of gradients and the values of groups that are cut, is then one message each for all.
 
     Args:
-        masked: The weight, or this rank's part of it.
-        gradient: That of the loss in the part, whose memory is used.
-        group: The weight's parameter group.
         fusion: Runs the step of a block.
-        share: This gradient's share of the step, in (0, 1].
-        part: Number of the backward pass in the step, from 0.
 
-    Returns:
-        Whether the gradient is finite, a bool scalar.
+    Attributes:
+        finite: Whether each gradient was finite, bool scalars.
     """
-    layout = masked.layout
-    (square,) = sums([layout], [masked.direction(gradient, fusion)])
-    size = (square / math.prod(layout.shape)).sqrt()
-    finite = size.isfinite()
-    bound = group["lr"] * share
-    scale = (bound / size).where(finite & (size > 0), 0)
-    masked.move(Draw(group["seed"], group["step"] + 1), gradient, scale, bound, part, fusion)
-    return finite
+
+    def __init__(self, fusion: Fusion) -> None:
+        self._fusion = fusion
+        self._waiting: list[Lesson] = []
+        self.finite: list[Tensor] = []
+
+    def add(self, lesson: Lesson, *, hold: bool = False) -> None:
+        """Learn from a gradient, or put it off. A collective for shards.
+
+        Args:
+            lesson: The gradient.
+            hold: Put it off, whatever waits.
+        """
+        # A weight's second gradient is judged by logits that have learned from the first.
+        if any(lesson.masked.name == other.masked.name for other in self._waiting):
+            self.finish()
+        self._waiting.append(lesson)
+        waiting = sum(other.numbers for other in self._waiting)
+        if not hold and (not lesson.masked.layout.across or waiting >= _WAITING):
+            self.finish()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Learn from what waits."""
+        lessons, self._waiting = self._waiting, []
+        layouts = [lesson.masked.layout for lesson in lessons]
+        about = [(lesson.masked.layout, lesson.gradient, lesson.slabs) for lesson in lessons]
+        shared = sums(layouts, [layout.shared(own, slabs) for layout, own, slabs in about])
+        directions, squares = [], []
+        for lesson, (layout, own, slabs), values in zip(lessons, about, shared, strict=True):
+            directions.append(layout.completed(own, slabs, values))
+            squares.append(lesson.masked.direction(directions[-1], self._fusion))
+        squares = sums(layouts, squares)
+        for lesson, direction, square in zip(lessons, directions, squares, strict=True):
+            self._move(lesson, direction, square)
+
+    def _move(self, lesson: Lesson, direction: Tensor, square: Tensor) -> None:
+        group = lesson.group
+        size = (square / math.prod(lesson.masked.layout.shape)).sqrt()
+        finite = size.isfinite()
+        bound = group["lr"] * lesson.share
+        scale = (bound / size).where(finite & (size > 0), 0)
+        draw = Draw(group["seed"], group["step"] + 1)
+        lesson.masked.move(draw, direction, scale, bound, lesson.part, self._fusion)
+        self.finite.append(finite)
 
 
 def _recomputes() -> bool:

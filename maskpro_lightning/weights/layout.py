@@ -17,7 +17,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_reduce, get_process_group_ranks
+from torch.distributed import (
+    ProcessGroup,
+    all_gather,
+    all_reduce,
+    get_process_group_ranks,
+    get_world_size,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -108,6 +114,59 @@ class Layout:
         padded = own.new_zeros(self.padded_size)
         self.own(padded).copy_(own)
         return padded
+
+    def shared(self, own: Tensor, slabs: Sequence[int]) -> Tensor:
+        """What a part has of the slabs that several parts share, zeros for what others have.
+
+        Args:
+            own: The part, of any dtype.
+            slabs: Their numbers along the dimension that groups lie along.
+
+        Returns:
+            float32 (slabs, length of a slab, ...), in the whole weight's size otherwise.
+        """
+        others = () if self.flat else self.shape[: self._axis] + self.shape[self._axis + 1 :]
+        values = torch.zeros(len(slabs), self._unit, *others, device=own.device)
+        if not own.numel():
+            return values
+        own, mine = own.movedim(self._axis, 0), values
+        places = [place for dim, place in enumerate(self.offset) if dim != self._axis]
+        for dim, (place, size) in enumerate(zip(places, own.shape[1:], strict=True), start=2):
+            mine = mine.narrow(dim, place, size)
+        start = self.offset[self._axis]
+        for values_of_slab, slab in zip(mine, slabs, strict=True):
+            first = max(start, slab * self._unit)
+            last = min(start + len(own), (slab + 1) * self._unit)
+            if first < last:
+                kept = values_of_slab.narrow(0, first - slab * self._unit, last - first)
+                kept.copy_(own.narrow(0, first - start, last - first))
+        return values
+
+    def completed(self, own: Tensor, slabs: Sequence[int], values: Tensor) -> Tensor:
+        """A part padded with what others have of its groups; the part itself where none is cut.
+
+        Args:
+            own: The part.
+            slabs: As for :meth:`shared`.
+            values: The sum of that over all ranks that have a part.
+        """
+        padded = self.padded(own)
+        if not self.cut:
+            return padded
+        rows, start = padded.movedim(self._axis, 0), self.offset[self._axis] - self._before
+        places = [place for dim, place in enumerate(self.offset) if dim != self._axis]
+        for dim, (place, size) in enumerate(zip(places, rows.shape[1:], strict=True), start=2):
+            values = values.narrow(dim, place, size)
+        for value, slab in zip(values, slabs, strict=True):
+            first = slab * self._unit - start
+            if 0 <= first < len(rows):
+                rows.narrow(0, first, self._unit).copy_(value)
+        return padded
+
+    @property
+    def shares(self) -> int:
+        """The number of the slab that this part shares with an earlier one, or -1."""
+        return self.offset[self._axis] // self._unit if self._before else -1
 
     def uncut(self, own: Tensor) -> tuple[Layout, Tensor]:
         """A part without what its edges cut of groups: where that lies, and a view of it."""
@@ -278,17 +337,39 @@ def whole_of(tensor: Tensor) -> Tensor:
 
 
 def sums(parts: Sequence[Layout], values: Sequence[Tensor]) -> list[Tensor]:
-    """Scalars of parts, each summed over all parts of its weight, with few collectives."""
+    """Tensors of parts, each summed over all parts of its weight, with few collectives.
+
+    All ranks give the same weights in the same order.
+    """
     found = list(values)
     # By ranks, as there can be several process groups of the same.
     together: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-    for place, layout in enumerate(parts):
-        ranks = tuple(tuple(get_process_group_ranks(group)) for group in layout.across)
-        together.setdefault(ranks, []).append(place)
+    for place, (layout, value) in enumerate(zip(parts, values, strict=True)):
+        if layout.across and value.numel():
+            ranks = tuple(tuple(get_process_group_ranks(group)) for group in layout.across)
+            together.setdefault(ranks, []).append(place)
     for places in together.values():
-        total = torch.stack([values[place] for place in places])
+        total = torch.cat([values[place].flatten() for place in places])
         for group in parts[places[0]].across:
             all_reduce(total, group=group)
-        for place, value in zip(places, total, strict=True):
-            found[place] = value
+        sizes = [values[place].numel() for place in places]
+        for place, value in zip(places, total.split(sizes), strict=True):
+            found[place] = value.view(values[place].shape)
     return found
+
+
+def shared_slabs(parts: Sequence[Layout], device: torch.device) -> list[tuple[int, ...]]:
+    """For each weight the slabs that several ranks have a part of, alike on all ranks.
+
+    A collective if any weight may be cut.
+
+    Args:
+        parts: This rank's part of each weight; all ranks give the same weights in the same order.
+        device: Where collectives happen.
+    """
+    if not any(part.across and part.may_be_cut for part in parts):
+        return [()] * len(parts)
+    own = torch.tensor([part.shares for part in parts], device=device)
+    found = [torch.empty_like(own) for _ in range(get_world_size())]
+    all_gather(found, own)
+    return [tuple(sorted({n for n in of if n >= 0})) for of in torch.stack(found, 1).tolist()]

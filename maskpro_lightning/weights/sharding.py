@@ -59,6 +59,21 @@ def reshard(model: nn.Module) -> None:
                 group._post_forward_indices.clear()
 
 
+def shows_gradients_late(weight: Tensor) -> bool:
+    """Whether a weight has its gradient only when the backward pass is over, as with FSDP1.
+
+    FSDP1 computes with views of a flat parameter, which is what hooks would have to be on.
+    """
+    return isinstance(weight, nn.Parameter) and _is_fsdp_flattened(weight)
+
+
+def free_gradients(model: nn.Module) -> None:
+    """Let FSDP1 free the flat gradients of which no weight shows a part any more."""
+    for module in FullyShardedDataParallel.fsdp_modules(model):
+        if module._handle is not None:
+            module._handle._reset_flat_param_grad_info_if_needed()
+
+
 def own_state(model: nn.Module) -> dict[str, Any]:
     """A model's state as it lies on this rank: its own parameters, and nothing gathered.
 
