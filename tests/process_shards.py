@@ -344,18 +344,16 @@ class OnCPU(FSDPStrategy):
 class Fitted(pl.LightningModule):
     """The model, its losses, and what its strategy asks it to do to itself."""
 
-    def __init__(
-        self, wrap: Callable[[nn.Module, Any], None] | None = None, channels: int = 6
-    ) -> None:
+    def __init__(self, wrap: Callable[[nn.Module, Any], None] | None = None) -> None:
         super().__init__()
-        self._wrap, self._channels = wrap, channels
+        self._wrap = wrap
         self.model: nn.Module | None = None
         self.losses: list[float] = []
         self.validated: list[Tensor] = []
 
     def configure_model(self) -> None:
         if self.model is None:
-            self.model = Model(self._channels)
+            self.model = Model()
             if self._wrap is not None:
                 self._wrap(self.model, self.device_mesh)
 
@@ -380,7 +378,8 @@ class Losses(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         assert self.masks.optimizer is not None
-        pl_module.losses.append(float(self.masks.optimizer.last["loss"]))
+        if self.masks.optimizer.last:
+            pl_module.losses.append(float(self.masks.optimizer.last["loss"]))
 
 
 def _fully_shard(model: nn.Module, mesh: Any) -> None:
@@ -442,6 +441,7 @@ def fit_masks(
     ]
     own = [tuple(tensor.chunk(parts)[part] for tensor in batch) for batch in batches]
     rule = {"lr": LR, "published": True, "logit_scale": 1.0, "baseline_cache": 0} | rule
+    accumulated = rule.pop("accumulated", 1)
     masks = mask_callback(**rule)
     save = ModelCheckpoint(folder, "{step}", every_n_train_steps=SAVED_STEP, save_top_k=-1)
     trainer = quiet_trainer(
@@ -453,6 +453,7 @@ def fit_masks(
         strategy=make(ranks),
         use_distributed_sampler=False,
         max_steps=1 if "init" in rule else FIT_STEPS,
+        accumulate_grad_batches=accumulated,
         val_check_interval=1 if "init" in rule else None,
         limit_val_batches=1,
         log_every_n_steps=2,
@@ -461,7 +462,7 @@ def fit_masks(
         if (name, ranks) in LOGGED and ckpt_path is None
         else False,
     )
-    module = Fitted(wrap, 6 if masks.estimator.name == "policy" else 8)
+    module = Fitted(wrap)
     data = DataLoader(own, batch_size=None)
     # Lightning's own context for whole state dicts makes PyTorch crash without a GPU.
     with mock.patch.object(lightning_fsdp, "_get_full_state_dict_context", _whole_on_cpu):
@@ -517,23 +518,24 @@ def resume(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
         yield f"{before} to {after}", fit_masks(after, ranks, folder / "resumed", path)
 
 
-#: By name: what else than the policy there is to learn by, on weights whose groups are whole.
+GRADIENTS: dict[str, Any] = {"estimator": "straight_through", "lr": 0.1}
+#: By name: what else than the policy there is to learn by.
 LESSONS: dict[str, dict[str, Any]] = {
-    "gradients": {"estimator": "straight_through", "lr": 0.1},
+    "gradients": GRADIENTS,
     "teacher": {"distillation": Distillation("model")},
-    "both": {
-        "estimator": "straight_through",
-        "lr": 0.1,
-        "distillation": Distillation("model"),
-    },
+    "both": GRADIENTS | {"distillation": Distillation("model")},
+    "accumulated": GRADIENTS | {"accumulated": 3},
 }
+PUPILS = ("fsdp1 sharded", "hybrid full", "fsdp2 sharded", "tp and fsdp2 sharded")
 
 
 def learn(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
     """What is learned from gradients and from a teacher, and with a compiler."""
     for lesson, rule in LESSONS.items():
-        name = "ddp" if ranks == 1 else "fsdp2 sharded"
-        yield lesson, fit_masks(name, ranks, folder / f"{lesson}-{ranks}", **rule)
+        for name in ("ddp",) if ranks == 1 else PUPILS:
+            if fits_on(name, ranks):
+                path = folder / f"{lesson}-{name}-{ranks}"
+                yield f"{lesson} {name}", fit_masks(name, ranks, path, **rule)
     for estimator in get_args(EstimatorName) if ranks == 2 else ():
         for fused in (False, True):
             run = Run("fsdp2", ranks, estimator, fused=fused)
@@ -551,7 +553,7 @@ class Pruned(Fitted):
 
     def configure_model(self) -> None:
         if self.model is None:
-            self.model = Model(self._channels)
+            self.model = Model()
             for group in weights(self.model):
                 ((_, weight),) = group["params"]
                 weight.data.mul_(largest(weight.data, group["input_dim"]))

@@ -143,12 +143,12 @@ def test_a_step_of_the_policy_sends_nothing(core: Told) -> None:
 @pytest.mark.parametrize(
     ("case", "sent"),
     [
-        ("2:4 fsdp2", [4]),  # the size of each of four gradients, in one message
-        ("2:4 hsdp2", [4]),
-        ("lean fsdp2", [4]),
         ("2:4 fsdp1 unsharded", []),
-        # The last two weights are split over the tensor's ranks, and one is cut.
-        ("2:4 tp", [4 * 3 * 3, 2]),
+        ("2:4 hsdp2", [4]),  # the size of each of four gradients
+        # 24 rows of inputs are cut at 6 and 18, within groups of 4 rows of 12.
+        ("2:4 fsdp2", [2 * 4 * 12, 4]),
+        # Of two weights, 20 columns of inputs of one are cut at 5, 10 and 15.
+        ("2:4 tp", [3 * 4 * 3, 2]),
     ],
 )
 def test_a_step_learns_from_gradients_with_one_message_of_sizes_and_one_of_cut_groups(

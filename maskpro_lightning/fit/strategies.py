@@ -105,6 +105,9 @@ class Gradients:
             if not weight.requires_grad:
                 weight.requires_grad_()
                 self._patches.finally_do(partial(weight.requires_grad_, False))
+        if _kind(self._strategy) == "FSDPStrategy":
+            # Gradients that are added up before they are averaged would be whole on every rank.
+            self._patches.put(self._strategy, "block_backward_sync", nullcontext)
         if _kind(self._strategy) != "DDPStrategy":
             return
         masked = {id(weight) for weight in weights}

@@ -262,12 +262,13 @@ class MaskedWeight:
         """
         self.held.arrive()
         intact = torch.ones((), dtype=torch.bool, device=self.weight.device)
-        for _, (weight, *state) in self._blocks():
+        own = torch.ones_like(self.weight, dtype=torch.bool)
+        for _, (mine, weight, *state) in self._blocks(own):
             flags_M = self._flags(self.held.version, *state)
             expected = _bits(weight if self.lean else state[0])
             if flags_M is not None:
                 expected = expected & -torch.stack(flags_M, dim=-1).to(expected.dtype)
-            intact &= (_bits(weight) == expected).all()
+            intact &= ((_bits(weight) == expected) | ~mine).all()
         if self.lean:
             beside = 0 if self.held.version == "dense" else bits_in(self.rest)
             intact &= bits_in(self.weight) + beside == self.held.bits
