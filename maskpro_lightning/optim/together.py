@@ -95,17 +95,15 @@ class Together:
 
     def _make(self, blocks: list[Block]) -> None:
         one = blocks[0] if len(blocks) == 1 else _joined(blocks)
-        *found, changed = _changed_last(
-            self._fusion(
-                transition,
-                one.pattern,
-                one.groups,
-                *one.state,
-                one.key,
-                torch.full((), one.step, device=one.groups.device),
-                one.lean,
-                one.change,
-            )
+        *found, changed = self._fusion(
+            transition,
+            one.pattern,
+            one.groups,
+            *one.state,
+            one.key,
+            torch.full((), one.step, device=one.groups.device),
+            one.lean,
+            one.change,
         )
         sizes = [block.groups.numel() for block in blocks]
         places: list[Tensor] = []
@@ -123,11 +121,6 @@ class Together:
         values += [torch.tensor(block.number + 1) for block in blocks]
         # One call, so that an exception leaves a block as it was or as it should be.
         torch._foreach_copy_(places, values)
-
-
-def _changed_last(found: Sequence[Tensor]) -> list[Tensor]:
-    words, logits, masks, changed, *rest = found
-    return [words, logits, masks, *rest, changed]
 
 
 def _counts(blocks: Sequence[Block], changed: Tensor, sizes: Sequence[int]) -> list[Tensor]:

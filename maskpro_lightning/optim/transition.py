@@ -56,8 +56,8 @@ def transition(
         change: Scalar; the logits move against it along grad log P(drawn mask).
 
     Returns:
-        The next words, logits and masks; int32 (...), 1 for each group whose mask has changed; and
-        the next ``rest`` if lean, which is the same otherwise.
+        The next words, logits and masks; the next ``rest`` if lean, which is the same otherwise;
+        and int32 (...), 1 for each group whose mask has changed.
     """
     initial_M, held_M = flags_of(masks, pattern.m)
     logits_M = logits_in(logits, pattern.m)
@@ -70,7 +70,7 @@ def transition(
     stays = reduce(mul, [1 - (old ^ new) for old, new in zip(held_M, next_M, strict=True)])
     words, *rests = exchange(pattern, words, rest, held_M, next_M, lean)
     next_masks = masks_of(initial_M, next_M)
-    return (words, logits_as(logits_M, logits), next_masks, 1 - stays, *rests)
+    return (words, logits_as(logits_M, logits), next_masks, *rests, 1 - stays)
 
 
 def exchange(
