@@ -15,7 +15,7 @@ from rules import mask_optimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, OneCycleLR
 
-from maskpro_lightning import MaskPro, StraightThrough
+from maskpro_lightning import MaskPro, NMPattern, StraightThrough
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -339,3 +339,28 @@ def test_resumed_is_uninterrupted_to_the_bit_and_not_half_way(dtype: torch.dtype
     assert torch.equal(logits, expected_logits)
     assert torch.equal(drawn, expected_drawn)
     assert not torch.equal(logits, half_way)
+
+
+def changed_by_a_draw(weights: int) -> float:
+    """In how many groups a draw is not the initial mask, summed over so many weights."""
+    weight = nn.Parameter(random(512, 256, seed=4))
+    estimator = StraightThrough().for_fit(NMPattern(2, 4), weights)
+    optimizer = MaskPro([("w", weight)], "2:4", estimator=estimator, fused=False)
+    optimizer.begin()
+    drawn, initial = (optimizer.masks(version)["w"] for version in ("drawn", "initial"))
+    return weights * float((drawn != initial).view(-1, 4).any(-1).float().mean())
+
+
+def test_a_draw_changes_no_more_in_all_layers_of_a_deep_model_than_of_a_shallow_one() -> None:
+    few = changed_by_a_draw(28)
+    for weights in (84, 210, 700):
+        assert few / 2.5 < changed_by_a_draw(weights) < 1.2 * few
+
+
+def test_steps_of_a_shallow_model_are_bounded_and_those_of_a_deep_one_smaller() -> None:
+    found = {n: StraightThrough().for_fit(NMPattern(2, 4), n).rule() for n in (1, 28, 210)}
+    assert found[1] == pytest.approx({"lr": 0.4, "logit_scale": 3.0})
+    assert found[28] == pytest.approx({"lr": 0.2835, "logit_scale": 3.0}, rel=1e-3)
+    assert found[210] == pytest.approx({"lr": 0.4164, "logit_scale": 12.07}, rel=1e-3)
+    given = StraightThrough(lr=0.2, logit_scale=5.0)
+    assert given.for_fit(NMPattern(2, 4), 210) == given

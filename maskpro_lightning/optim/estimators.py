@@ -20,8 +20,11 @@ from maskpro_lightning.weights.admission import LARGEST, check_rule
 
 EstimatorName = Literal["straight_through", "policy"]
 
-# Step sizes that a Llama of 28 weights and SmolLM2, of 210, bear; larger ones are for no model.
-_STEP, _MOST = 1.5, 0.4
+# Typical gap of the logits that a Llama of 28 weights starts from, and what it grows by where there
+# are e times as many weights: what a Llama of 28 and SmolLM2, of 210, learn best with.
+_GAP, _GAP_GROWTH, _FEW = 3.0, 4.5, 28
+# Step sizes that both bear, in units of that gap; larger ones are for no model.
+_STEP, _MOST = 0.5, 2 / 15
 # Standard deviations of a random walk between a typical choice and a change of mind. The walk
 # widens as a gap closes, and close calls start nearer: chance flips about 1 % of the groups.
 _WALK_MARGIN = 24.0
@@ -38,7 +41,8 @@ class StraightThrough:
             choice between them was typical, in units of logits; it is less where it was a close
             one, and more where it was easy, see :func:`graded`. The larger, the less is explored:
             the initial mask of a 2:4 group whose gaps are all alike is drawn with probability 0.87
-            at 3, 0.98 at 5 and 0.9999 at 10.
+            at 3, 0.98 at 5 and 0.9999 at 10. By default it follows from the number of weights,
+            see :func:`straight_through_scale`.
 
     Raises:
         TypeError: what should be a number is none.
@@ -46,7 +50,7 @@ class StraightThrough:
     """
 
     lr: float | None = None
-    logit_scale: float = 3.0
+    logit_scale: float | None = None
 
     name: ClassVar[EstimatorName] = "straight_through"
     needs_gradients: ClassVar[bool] = True
@@ -58,13 +62,17 @@ class StraightThrough:
 
     def rule(self) -> dict[str, Any]:
         """The numbers that a parameter group holds."""
-        return {"lr": 0.1 if self.lr is None else self.lr, "logit_scale": self.logit_scale}
+        scale = _GAP if self.logit_scale is None else self.logit_scale
+        return {"lr": 0.1 if self.lr is None else self.lr, "logit_scale": scale}
 
     def for_fit(
         self, pattern: NMPattern, weights: int, steps: int | None = None
     ) -> StraightThrough:
         """The estimator of a fit of so many weights and steps, if they are known."""
-        return self if self.lr is not None else replace(self, lr=straight_through_lr(weights))
+        scale = self.logit_scale
+        scale = straight_through_scale(weights) if scale is None else scale
+        lr = straight_through_lr(weights, scale) if self.lr is None else self.lr
+        return replace(self, lr=lr, logit_scale=scale)
 
     def initial_logits(
         self, weight: Tensor, mask: Tensor, pattern: NMPattern, input_dim: int, scale: float
@@ -162,14 +170,25 @@ def estimator_of(given: Estimator | EstimatorName) -> Estimator:
     return _BY_NAME[given]()
 
 
-def straight_through_lr(weights: int) -> float:
+def straight_through_scale(weights: int) -> float:
+    """Where straight-through starts logits for a model of so many masked weights, one a layer.
+
+    What draws cost adds up over layers: in a deep network, gradients taken among many changes say
+    little about any of them. The share of groups that are drawn otherwise falls about as
+    ``exp(-logit_scale / 4.5)``, so a scale that grows with the logarithm of the number of weights
+    keeps their sum over layers.
+    """
+    return _GAP + _GAP_GROWTH * math.log(max(1.0, weights / _FEW))
+
+
+def straight_through_lr(weights: int, logit_scale: float) -> float:
     """The step size of straight-through for a model of so many masked weights, one a layer.
 
     Each batch moves the masks of all layers by chance, too, and what that costs adds up over
     layers: it grows with the number of layers times the square of the step. So the step that a
-    model bears falls with the root of that number.
+    model bears falls with the root of that number. What a step means is up to the logits' scale.
     """
-    return min(_MOST, _STEP / math.sqrt(weights))
+    return logit_scale * min(_MOST, _STEP / math.sqrt(weights))
 
 
 def policy_lr(pattern: NMPattern, logit_scale: float, steps: int) -> float:
