@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
+from unittest import mock
 
 import oracle
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from maskpro_lightning import find_targets, parameter_groups
 from maskpro_lightning.cli import main
+from maskpro_lightning.commands import plan as commands_plan
 from maskpro_lightning.commands.plan import Plan, Strategy, plan
 from maskpro_lightning.optim.estimators import EstimatorName
 from maskpro_lightning.weights import layout
@@ -50,8 +52,12 @@ def test_gradients_cost_gradients_and_activations() -> None:
     gradients = planned(4, rows=10, estimator="straight_through")
     assert (policy.forwards, gradients.forwards) == (2, 3)
     assert "gradients" not in policy.state
-    # Of three biases, of which a rank has a quarter, and of the weights of one block at a time.
-    assert gradients.state["gradients"] == (3 * 48 + 64 * 48) * 4 // 4
+    # A rank has a quarter of all, which are few enough to wait for each other.
+    assert gradients.state["gradients"] == (3 * 48 + 3 * 64 * 48) * 4 // 4
+    assert planned(4, "fsdp1", estimator="straight_through").state == gradients.state
+    with mock.patch.object(commands_plan, "WAITING", 64):
+        few = planned(4, estimator="straight_through").state["gradients"]
+    assert few == (3 * 48 + 64 * 48) * 4 // 4 + 64 * 4  # those of a block, and what waits
     ddp = planned(4, "ddp", estimator="straight_through")
     assert ddp.state["gradients"] == (3 * 48 + 64 * 48) * 4
     assert policy.activations == 10 * (64 + 48) * 4

@@ -66,6 +66,7 @@ def owners() -> Iterator[dict[str, Any]]:
         "an operation": torch.ops.aten.mm.default,
         "DataLoader": torch.utils.data.DataLoader([1]),
         "FSDP1": fsdp1,
+        "its handle": fsdp1._handle,
         "its handle's flat parameter": fsdp1._handle.flat_param,
         "FSDP2": fsdp2,
         "its state": state,
@@ -122,6 +123,7 @@ TABLE = {
     "_is_root": "FSDP1",
     "_params": "its handle's flat parameter",
     "_post_forward_indices": "its group",
+    "_reset_flat_param_grad_info_if_needed": "its handle",
     "_shapes": "its handle's flat parameter",
     "_shard_param_infos": "its handle's flat parameter",
     # Lightning

@@ -17,6 +17,7 @@ from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.estimators import EstimatorName
 from maskpro_lightning.optim.masked_weight import MaskedWeight
 from maskpro_lightning.optim.states import LogitsDtype, Memory
+from maskpro_lightning.optim.straight_through import WAITING
 from maskpro_lightning.weights.layers import CONVOLUTIONS, TRANSPOSED
 from maskpro_lightning.weights.layout import Layout
 from maskpro_lightning.weights.targets import Target
@@ -86,9 +87,9 @@ def plan(
     weights = [*model.parameters(), *model.buffers()]
     state = {"weights": sum(share(w, devices) * w.element_size() for w in weights)}
     if estimator == "straight_through":
-        units = _units(model) if strategy == "fsdp2" and devices > 1 else []
+        shared = strategy if devices > 1 else "ddp"
         state["gradients"] = _gradients(
-            model, targets, units, lambda p: share(p, devices) * p.element_size()
+            model, targets, shared, lambda p: share(p, devices) * p.element_size()
         )
     for target in targets:
         layout = _part(target, NMPattern.parse(pattern), strategy, devices)
@@ -120,19 +121,24 @@ def _part(target: Target, pattern: NMPattern, strategy: Strategy, devices: int) 
 def _gradients(
     model: nn.Module,
     targets: Sequence[Target],
-    units: Sequence[nn.Module],
+    strategy: Strategy,
     size_of: Callable[[Tensor], int],
 ) -> int:
     """Bytes of gradients that are there at once: all unmasked ones, and of one masked weight.
 
-    Of sharded units, those of all masked weights of one.
+    FSDP1 has those of all weights at its end, FSDP2 of a unit, beside what waits for a message.
     """
     masked = {id(target.parameter) for target in targets}
     others = (p for p in model.parameters() if p.requires_grad and id(p) not in masked)
-    together = [[p for p in unit.parameters() if id(p) in masked] for unit in units]
-    together = together or [[target.parameter] for target in targets]
-    largest = max(sum(map(size_of, weights)) for weights in together)
-    return sum(map(size_of, others)) + largest
+    sizes = [size_of(target.parameter) for target in targets]
+    there = max(sizes)
+    if strategy == "fsdp2":
+        units = ([p for p in unit.parameters() if id(p) in masked] for unit in _units(model))
+        unit = max(sum(map(size_of, weights)) for weights in units)
+        there = min(sum(sizes), unit + WAITING * targets[0].parameter.element_size())
+    elif strategy == "fsdp1":
+        there = sum(sizes)
+    return sum(map(size_of, others)) + there
 
 
 def _all(weight: Tensor, devices: int) -> int:

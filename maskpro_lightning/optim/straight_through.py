@@ -23,8 +23,8 @@ from maskpro_lightning.weights.sharding import shows_gradients_late
 
 # Each with its parameter group.
 MaskedWeights = Iterable[tuple[dict[str, Any], Tensor, MaskedWeight]]
-# Numbers of gradients, on each rank, that wait for others to share a message with.
-_WAITING = 2**26
+#: Numbers of gradients, on each rank, that wait for others to share a message with.
+WAITING = 2**26
 
 
 class Gradients:
@@ -121,6 +121,7 @@ class Gradients:
             self._take_late(weights, share=1, part=0)
         self._lessons.finish()
         if not self._arrived:
+            self.forget()
             raise RuntimeError(
                 "No gradient has reached any masked weight: loss.backward() has to be called, and "
                 "weights need requires_grad=True and a part in the loss."
@@ -235,7 +236,7 @@ class Lessons:
             self.finish()
         self._waiting.append(lesson)
         waiting = sum(other.numbers for other in self._waiting)
-        if not hold and (not lesson.masked.layout.across or waiting >= _WAITING):
+        if not hold and (not lesson.masked.layout.across or waiting >= WAITING):
             self.finish()
 
     @torch.no_grad()
