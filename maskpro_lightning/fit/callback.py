@@ -25,7 +25,7 @@ from maskpro_lightning.fit.distillation import Distillation
 from maskpro_lightning.fit.learning import Learning
 from maskpro_lightning.fit.passes import Passes
 from maskpro_lightning.fit.patches import Patches
-from maskpro_lightning.fit.quiet import quiet
+from maskpro_lightning.fit.quiet import be_heard, quiet
 from maskpro_lightning.fit.start import Init
 from maskpro_lightning.fit.traceless import traceless
 from maskpro_lightning.masks.pattern import NMPattern
@@ -210,6 +210,7 @@ class MaskProCallback(pl.Callback):
     def setup(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        be_heard()
         self._refuse_unsupported(trainer, pl_module)
         self._forget()
         self.optimizer = None
@@ -284,6 +285,7 @@ class MaskProCallback(pl.Callback):
         return Result(
             pattern=str(self.pattern),
             metric=self.monitor or "loss",
+            mode=self.monitor_mode,
             dense=self._best.dense,
             initial=self._best.initial,
             deployed=self._best.value,
