@@ -119,6 +119,8 @@ def test_compare_prints_one_row_for_each_mask_and_exports(
     assert all(f" {name} " in printed for name in rows)
     assert "mlflow ui" in printed
     assert is_sparse(tmp_path / "sparse-model")
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert (checkpoint.parents[1] / "maskpro" / "result.json").exists(), "not in the run's folder"
 
 
 def test_compare_of_a_finetuning_has_the_learned_mask_and_the_trained_weights(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
 from rich.table import Table
 from torch import nn
 
@@ -187,11 +188,15 @@ def _row(
     targets: Sequence[Target],
     seconds: float,
 ) -> Row:
-    loggers, trainer.loggers = trainer.loggers, []  # these numbers are no part of the fit's curve
+    # These numbers are no part of the fit's curve; and a callback that saves checkpoints would
+    # settle on a folder while there is no logger to name it.
+    loggers, callbacks = trainer.loggers, trainer.callbacks
+    trainer.loggers = []
+    trainer.callbacks = [each for each in callbacks if not isinstance(each, Checkpoint)]
     try:
         (metrics,) = trainer.validate(module, datamodule=data, verbose=False)
     finally:
-        trainer.loggers = loggers
+        trainer.loggers, trainer.callbacks = loggers, callbacks
     zeros = sum(int((target.parameter == 0).sum()) for target in targets)
     weights = sum(target.parameter.numel() for target in targets)
     return Row(mask, dict(metrics), zeros / weights, seconds)
