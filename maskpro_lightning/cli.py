@@ -17,12 +17,21 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
-from maskpro_lightning.catalog import recipes
+from maskpro_lightning.catalog import recipes, resolve
 from maskpro_lightning.commands import measure, plain
-from maskpro_lightning.commands.compare import Row, callback_of, compare, table, write_csv
+from maskpro_lightning.commands.compare import (
+    Row,
+    compare,
+    masked_by,
+    row_of,
+    table,
+    write_csv,
+)
 from maskpro_lightning.commands.options import HELP
-from maskpro_lightning.commands.plan import Strategy, plan
+from maskpro_lightning.commands.plan import Plan, Strategy, plan, plan_training
 from maskpro_lightning.files.card import Card, push, write_card
 from maskpro_lightning.files.checkpoint import weights_in
 from maskpro_lightning.files.export import Format, export_sparse
@@ -90,17 +99,23 @@ class _Command(LightningCLI):
         given = config["trainer"]["logger"]
         for logger in given if isinstance(given, list) else [given]:
             if getattr(logger, "class_path", "").endswith(".MLFlowLogger"):
-                _prepare(logger["init_args"], self.subcommand or self.name, config.get("ckpt_path"))
+                command = self.subcommand or self.name
+                trains = any(
+                    getattr(callback, "class_path", "").endswith(".SparseFinetuning")
+                    for callback in config["trainer"]["callbacks"] or ()
+                )
+                row = "finetuned" if trains else "maskpro"
+                _prepare(logger["init_args"], command, config.get("ckpt_path"), row)
 
     #: The command, where it is not one of Lightning's.
     name = ""
 
 
-def _prepare(init_args: Any, command: str, checkpoint: str | None) -> None:
-    """Make an MLflow database, and let a run's name say which command it is of."""
+def _prepare(init_args: Any, command: str, checkpoint: str | None, learned: str) -> None:
+    """Make an MLflow database, and let a run's name say which command, or row, it is of."""
     make_database(init_args.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI", ""))
     fits = "resumed" if checkpoint else None
-    what = {"fit": fits, "compare": "maskpro"}.get(command, command)
+    what = {"fit": fits, "compare": learned}.get(command, command)
     if init_args.get("run_name") is not None and what is not None:
         init_args["run_name"] = f"{init_args['run_name']} {what}"
 
@@ -113,15 +128,9 @@ class _Built(_Command):
         super().__init__(run=False, save_config_callback=SaveConfig)
 
     @property
-    def callback(self) -> MaskProCallback:
-        return callback_of(self.trainer)
-
-    @property
     def masked(self) -> MaskProCallback | SparseFinetuning:
         """The callback that says which weights are masked."""
-        trainer: Any = self.trainer
-        found = [c for c in trainer.callbacks if isinstance(c, SparseFinetuning)]
-        return found[0] if found else self.callback
+        return masked_by(self.trainer)
 
 
 class _Measured(_Built):
@@ -182,6 +191,15 @@ class _AfterFit(_WithCheckpoint):
             ("private", bool, False),
         ):
             parser.add_argument(f"--{name}", type=type_, default=default, help=told[name])
+
+    def refuse_own_input(self) -> None:
+        """Refuse to write over the model that was read: the next run would start from another."""
+        given, output = self.model.hparams.get("model"), Path(self.config["output"])
+        if given and output.exists() and output.samefile(resolve(str(given))):
+            raise SystemExit(
+                f"{str(output)!r} is the model that this recipe starts from, and would be written "
+                f"over: choose another --output."
+            )
 
     def export(self) -> Path:
         callback, output = self.masked, self.config["output"]
@@ -268,21 +286,41 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:,.0f}" if size >= 1e11 else f"{size / 1e9:.3g}"
 
 
+def _plan_of(cli: _BeforeFit, callback: MaskProCallback | SparseFinetuning) -> tuple[Plan, str]:
+    """What a fit needs, and what its steps cost, in words."""
+    model, data = cli.model, cli.datamodule
+    shape = [data.hparams.get(name) if data else None for name in ("batch_size", "length")]
+    targets = find_targets(
+        model, callback.pattern, callback.include, callback.exclude, on_meta=True
+    )
+    where = {
+        "devices": cli.config["devices"],
+        "strategy": cli.config["strategy"],
+        "rows": None if None in shape else math.prod(size or 0 for size in shape),
+    }
+    if isinstance(callback, MaskProCallback):
+        found = plan(
+            model,
+            targets,
+            estimator=callback.estimator.name,
+            pattern=callback.pattern,
+            memory=callback.memory,
+            logits_dtype=callback.logits_dtype,
+            **where,
+        )
+        return found, _COST[callback.estimator.name]
+    model.trainer = cli.trainer  # rates may follow from the length of its fit
+    leaves = tree_leaves(model.configure_optimizers())
+    part = None if callback.distillation is None else callback.distillation.part_of(model)
+    optimizers = [each for each in leaves if isinstance(each, Optimizer)]
+    found = plan_training(model, targets, optimizers, teacher=part, **where)
+    dense = " and one of the dense part" if part is not None else ""
+    return found, f"A step costs a forward and a backward pass of a batch{dense}."
+
+
 def _plan() -> None:
     cli = _BeforeFit()
-    callback, data = callback_of(cli.trainer), cli.datamodule
-    shape = [data.hparams.get(name) if data else None for name in ("batch_size", "length")]
-    found = plan(
-        cli.model,
-        find_targets(cli.model, callback.pattern, callback.include, callback.exclude, on_meta=True),
-        devices=cli.config["devices"],
-        strategy=cli.config["strategy"],
-        estimator=callback.estimator.name,
-        rows=None if None in shape else math.prod(size or 0 for size in shape),
-        pattern=callback.pattern,
-        memory=callback.memory,
-        logits_dtype=callback.logits_dtype,
-    )
+    found, cost = _plan_of(cli, masked_by(cli.trainer))
     parts = {**found.state, "largest unit, gathered": found.gathered}
     parts |= {} if found.activations is None else {"activations (estimate)": found.activations}
     rows = Table(title=f"One of {cli.config['devices']} ranks, {cli.config['strategy']}")
@@ -291,11 +329,12 @@ def _plan() -> None:
     for name, size in {**parts, "together": found.total}.items():
         rows.add_row(name, _gigabytes(size), style="bold" if name == "together" else None)
     console = Console()
-    console.print(rows, "GB are 10^9 bytes.", f"{_COST[callback.estimator.name]}", sep="\n")
+    console.print(rows, "GB are 10^9 bytes.", cost, sep="\n")
 
 
 def _compare() -> None:
     cli = _AfterFit("compare")
+    cli.refuse_own_input()
     console = Console()
     rows = compare(cli.trainer, cli.model, cli.datamodule)
     folder = cli.export()
@@ -304,7 +343,7 @@ def _compare() -> None:
         write_csv(rows, path)
     tracking.file(path)
     _show_comparison(cli, tracking, rows)
-    console.print(table(rows, f"{cli.callback.pattern} masks of {cli.model.hparams.get('model')}"))
+    console.print(table(rows, f"{cli.masked.pattern} masks of {cli.model.hparams.get('model')}"))
     cli.publish(folder, console, markdown(_numbers(rows)))
     cli.log_model(console)
     _tell_mlflow(cli, console)
@@ -318,11 +357,11 @@ def _numbers(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 
 def _show_comparison(cli: _AfterFit, tracking: Tracking, rows: Sequence[Row]) -> None:
     """Log each mask as a run, and draw validations anew, beside what they are compared with."""
-    numbers = _numbers(rows)
+    numbers, found = _numbers(rows), row_of(cli.masked)
 
     def log(logger: Any) -> None:
-        name = f"{(logger._run_name or 'maskpro').removesuffix(' maskpro')} compare"
-        log_comparison(logger, numbers, str(cli.callback.pattern), name, "maskpro")
+        name = f"{(logger._run_name or 'maskpro').removesuffix(f' {found}')} compare"
+        log_comparison(logger, numbers, str(cli.masked.pattern), name, found)
 
     tracking.each("MLFlowLogger", log)
     try:
@@ -376,6 +415,7 @@ def _export() -> None:
     state = cli.checkpoint()
     if state is None:
         raise SystemExit("maskpro export needs --ckpt_path, a checkpoint of the fit.")
+    cli.refuse_own_input()
     cli.model.load_state_dict(state)
     console = Console()
     run = _run_of(cli.config["ckpt_path"])

@@ -214,3 +214,20 @@ def test_the_categoricals_masks_are_strict_and_learned(quality: ModuleType, patt
     for name, mask in masks.items():
         assert oracle.keeps_exactly(parsed.n, parsed.m, mask, -1), name
     assert loss_under(masks) < before
+
+
+def test_a_start_is_timed_by_the_checkout_that_is_asked_for_and_a_failure_is_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    import startup
+
+    (tmp_path / "maskpro_lightning.py").write_text("raise SystemExit(1)")
+    commands = {"help": ("-m", "maskpro_lightning", "fit", "--help")}
+    monkeypatch.setattr(startup, "COMMANDS", commands)
+    monkeypatch.setattr("sys.argv", ["startup.py", "--against", str(tmp_path), "--repeats", "1"])
+    startup.main()
+    *_, line = capsys.readouterr().out.splitlines()
+    _, name, here, there, _ = (cell.strip() for cell in line.split("|"))
+    assert (name, there) == ("help", "fails")
+    assert 0 < float(here) < 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,26 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from modules import FAST, Net, equal, fit, identical, learned, loader, logits, same_bits
+from modules import (
+    FAST,
+    Net,
+    equal,
+    fit,
+    identical,
+    learned,
+    loader,
+    logits,
+    same_bits,
+    versions_held,
+)
 from rules import mask_callback, mask_optimizer
 from torch import Tensor, nn
 
 from maskpro_lightning import MaskProCallback, load_masks
+from maskpro_lightning.tracking import plots
+from maskpro_lightning.tracking.runs import read_run
 
 
 class Told(Net):
@@ -42,11 +56,15 @@ class Keeps(pl.Callback):
             self.masks.append(learned(self.callback))
 
 
+# Of the dense weights, and better than any other: it shall count for nothing.
+DENSE = -1.0
+
+
 def told_fit(
-    folder: Path, *losses: float, **kwargs: Any
+    folder: Path, *losses: float, dense: float = DENSE, **kwargs: Any
 ) -> tuple[Told, MaskProCallback, list[dict[str, Tensor]]]:
-    """Three epochs after a validation of the initial mask; masks change in each."""
-    module, callback = Told(*losses), mask_callback(lr=FAST, **kwargs)
+    """Three epochs after validations of the dense weights and the initial mask; masks change."""
+    module, callback = Told(dense, *losses), mask_callback(lr=FAST, **kwargs)
     keeps = Keeps(callback)
     end = ModelCheckpoint(folder)
     fit(module, callback, keeps, end, folder=folder, max_epochs=3, logger=CSVLogger(folder))
@@ -80,6 +98,9 @@ def test_the_mask_of_the_best_validation_is_deployed(
     with caplog.at_level(logging.WARNING, "maskpro_lightning"):
         module, callback, masks = told_fit(tmp_path, *losses)
     assert equal(held(module), masks[kept])
+    assert callback.result is not None
+    assert callback.result.dense == DENSE
+    assert callback.result.initial == pytest.approx(losses[0], nan_ok=True)
     told = [r.getMessage() for r in caplog.records if "is deployed" in r.getMessage()]
     assert len(told) == (message is not None)
     assert message is None or told[0].startswith(message)
@@ -90,17 +111,22 @@ def test_the_mask_of_the_best_validation_is_deployed(
 
 
 def test_a_higher_value_can_be_the_better_one(tmp_path: Path) -> None:
-    module, _, masks = told_fit(tmp_path, 1.0, 4.0, 3.0, 2.0, monitor_mode="max")
+    module, callback, masks = told_fit(tmp_path, 1, 4, 3, 2, dense=5, monitor_mode="max")
     assert equal(held(module), masks[1])
+    assert callback.result is not None
+    assert callback.result.gap_closed == 0.75
 
 
 @pytest.mark.parametrize("monitor", [None, "no_such_metric"])
 def test_without_the_metric_the_last_mask_is_deployed(monitor: str | None, tmp_path: Path) -> None:
-    module, callback = Told(1.0, 2.0, 3.0, 4.0), mask_callback(lr=FAST, monitor=monitor)
+    module, callback = Told(0.0, 1.0, 2.0, 3.0, 4.0), mask_callback(lr=FAST, monitor=monitor)
     fit(module, callback, folder=tmp_path, max_epochs=3)
     assert equal(held(module), learned(callback))
-    # Nothing asks for the initial mask's value; unless it may come, when nobody has seen one.
-    assert len(module.told) == (1 if monitor is None else 0)
+    # Nothing asks for the dense weights' and the initial mask's values; unless they may come, when
+    # nobody has seen one.
+    assert len(module.told) == (2 if monitor is None else 0)
+    assert callback.result is not None
+    assert callback.result.dense is None
 
 
 def test_a_sanity_check_tells_whether_the_initial_mask_is_worth_a_validation(
@@ -111,6 +137,64 @@ def test_a_sanity_check_tells_whether_the_initial_mask_is_worth_a_validation(
     assert len(module.told) == 1
 
 
+class Counts(pl.Callback):
+    """Counts validations as callbacks do that keep to Lightning's ways."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.steps.append(trainer.global_step)
+
+
+def test_what_is_measured_of_the_dense_weights_is_nobody_elses(tmp_path: Path) -> None:
+    counts, best = Counts(), ModelCheckpoint(tmp_path, monitor="val_loss")
+    stops = EarlyStopping("val_loss", patience=1)
+    module, callback = Told(DENSE, 4.0, 3.0, 2.0, 1.0), mask_callback(lr=FAST)
+    logger = CSVLogger(tmp_path)
+    trainer = fit(
+        module, callback, counts, best, stops, folder=tmp_path, max_epochs=3, logger=logger
+    )
+    assert trainer.global_step == 12
+    assert counts.steps == [0, 4, 8, 12]
+    assert best.best_model_score == stops.best_score == 1.0
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        logged = [row["val_loss"] for row in csv.DictReader(file)]
+    assert [float(value) for value in logged if value] == [4.0, 3.0, 2.0, 1.0]
+    assert trainer.num_sanity_val_steps == 0
+    assert counts in trainer.callbacks
+
+
+@pytest.mark.parametrize("batches", [0, 1])
+def test_the_dense_weights_are_seen_whole_and_without_harm_to_the_bar(
+    batches: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = Told(*[DENSE] * (batches + 1), 4.0, 3.0)
+    callback = mask_callback(lr=FAST)
+    kept: list[Any] = []
+
+    class Sees(pl.Callback):
+        def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            kept.append((trainer.sanity_checking, versions_held(module, callback)))
+
+    kwargs: dict[str, Any] = {"num_sanity_val_steps": batches, "enable_progress_bar": True}
+    fit(module, callback, Sees(), TQDMProgressBar(), folder=tmp_path, max_epochs=1, **kwargs)
+    # After Lightning's own check, which looks at fewer.
+    assert kept[: batches + 2] == [(True, {"dense"})] * (batches + 2)
+    assert [sanity for sanity, _ in kept] == [True] * (batches + 2) + [False] * 4
+    assert "4/4" in capsys.readouterr().out
+
+
+def test_the_run_keeps_what_dense_weights_and_initial_mask_reached(tmp_path: Path) -> None:
+    told_fit(tmp_path, 4.0, 1.0, 2.0, 3.0)
+    run = read_run(next(tmp_path.rglob("comparison.csv")).parent)
+    assert run.comparison == {"dense": {"val_loss": DENSE}, "initial": {"val_loss": 4.0}}
+    assert run.validation[0] == {"step": 0, "val_loss": 4.0}
+    figure = plots.figures(run)["validation"]
+    assert {"dense -1", "initial 4"} <= {text.get_text() for text in figure.axes[0].texts}
+
+
 def test_a_checkpoint_holds_what_would_be_deployed_and_the_fit_goes_on(tmp_path: Path) -> None:
     _, callback, masks = told_fit(tmp_path, 4.0, 1.0, 2.0, 3.0)
     (path,) = tmp_path.rglob("*.ckpt")
@@ -118,8 +202,13 @@ def test_a_checkpoint_holds_what_would_be_deployed_and_the_fit_goes_on(tmp_path:
     kept = {name: weight != 0 for name, weight in state.items() if weight.dim() > 1}
     assert equal(kept, masks[1])
     resumed, again = Told(5.0), mask_callback(lr=FAST)
-    fit(resumed, again, folder=tmp_path, max_epochs=4, ckpt_path=path)
+    logger = CSVLogger(tmp_path / "resumed")
+    fit(resumed, again, folder=tmp_path, max_epochs=4, ckpt_path=path, logger=logger)
     assert equal(held(resumed), masks[1])
+    assert again.result is not None
+    assert (again.result.dense, again.result.initial) == (DENSE, 4.0)
+    run = read_run(next((tmp_path / "resumed").rglob("comparison.csv")).parent)
+    assert run.comparison == {"dense": {"val_loss": DENSE}, "initial": {"val_loss": 4.0}}
     assert not equal(logits(again), logits(callback))  # it has learned on
     assert identical(again._best.value, 1.0)
 

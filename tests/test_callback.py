@@ -95,9 +95,10 @@ def test_with_gradients_training_sees_drawn_masks_alone(tmp_path: Path) -> None:
     assert module.seen["trained"].pop(0) == {"dense"}  # watched for what multiplies
     assert all("drawn" in seen for seen in module.seen["trained"])
     assert {"drawn"} in module.seen["trained"]  # late draws are sharp, and may be the mode
-    assert len(module.seen["validated"]) == 6
-    assert module.seen["validated"][:2] == [{"initial", "mode"}] * 2  # before the first step
-    assert all("mode" in seen for seen in module.seen["validated"][2:])
+    assert len(module.seen["validated"]) == 8
+    assert module.seen["validated"][:2] == [{"dense"}] * 2  # before the first step
+    assert module.seen["validated"][2:4] == [{"initial", "mode"}] * 2
+    assert all("mode" in seen for seen in module.seen["validated"][4:])
     assert {"mode"} in module.seen["validated"]
 
 

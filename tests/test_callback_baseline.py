@@ -18,13 +18,14 @@ from modules import CERTAIN, FAST, Net, equal, fit, learned, loader, logits
 from rules import mask_callback
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanSquaredError, MetricCollection, R2Score
 
-from maskpro_lightning import MaskProCallback
+from maskpro_lightning import Distillation, MaskProCallback
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
-PER_STEP = {"loss", "baseline", "residual", "advantage", "delta", "skipped"}
+PER_STEP = {"loss", "baseline", "residual", "advantage", "delta"}
 PER_ROW = {"entropy", "changed", "churn", "baseline_hit_rate"}
 AT_THE_END = {"sparsity", "best_step"}  # and by a monitored metric, what it was
 
@@ -233,8 +234,23 @@ def test_with_gradients_there_is_no_baseline_to_log(tmp_path: Path) -> None:
     callback = mask_callback(lr=FAST, estimator="straight_through")
     rows = logging_fit(tmp_path, Net(), callback)
     names = {name.removeprefix("maskpro/") for name in rows[0] if name.startswith("maskpro/")}
-    assert names == {"loss", "skipped", "entropy", "changed", "churn"} | AT_THE_END
+    assert names == {"loss", "entropy", "changed", "churn"} | AT_THE_END
     assert column(tmp_path, "maskpro/loss") == column(tmp_path, "train_loss_step")
+
+
+def test_the_loss_says_so_if_it_is_the_distance_to_the_dense_outputs(tmp_path: Path) -> None:
+    callback = mask_callback(
+        lr=FAST,
+        estimator="straight_through",
+        distillation=Distillation("net", "mse"),
+        lr_scheduler=ReduceLROnPlateau,
+    )
+    rows = logging_fit(tmp_path, Net(), callback)
+    assert "maskpro/loss" not in rows[0]
+    assert column(tmp_path, "maskpro/distillation_loss") != column(tmp_path, "train_loss_step")
+    (history,) = tmp_path.rglob("history.csv")
+    assert "distillation_loss" in history.read_text().splitlines()[0].split(",")
+    assert callback.optimizer is not None
 
 
 def test_logged_shares_count_the_groups_that_changed(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import yaml
 from test_export import masked, two_layers
 from transformers import AutoModel
 
-from maskpro_lightning import export_sparse
+from maskpro_lightning import NMPattern, export_sparse, find_targets
 from maskpro_lightning.files.card import Card, push, write_card
+from maskpro_lightning.files.maskfiles import load_maskllm
 
 FULL = Card(
     name="me/small-2-4",
@@ -54,6 +55,29 @@ def test_a_card_tells_all_that_is_known_and_nothing_else(tmp_path: Path) -> None
     assert front_matter(bare) == {"tags": ["sparsity", "1:4", "maskpro"]}
     assert "## Results" not in bare
     assert "dense model:" not in bare
+
+
+def test_a_model_of_ones_own_disk_is_no_base_model_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "small").mkdir(parents=True)
+    assert "base_model" not in front_matter(FULL.text(["config.json"]))
+
+
+def test_masks_alone_are_loaded_from_where_the_card_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = masked(two_layers())
+    export_sparse(module, "out", file_format="maskllm")
+    text = write_card(Path("out"), Card("out", "2:4")).read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (path,) = re.findall(r'init="(.*?)"', code)
+    shapes = {target.name: target.shape for target in find_targets(module, "2:4")}
+    found = dict(load_maskllm(path, shapes, NMPattern(2, 4)))
+    assert torch.equal(found["0.weight"], module.get_parameter("0.weight") != 0)
+    exec(code, {})
 
 
 @pytest.mark.parametrize("file_format", ["huggingface", "safetensors", "compressed"])

@@ -119,6 +119,51 @@ def test_compare_prints_one_row_for_each_mask_and_exports(
     assert all(f" {name} " in printed for name in rows)
     assert "mlflow ui" in printed
     assert is_sparse(tmp_path / "sparse-model")
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert (checkpoint.parents[1] / "maskpro" / "result.json").exists(), "not in the run's folder"
+
+
+def test_compare_of_a_finetuning_has_the_learned_mask_and_the_trained_weights(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["compare", *tiny])
+    capsys.readouterr()
+    own = ["--config=quickstart_finetune", f"--trainer.callbacks.dense={tmp_path / 'tiny'}"]
+    options = [*own, "--model.model=sparse-model", "--model.lr=0.01", *SHORT]
+    with pytest.raises(SystemExit, match="'sparse-model' is the model that this recipe starts"):
+        main(["compare", *options])
+    main(["compare", *options, "--output=trained-model"])
+    first, second = (
+        {row["mask"]: row for row in csv.DictReader(text.splitlines())}
+        for folder in ("sparse-model", "trained-model")
+        for text in (Path(folder, "comparison.csv").read_text(),)
+    )
+    assert list(second) == ["dense", "magnitude", "wanda", "sparsegpt", "sparse", "finetuned"]
+    assert [float(row["sparsity"]) for row in second.values()] == [0, *[0.5] * 5]
+    losses = {mask: float(row["val_loss"]) for mask, row in second.items()}
+    for mask, other in {"dense": "dense", "sparsegpt": "sparsegpt", "sparse": "maskpro"}.items():
+        assert losses[mask] == pytest.approx(float(first[other]["val_loss"]), rel=1e-6), mask
+    assert losses["finetuned"] != losses["sparse"]
+    assert is_sparse(tmp_path / "trained-model")
+    trained = AutoModelForCausalLM.from_pretrained("trained-model").state_dict()
+    before = AutoModelForCausalLM.from_pretrained("sparse-model").state_dict()
+    assert any(not torch.equal(trained[name], value) for name, value in before.items())
+    client = MlflowClient("sqlite:///mlflow.db")
+    (number,) = [
+        each.experiment_id for each in client.search_experiments() if each.name != "Default"
+    ]
+    runs = {run.info.run_name: run for run in client.search_runs([number])}
+    child = runs["quickstart_finetune finetuned"]
+    above = runs["quickstart_finetune compare"]
+    assert child.data.tags["mlflow.parentRunId"] == above.info.run_id
+    assert child.data.metrics["compare/val_loss"] == losses["finetuned"]
+
+
+def test_export_does_not_write_over_the_model_that_it_read(tiny: list[str]) -> None:
+    main(["fit", *tiny])
+    (checkpoint,) = Path("runs").rglob("*.ckpt")
+    with pytest.raises(SystemExit, match=r"'tiny' is the model that this recipe starts from"):
+        main(["export", *tiny, f"--ckpt_path={checkpoint}", "--output=tiny"])
 
 
 def test_export_writes_the_format_that_is_asked_for(tiny: list[str], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from maskpro_lightning import NMPattern, load_masks
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 FILES = {"masks.safetensors", "history.csv", "layers.csv", "groups.csv", "validation.csv"}
-FILES |= {"parameters.json", "result.json"}
+FILES |= {"comparison.csv", "parameters.json", "result.json"}
 FIGURES = {
     f"{name}.png"
     for name in ("loss", "exploration", "signal", "validation", "layers", "groups", "confidence")

@@ -84,7 +84,7 @@ def test_updates_without_a_finite_loss_are_skipped_counted_and_logged(
     assert_masked(module, Net())
     with (tmp_path / "metrics.csv").open() as file:
         logged = [row["maskpro/skipped"] for row in csv.DictReader(file)]
-    assert [float(value) for value in logged if value] == [0, 1, 1, 1, 2, 2]
+    assert [float(value) for value in logged if value] == [1, 1, 1, 2, 2]
 
 
 @every_estimator

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 from unittest import mock
 
 import oracle
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from maskpro_lightning import find_targets, parameter_groups
 from maskpro_lightning.cli import main
 from maskpro_lightning.commands import plan as commands_plan
-from maskpro_lightning.commands.plan import Plan, Strategy, plan
+from maskpro_lightning.commands.plan import Plan, Strategy, plan, plan_training
 from maskpro_lightning.optim.estimators import EstimatorName
 from maskpro_lightning.weights import layout
 
@@ -164,6 +164,52 @@ def test_a_plan_is_near_what_is_measured(case: str, estimator: EstimatorName) ->
     assert 2 / 3 < expected / (live.peak + planned.state["weights"]) < 3 / 2
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_training_under_masks_keeps_moments_a_bit_per_weight_and_a_dense_copy(kind: Any) -> None:
+    with torch.device("meta"):
+        blocks = nn.ModuleList([nn.Linear(64, 48) for _ in range(3)])
+        frozen = nn.Linear(64, 48).requires_grad_(False)
+    model = nn.ModuleDict({"blocks": blocks, "frozen": frozen})
+    targets = find_targets(blocks, "2:4", on_meta=True)
+    weights, biases = 3 * 64 * 48, 3 * 48
+    optimizer = kind(blocks.parameters(), lr=0.1)
+
+    def state(**kwargs: Any) -> dict[str, int]:
+        found = plan_training(model, targets, [optimizer], **({"devices": 1} | kwargs))
+        assert found.forwards == (4 if "teacher" in kwargs else 3)
+        return found.state
+
+    one, moments = state(), 2 if kind is torch.optim.AdamW else 0
+    assert one["weights"] == 4 * (weights + biases) * 4 // 3
+    assert one["gradients"] == 4 * (weights + biases)
+    steps = 4 * 6 if moments else 0  # AdamW counts them for each parameter
+    assert one["optimizer"] == 4 * moments * (weights + biases) + steps
+    assert one["masks"] == weights // 8
+    assert state(teacher=blocks) == one | {"dense copy": 4 * (weights + biases)}
+    assert state(devices=4)["optimizer"] == 4 * moments * (weights + biases) // 4 + steps
+    assert state(devices=4, strategy="ddp") == one
+
+
+def test_the_teacher_of_a_training_passes_forward() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64))
+    targets = find_targets(model, "2:4", on_meta=True)
+    alone, taught = (
+        plan_training(model, targets, [], devices=1, rows=10, teacher=teacher)
+        for teacher in (None, model)
+    )
+    forward = plan(model, targets, devices=1, estimator="policy", rows=10)
+    assert alone.activations is not None
+    assert forward.activations is not None
+    assert taught.activations == alone.activations + forward.activations
+
+
+def test_a_model_with_memory_is_not_planned_by_a_step_of_its_optimizer() -> None:
+    model = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="make it under torch"):
+        plan_training(model, find_targets(model, "2:4"), [], devices=1)
+
+
 @pytest.mark.slow
 def test_the_command_plans_a_recipe_without_its_weights(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -176,4 +222,11 @@ def test_the_command_plans_a_recipe_without_its_weights(
     assert "One of 8 ranks, fsdp2" in told
     assert re.search(r"dense\s+│\s+0\.000492", told)
     assert "A step costs 3 forward passes of a batch" in told
+    assert not list(tmp_path.iterdir())
+    main(["plan", "--config", "quickstart_finetune", "--model.model", "quickstart/model"])
+    told = capsys.readouterr().out
+    assert re.search(r"optimizer\s+│\s+0\.00892", told)
+    assert re.search(r"masks\s+│\s+0\.000123", told)
+    assert re.search(r"dense copy\s+│\s+0\.00446", told)
+    assert "a forward and a backward pass of a batch and one of the dense part" in told
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from lightning.pytorch.callbacks import RichProgressBar
 from modules import FAST, Net, loader, quiet_trainer
 from rules import mask_callback
+
+from maskpro_lightning import SparseFinetuning
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -32,6 +35,31 @@ def test_a_fit_warns_of_nothing_that_is_as_it_should_be(
         assert warnings.filters == before
     told = [str(warning.message) for warning in said]
     assert not [text for text in told if "eval mode" in text or "treespec" in text]
+
+
+@pytest.mark.parametrize("own", [logging.NOTSET, logging.CRITICAL])
+@pytest.mark.parametrize("finetunes", [False, True])
+def test_warnings_are_heard_where_others_have_silenced_everybody(
+    tmp_path: Path, finetunes: bool, own: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    ours, root = logging.getLogger("maskpro_lightning"), logging.getLogger()
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    levels = ours.level, root.level
+    root.addHandler(handler)
+    try:
+        ours.setLevel(own)
+        root.setLevel(logging.ERROR)  # as importing MLflow's autologging does
+        callback = SparseFinetuning(init="magnitude") if finetunes else mask_callback(lr=FAST)
+        quiet_trainer(tmp_path, callback, max_steps=1).fit(Net(), loader())
+        logging.getLogger("maskpro_lightning.fit.callback").warning("hear")
+        assert ("hear" in heard) == (own == logging.NOTSET)
+        assert own in (ours.level, logging.NOTSET)
+    finally:
+        root.removeHandler(handler)
+        ours.setLevel(levels[0])
+        root.setLevel(levels[1])
 
 
 def test_an_epoch_is_not_counted_towards_minus_two(

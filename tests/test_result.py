@@ -65,7 +65,9 @@ class MLFlowLogger:
         (FOUND, 0.75),
         (but(deployed=3.0), 1.0),
         (but(deployed=4.5), -0.5),
-        (but(dense=0.9, initial=0.5, deployed=0.8), 0.75),  # an accuracy: higher is better
+        (but(dense=0.9, initial=0.5, deployed=0.8, mode="max"), 0.75),  # an accuracy
+        (but(dense=0.5, initial=0.9, deployed=0.8, mode="max"), None),
+        (but(dense=4.5, deployed=2.0), None),  # the initial mask is better, and got better still
         (but(initial=3.0), None),
         (but(dense=None), None),
         (but(initial=math.nan), None),
@@ -77,8 +79,10 @@ def test_the_gap_is_that_between_the_initial_mask_and_the_dense_weights(
 ) -> None:
     assert result.gap_closed == pytest.approx(closed)
     assert ("maskpro/gap_closed" in result.metrics()) == (closed is not None)
-    shown = "unknown" if closed is None else f"{closed:.0%}"
-    assert dict(result.rows())["share of the gap closed"] == shown
+    shown = dict(result.rows())["share of the gap closed"]
+    measured = None not in (result.dense, result.initial) and math.isfinite(result.initial or 0)
+    no_gap = "none: the dense weights are not better than the initial mask"
+    assert shown == (f"{closed:.0%}" if closed is not None else no_gap if measured else "unknown")
 
 
 def test_what_was_not_measured_is_no_metric_and_named_so() -> None:

@@ -24,12 +24,13 @@ RUN = Run(
     layers={"a,b": {"changed": 0.5}, 'c"\nd': {"changed": 1 / 3, "churn": 0.25}},
     groups={"a": [{"bin": 0, "retained": 3}, {"bin": 1, "retained": 4}], "b": [{"bin": 0}]},
     validation=[{"step": 2, "val_loss": 1.5}],
+    comparison={"dense": {"val_loss": 1.25}, "initial": {"val_loss": 2.5}},
 )
 LAST_ROW = (
-    *("loss", "baseline", "residual", "advantage", "skipped", "delta"),
+    *("loss", "baseline", "residual", "advantage", "delta"),
     *("entropy", "changed", "churn", "baseline_hit_rate"),
 )
-TABLES = ("history.csv", "layers.csv", "groups.csv", "validation.csv")
+TABLES = ("history.csv", "layers.csv", "groups.csv", "validation.csv", "comparison.csv")
 
 
 def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.estimators import EstimatorName
@@ -78,14 +79,9 @@ def plan(
     Raises:
         ValueError: an unknown strategy, or less than one device.
     """
-    if strategy not in get_args(Strategy) or devices < 1:
-        raise ValueError(
-            f"There is no plan for {strategy!r} on {devices} devices: strategy is one of "
-            f"{', '.join(get_args(Strategy))}, and devices at least 1."
-        )
-    share = {"ddp": _all, "fsdp1": _run, "fsdp2": _rows}[strategy]
-    weights = [*model.parameters(), *model.buffers()]
-    state = {"weights": sum(share(w, devices) * w.element_size() for w in weights)}
+    _refuse_unknown(strategy, devices)
+    share = _share_by(strategy)
+    state = {"weights": _weights(model, share, devices)}
     if estimator == "straight_through":
         shared = strategy if devices > 1 else "ddp"
         state["gradients"] = _gradients(
@@ -101,10 +97,91 @@ def plan(
         kept.pop("redrawn")  # a number for each of many groups
         for name, value in kept.items():
             state[name] = state.get(name, 0) + value.numel() * value.element_size()
-    whole = max((_bytes(unit.parameters()) for unit in _units(model)), default=0)
     forwards = {"policy": 2, "straight_through": 3}[estimator]
     seen = None if rows is None else _activations(model, rows, estimator)
-    return Plan(state, 0 if strategy == "ddp" or devices == 1 else whole, seen, forwards)
+    return Plan(state, _gathered(model, strategy, devices), seen, forwards)
+
+
+def plan_training(
+    model: nn.Module,
+    targets: Sequence[Target],
+    optimizers: Sequence[Optimizer],
+    *,
+    devices: int,
+    strategy: Strategy = "fsdp2",
+    teacher: nn.Module | None = None,
+    rows: int | None = None,
+) -> Plan:
+    """The same for a training under masks, :class:`SparseFinetuning`.
+
+    Args:
+        model: The model, on the meta device: its optimizers make a step, to see what they keep.
+        targets: Its weights that are masked.
+        optimizers: Those that train it.
+        devices: As for :func:`plan`, like strategy and rows.
+        strategy: How to shard.
+        teacher: The part that a distillation keeps a dense copy of, on every rank.
+        rows: Vectors that a layer sees in a step of one rank.
+
+    Raises:
+        ValueError: as :func:`plan`; or the model has memory.
+    """
+    _refuse_unknown(strategy, devices)
+    if not all(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("The model of a plan has no memory: make it under torch.device('meta').")
+    share = _share_by(strategy)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    state = {
+        "weights": _weights(model, share, devices),
+        "gradients": sum(share(p, devices) * p.element_size() for p in trained),
+        "optimizer": _kept_by(optimizers, lambda value: share(value, devices)),
+        "masks": sum(math.ceil(share(target.parameter, devices) / 8) for target in targets),
+    }
+    seen = None if rows is None else _activations(model, rows, "straight_through")
+    if teacher is not None:
+        state["dense copy"] = _weights(teacher, _all, devices)
+        seen = None if rows is None else (seen or 0) + _activations(teacher, rows, "policy")
+    forwards = 3 if teacher is None else 4
+    return Plan(state, _gathered(model, strategy, devices), seen, forwards)
+
+
+def _refuse_unknown(strategy: str, devices: int) -> None:
+    if strategy not in get_args(Strategy) or devices < 1:
+        raise ValueError(
+            f"There is no plan for {strategy!r} on {devices} devices: strategy is one of "
+            f"{', '.join(get_args(Strategy))}, and devices at least 1."
+        )
+
+
+def _share_by(strategy: Strategy) -> Callable[[Tensor, int], int]:
+    """How many numbers of a tensor a rank has at most."""
+    return {"ddp": _all, "fsdp1": _run, "fsdp2": _rows}[strategy]
+
+
+def _weights(model: nn.Module, share: Callable[[Tensor, int], int], devices: int) -> int:
+    weights = [*model.parameters(), *model.buffers()]
+    return sum(share(w, devices) * w.element_size() for w in weights)
+
+
+def _gathered(model: nn.Module, strategy: Strategy, devices: int) -> int:
+    whole = max((_bytes(unit.parameters()) for unit in _units(model)), default=0)
+    return 0 if strategy == "ddp" or devices == 1 else whole
+
+
+def _kept_by(optimizers: Sequence[Optimizer], share: Callable[[Tensor], int]) -> int:
+    """Bytes of the state that optimizers have after a step."""
+    kept = 0
+    for optimizer in optimizers:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        for weight in weights:
+            weight.grad = None
+        for state in optimizer.state.values():
+            values = (value for value in state.values() if isinstance(value, Tensor))
+            kept += sum(share(value) * value.element_size() for value in values)
+    return kept
 
 
 def _part(target: Target, pattern: NMPattern, strategy: Strategy, devices: int) -> Layout:

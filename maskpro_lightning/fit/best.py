@@ -30,6 +30,7 @@ class BestMask:
 
     Attributes:
         value: The best value so far, or None.
+        dense: The dense weights' value, or None.
         initial: The initial mask's value, or None.
         step: The step of that validation.
         expected: Whether validations may log the metric.
@@ -38,6 +39,7 @@ class BestMask:
     def __init__(self, monitor: str | None, mode: MonitorMode) -> None:
         self.monitor, self._sign = monitor, {"min": 1, "max": -1}[mode]
         self.value: float | None = None
+        self.dense: float | None = None
         self.initial: float | None = None
         self.step = 0
         self.expected = monitor is not None
@@ -50,25 +52,34 @@ class BestMask:
         """Learn from the sanity check whether validations log the metric."""
         self.expected = self.monitor in logged
 
+    def compare_with(self, logged: Mapping[str, Any], trainer: Any) -> None:
+        """Look at what a validation of the dense weights has logged; a collective call."""
+        self.dense = self._value(logged, trainer)
+
     def judge(
         self, logged: Mapping[str, Any], trainer: Any, module: nn.Module, optimizer: MaskPro
     ) -> None:
         """Look at what a validation has logged; a collective call."""
         self._logged = list(logged)
-        metric = None if self.monitor is None else logged.get(self.monitor)
-        if metric is None:
+        last = self._value(logged, trainer)
+        if last is None:
             return
-        metric = torch.as_tensor(metric, device=trainer.strategy.root_device).float()
-        # Ranks that validate on data of their own have to agree.
-        last = float(trainer.strategy.reduce(metric, reduce_op="mean"))
         self._last = last
-        if trainer.global_step == 0:
+        if not optimizer.param_groups[0]["step"]:
             self.initial = last
         better = self.value is None or self._sign * last < self._sign * self.value
         if better and math.isfinite(last):
             self.value, self.step = last, trainer.global_step
             self._buffers = {name: value.clone() for name, value in module.named_buffers()}
             optimizer.remember()
+
+    def _value(self, logged: Mapping[str, Any], trainer: Any) -> float | None:
+        metric = None if self.monitor is None else logged.get(self.monitor)
+        if metric is None:
+            return None
+        metric = torch.as_tensor(metric, device=trainer.strategy.root_device).float()
+        # Ranks that validate on data of their own have to agree.
+        return float(trainer.strategy.reduce(metric, reduce_op="mean"))
 
     @property
     def version(self) -> Version:
@@ -111,7 +122,7 @@ class BestMask:
     def state_dict(self, module: nn.Module | None) -> dict[str, Any]:
         """The numbers and the buffers; those of the last step where a checkpoint has others."""
         numbers = {"value": self.value, "step": self.step, "last": self._last}
-        numbers["initial"] = self.initial
+        numbers |= {"initial": self.initial, "dense": self.dense}
         state: dict[str, Any] = numbers | {"monitor": self.monitor}
         state["buffers"] = {"best": self._buffers}
         if self._worse and module is not None:
@@ -125,9 +136,9 @@ class BestMask:
         self._last_buffers = dict(buffers.get("last", {}))
         if state["monitor"] != self.monitor:
             return
-        self.value, self._last, self.initial = (
+        self.value, self._last, self.initial, self.dense = (
             None if state.get(name) is None else float(state[name])
-            for name in ("value", "last", "initial")
+            for name in ("value", "last", "initial", "dense")
         )
         self.step = int(state["step"])
         self._buffers = dict(buffers.get("best", {}))

@@ -13,20 +13,19 @@ from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from maskpro_lightning.fit import neighbours, start, strategies
+from maskpro_lightning.fit import neighbours, start, strategies, validation
 from maskpro_lightning.fit.baseline import BaselineCache
 from maskpro_lightning.fit.best import BestMask, MonitorMode
 from maskpro_lightning.fit.distillation import Distillation
 from maskpro_lightning.fit.learning import Learning
 from maskpro_lightning.fit.passes import Passes
 from maskpro_lightning.fit.patches import Patches
-from maskpro_lightning.fit.quiet import quiet
+from maskpro_lightning.fit.quiet import be_heard, quiet
 from maskpro_lightning.fit.start import Init
 from maskpro_lightning.fit.traceless import traceless
 from maskpro_lightning.masks.pattern import NMPattern
@@ -38,7 +37,7 @@ from maskpro_lightning.tracking.loggers import OnError, Tracking
 from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.tracking.mlflow_run import MLflowRun
 from maskpro_lightning.tracking.result import Result, report
-from maskpro_lightning.tracking.runs import TAGGED
+from maskpro_lightning.tracking.runs import DISTILLED, TAGGED
 from maskpro_lightning.tracking.standin import watch_loggers
 from maskpro_lightning.weights import summary
 from maskpro_lightning.weights.targets import Selection, Target, count, parameter_groups, select
@@ -82,8 +81,9 @@ class MaskProCallback(pl.Callback):
         distillation: Learn from the distance to the dense model's own outputs instead of the loss
             of the training step; costs one more forward pass per batch.
         monitor: The metric of validations by which an earlier mask is deployed instead of the last
-            one. The initial mask is validated first. Where the module does not log it, or this is
-            None, the last mask is deployed.
+            one. Before the first step the dense weights are validated, as a sanity check of the
+            whole validation set, and the initial mask. Where the module does not log it, or this
+            is None, the last mask is deployed.
         monitor_mode: Whether a lower ("min") or a higher ("max") value is better.
         log_distributions: Hand the logits to the loggers that keep files at every checkpoint
             (4 bytes per weight).
@@ -210,6 +210,7 @@ class MaskProCallback(pl.Callback):
     def setup(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        be_heard()
         self._refuse_unsupported(trainer, pl_module)
         self._forget()
         self.optimizer = None
@@ -284,7 +285,8 @@ class MaskProCallback(pl.Callback):
         return Result(
             pattern=str(self.pattern),
             metric=self.monitor or "loss",
-            dense=None,
+            mode=self.monitor_mode,
+            dense=self._best.dense,
             initial=self._best.initial,
             deployed=self._best.value,
             sparsity=self.pattern.sparsity,
@@ -382,17 +384,8 @@ class MaskProCallback(pl.Callback):
             )
             self._optimizer.begin(masks)
         if self._best.expected and trainer.enable_validation:
-            self._validate(trainer)
-
-    def _validate(self, trainer: Trainer) -> None:
-        """Run a validation in the middle of an epoch, as Lightning does it."""
-        connector, val_loop = trainer._logger_connector, trainer.fit_loop.epoch_loop.val_loop
-        first_loop_iter = connector._first_loop_iter
-        trainer.validating = True
-        with isolate_rng():
-            val_loop.run()
-        trainer.training = True
-        connector._first_loop_iter = first_loop_iter
+            validation.check_sanity(trainer)  # of the dense weights
+            validation.validate(trainer)  # of the initial mask
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: pl.LightningModule, loss: Tensor
@@ -423,7 +416,7 @@ class MaskProCallback(pl.Callback):
                 self._journal.step(trainer.global_step, values | found)
 
     def _cheap_numbers(self) -> dict[str, Any]:
-        values = dict(self._optimizer.last) | {"skipped": self._optimizer.tracker["skipped"]}
+        values = {self._name_of(name): value for name, value in self._optimizer.last.items()}
         if not self.estimator.needs_gradients:
             values["delta"] = self._optimizer.tracker["delta"]
         return values
@@ -432,7 +425,14 @@ class MaskProCallback(pl.Callback):
         found: dict[str, Any] = mask_metrics(self._optimizer)[""]
         if not self.estimator.needs_gradients:
             found["baseline_hit_rate"] = self._baselines.hit_rate
+        # A chart of nothing else than zeros tells nothing.
+        if skipped := float(self._optimizer.tracker["skipped"]):
+            found["skipped"] = skipped
         return found
+
+    def _name_of(self, number: str) -> str:
+        """The loss by what it is of, since the module may log the other one."""
+        return DISTILLED if number == "loss" and self.distillation is not None else number
 
     def _log(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
@@ -464,7 +464,8 @@ class MaskProCallback(pl.Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         if self._fitting:
             self._make_sure(trainer, pl_module)
-            self._optimizer.write("mode")
+            # Before there are masks a sanity check sees the dense weights, and afterwards as well.
+            self._optimizer.write("dense" if trainer.sanity_checking else "mode")
             self._logged_before = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
@@ -474,9 +475,14 @@ class MaskProCallback(pl.Callback):
         found = trainer.callback_metrics.items()
         # What training has logged is in there, too, but as the same objects.
         logged = {name: value for name, value in found if before.get(name) is not value}
-        if trainer.sanity_checking:
+        if trainer.sanity_checking and not self._optimizer.begun:
             self._best.expect(logged)
-        if self._optimizer.begun:
+        elif trainer.sanity_checking:
+            self._best.compare_with(logged, trainer)
+            self._journal.compare("dense", logged)
+        elif self._optimizer.begun:
+            if not self._optimizer.param_groups[0]["step"]:
+                self._journal.compare("initial", logged)
             layers = mask_metrics(self._optimizer)
             layers.pop("")
             self._journal.layers(layers)
@@ -584,7 +590,7 @@ class MaskProCallback(pl.Callback):
             return self.optimizer
         about: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):  # goes by the loss under the drawn mask
-            about |= {"monitor": "maskpro/loss", "strict": False}
+            about |= {"monitor": f"maskpro/{self._name_of('loss')}", "strict": False}
         return {"optimizer": self.optimizer, "lr_scheduler": about}
 
     def _parameters(self, pl_module: nn.Module) -> dict[str, Any]:

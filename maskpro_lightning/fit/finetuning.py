@@ -16,6 +16,7 @@ from maskpro_lightning.fit import start, strategies
 from maskpro_lightning.fit.callback import MaskProCallback
 from maskpro_lightning.fit.distillation import Dense, DenseTeacher, Distillation, dense_part
 from maskpro_lightning.fit.patches import Patches
+from maskpro_lightning.fit.quiet import be_heard
 from maskpro_lightning.fit.traceless import traceless
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.adapters import adapted_layers
@@ -100,6 +101,7 @@ class SparseFinetuning(pl.Callback):
     def setup(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        be_heard()
         self._refuse_unsupported(trainer, pl_module)
         self._trainer = trainer
         self.sparse, self._resumed, self._failed = None, None, False

@@ -17,21 +17,34 @@ _RIVALS = {
     "BaseFinetuning": "freezes and unfreezes weights, which all stay as they are",
     "LearningRateFinder": "looks for a learning rate of weights",
 }
+# What mlflow.pytorch.autolog() adds to a Trainer.
+_AUTOLOG = "__MlflowPLCallback"
 
 
 def leave_out_rivals(trainer: Any, patches: Patches) -> None:
-    """Leave the callbacks that work against masks out of a fit, and say which."""
+    """Leave the callbacks that work against masks out of a fit, and say which.
+
+    MLflow's autologging, too, where a logger of MLflow gets the same numbers.
+    """
+    has_mlflow = any(type(logger).__name__ == "MLFlowLogger" for logger in trainer.loggers)
     kept = []
     for callback in trainer.callbacks:
         kinds = [kind.__name__ for kind in type(callback).__mro__]
-        reason = next((_RIVALS[kind] for kind in kinds if kind in _RIVALS), None)
-        if reason is None:
+        told = None
+        if reason := next((_RIVALS[kind] for kind in kinds if kind in _RIVALS), None):
+            told = (
+                f"{kinds[0]} is left out of this fit: it {reason}. Use it in the training that "
+                f"follows."
+            )
+        elif has_mlflow and _AUTOLOG in kinds:
+            told = (
+                "mlflow.pytorch.autolog() logs nothing of this fit, of which MLFlowLogger gets "
+                "every number: leave one of them out, or give the logger autolog's run (run_id)."
+            )
+        if told is None:
             kept.append(callback)
         else:
-            _log.warning(
-                f"{type(callback).__name__} is left out of this fit: it {reason}. Use it in the "
-                f"training that follows."
-            )
+            _log.warning(told)
             # Trainers that are setting up callbacks go on with the list they have.
             patches.put(callback, "setup", lambda *args, **kwargs: None)
     patches.put(trainer, "callbacks", kept)

@@ -1,7 +1,11 @@
-"""What Lightning says in every fit of masks, though it is as it should be: left unsaid."""
+"""What Lightning says in every fit of masks, though it is as it should be: left unsaid.
+
+And what this package says, should others have silenced everybody.
+"""
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +15,16 @@ _AS_IT_SHOULD_BE = (
     r"Found \d+ module\(s\) in eval mode",  # what is frozen is not trained
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own, with newer PyTorch
 )
+
+
+def be_heard() -> None:
+    """Let warnings of this package through, unless its own logger was told to be silent.
+
+    ``mlflow.pytorch.autolog()`` lets the root logger, and so everybody's, tell errors alone.
+    """
+    ours = logging.getLogger("maskpro_lightning")
+    if ours.level == logging.NOTSET and not ours.isEnabledFor(logging.WARNING):
+        ours.setLevel(logging.WARNING)
 
 
 def silence() -> None:

@@ -38,6 +38,7 @@ class Journal:
         self._rows: list[dict[str, float]] = []
         self._layers: dict[str, dict[str, float]] = {}
         self._validation: list[dict[str, float]] = []
+        self._comparison: dict[str, dict[str, float]] = {}
 
     def open(self, folder: Path, keeps: bool, writes: bool) -> None:
         """Start a run that ``keeps`` files in a folder; the rank that ``writes`` writes them."""
@@ -71,6 +72,10 @@ class Journal:
         """Add what the module logged in a validation, under the most likely mask."""
         self._validation.append({"step": step, **{name: float(v) for name, v in values.items()}})
 
+    def compare(self, what: str, values: Mapping[str, Any]) -> None:
+        """Remember what the module logged in a validation of something else, as "dense"."""
+        self._comparison[what] = {name: float(v) for name, v in values.items()}
+
     def distributions(self, optimizer: MaskPro, tracking: Tracking, step: int) -> None:
         """Write the logits and hand them to the loggers, in a folder of the step.
 
@@ -96,7 +101,8 @@ class Journal:
         if not self._rows:
             return
         title = title_of(self._parameters, self._folder)
-        run = Run(self._rows, self._layers, found, self._validation, title=title)
+        compared = self._comparison
+        run = Run(self._rows, self._layers, found, self._validation, compared, title)
         tables: list[Path] = []
         tracking.write(history, lambda: tables.extend(run.write(self._folder)))
         for path in tables:
@@ -113,12 +119,19 @@ class Journal:
             tracking.figure(self._folder / f"{name}.png", figure)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self._rows, "layers": self._layers, "validation": self._validation}
+        return {
+            "rows": self._rows,
+            "layers": self._layers,
+            "validation": self._validation,
+            "comparison": self._comparison,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._rows = [_numbers(row) for row in state_dict["rows"]][-_MOST_ROWS:]
         self._layers = {str(name): _numbers(found) for name, found in state_dict["layers"].items()}
         self._validation = [_numbers(row) for row in state_dict["validation"]]
+        compared = state_dict.get("comparison", {})  # not in the first checkpoints of format 2
+        self._comparison = {str(name): _numbers(row) for name, row in compared.items()}
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from maskpro_lightning.tracking.runs import Run
+from maskpro_lightning.tracking.runs import DISTILLED, Run
 
 _Rows = Sequence[Mapping[str, float]]
 _Layers = Mapping[str, Mapping[str, float]]
@@ -24,9 +24,10 @@ _Groups = Mapping[str, _Rows]
 
 _TITLE, _INK, _GREY, _RULE = "#1b1f24", "#57606a", "#868686", "#d0d7de"
 _BLUE, _GREEN, _ORANGE = "#0b76b8", "#0a9670", "#d55e00"
-# Of masks that a validation is drawn beside: the dense weights are the aim, others are passed.
+# What a validation is drawn beside: the dense weights are the aim, masks are to be passed.
 _REFERENCES = {
     "dense": (_TITLE, "-"),
+    "initial": (_GREY, "--"),
     "magnitude": ("#8250df", ":"),
     "wanda": ("#9a6700", "--"),
     "sparsegpt": ("#bf3989", "-."),
@@ -86,15 +87,19 @@ def save(drawn: Mapping[str, Figure], folder: Path) -> list[Path]:
 
 
 def _loss(rows: _Rows) -> Figure:
+    distilled = any(DISTILLED in row for row in rows)
+    key, of = ("loss", "Training loss")
+    if distilled:
+        key, of = (DISTILLED, "Distance to the dense outputs")
     if not any(row.keys() & _OF_BASELINE for row in rows):  # learned from gradients
-        figure, (top,) = _over_steps({"Training loss of the drawn masks": "loss"}, (1,))
-        _series(top, rows, "loss", "{:.4g}", mean=True)
+        figure, (top,) = _over_steps({f"{of} of the drawn masks": "loss"}, (1,))
+        _series(top, rows, key, "{:.4g}", mean=True)
         return figure
-    title = "Training loss of the drawn masks and, on the same batches, of the initial mask"
+    title = f"{of} of the drawn masks and, on the same batches, of the initial mask"
     below = "Drawn minus initial: below zero, the drawn masks are better"
     figure, (top, bottom) = _over_steps({title: "loss", below: "difference"}, (2, 1))
     _series(top, rows, "baseline", "initial mask\n{:.4g}", mean=True)
-    _series(top, rows, "loss", "drawn masks\n{:.4g}", mean=True)
+    _series(top, rows, key, "drawn masks\n{:.4g}", mean=True)
     labels = sorted(top.texts, key=lambda text: text.get_position()[1])
     for label, align in zip(labels, ("top", "bottom"), strict=False):
         label.set(va=align)  # not over each other, however close the lines end

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from maskpro_lightning.files.whole import write_text
 
@@ -25,6 +25,7 @@ class Result:
     Attributes:
         pattern: Such as "2:4".
         metric: What masks are compared by, such as "val_loss".
+        mode: Whether a lower ("min") or a higher ("max") value of it is better.
         dense: Its value with the dense weights.
         initial: Its value under the initial mask.
         deployed: Its value under the mask that is deployed.
@@ -51,15 +52,29 @@ class Result:
     seconds: float
     folder: str | None = None
     to_do: str = 'export_sparse(module, "sparse-model")'
+    mode: Literal["min", "max"] = "min"
 
     @property
     def gap_closed(self) -> float | None:
-        """Share of the way from the initial mask to the dense weights; None if there is no gap."""
-        values = (self.dense, self.initial, self.deployed)
-        if any(value is None or not math.isfinite(value) for value in values):
+        """Share of the way from the initial mask to the dense weights.
+
+        None if one of them was not measured, or if the dense weights are not the better ones.
+        """
+        if (found := self._measured) is None:
             return None
-        dense, initial, deployed = (float(value or 0) for value in values)
-        return None if initial == dense else (initial - deployed) / (initial - dense)
+        dense, initial, deployed = found
+        gap = initial - dense if self.mode == "min" else dense - initial
+        return (initial - deployed) / (initial - dense) if gap > 0 else None
+
+    @property
+    def _measured(self) -> tuple[float, float, float] | None:
+        """The dense, the initial and the deployed value, if all are numbers."""
+        values = [
+            value
+            for value in (self.dense, self.initial, self.deployed)
+            if value is not None and math.isfinite(value)
+        ]
+        return (values[0], values[1], values[2]) if len(values) == 3 else None
 
     def metrics(self) -> dict[str, float]:
         """The numbers by which runs can be sorted, under ``maskpro/``."""
@@ -75,12 +90,14 @@ class Result:
 
     def rows(self) -> list[tuple[str, str]]:
         """Names and values for a reader."""
-        closed = None if self.gap_closed is None else f"{self.gap_closed:.0%}"
+        closed = "unknown" if self.gap_closed is None else f"{self.gap_closed:.0%}"
+        if self.gap_closed is None and self._measured is not None:
+            closed = "none: the dense weights are not better than the initial mask"
         found = [
             (f"{self.metric}, dense", _number(self.dense)),
             (f"{self.metric}, initial mask", _number(self.initial)),
             (f"{self.metric}, deployed mask", _number(self.deployed)),
-            ("share of the gap closed", closed or "unknown"),
+            ("share of the gap closed", closed),
             ("zeros", f"{self.sparsity:.2%} of {self.masked_weights:,} masked weights"),
             ("changed", f"{self.changed:.1%} of the groups, from the initial mask"),
             ("deployed mask", self._which),

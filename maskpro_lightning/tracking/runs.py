@@ -17,6 +17,8 @@ Row = Mapping[str, float]
 HISTORY, PARAMETERS = "history.csv", "parameters.json"
 #: What a logger that failed should have got, one JSON object a line.
 UNSENT = "unsent.jsonl"
+#: The loss in a history, where it is the distance to the dense model's outputs.
+DISTILLED = "distillation_loss"
 #: Parameters by which MLflow can filter runs, as tags.
 TAGGED = frozenset({"pattern", "estimator"})
 
@@ -26,11 +28,13 @@ class Run:
     """Numbers of one run; what it did not log is empty.
 
     Attributes:
-        history: Of training steps: ``step``, ``loss`` and what else the callback logs.
+        history: Of training steps: ``step``, ``loss`` (``distillation_loss`` where that is what
+            masks learn from) and what else the callback logs.
         layers: By parameter name: ``entropy``, ``changed`` and ``churn``.
         groups: By parameter name, a row for each bin of :func:`metrics.histograms`.
         validation: Of validations under the most likely mask: ``step`` and what the module logged.
-        comparison: By mask, "dense" and "magnitude" say, what ``maskpro compare`` measured.
+        comparison: By mask what validations of other weights logged: "dense" and "initial" in
+            every fit, and "magnitude", "wanda" and so on by ``maskpro compare``.
         title: What the run is, for a figure's head.
     """
 
@@ -42,7 +46,7 @@ class Run:
     title: str = ""
 
     def write(self, folder: Path) -> list[Path]:
-        """Write what there is, but for the comparison; returns the files."""
+        """Write what there is; returns the files."""
         tables: dict[str, list[Mapping[str, Any]]] = {
             HISTORY: list(self.history),
             "layers.csv": [{"layer": name, **row} for name, row in self.layers.items()],
@@ -50,6 +54,7 @@ class Run:
                 {"layer": name, **row} for name, rows in self.groups.items() for row in rows
             ],
             "validation.csv": list(self.validation),
+            "comparison.csv": [{"mask": name, **row} for name, row in self.comparison.items()],
         }
         return [_write(folder / name, rows) for name, rows in tables.items() if rows]
 
