@@ -352,15 +352,15 @@ def changed_by_a_draw(weights: int) -> float:
 
 
 def test_a_draw_changes_no_more_in_all_layers_of_a_deep_model_than_of_a_shallow_one() -> None:
-    few = changed_by_a_draw(28)
+    few = changed_by_a_draw(35)
     for weights in (84, 210, 700):
-        assert few / 2.5 < changed_by_a_draw(weights) < 1.2 * few
+        assert few / 100 < changed_by_a_draw(weights) < few
 
 
 def test_steps_of_a_shallow_model_are_bounded_and_those_of_a_deep_one_smaller() -> None:
-    found = {n: StraightThrough().for_fit(NMPattern(2, 4), n).rule() for n in (1, 28, 210)}
+    found = {n: StraightThrough().for_fit(NMPattern(2, 4), n).rule() for n in (1, 35, 210)}
     assert found[1] == pytest.approx({"lr": 0.4, "logit_scale": 3.0})
-    assert found[28] == pytest.approx({"lr": 0.2835, "logit_scale": 3.0}, rel=1e-3)
-    assert found[210] == pytest.approx({"lr": 0.4164, "logit_scale": 12.07}, rel=1e-3)
+    assert found[35] == pytest.approx({"lr": 0.2535, "logit_scale": 3.0}, rel=1e-3)
+    assert found[210] == pytest.approx({"lr": 0.6908, "logit_scale": 20.02}, rel=1e-3)
     given = StraightThrough(lr=0.2, logit_scale=5.0)
     assert given.for_fit(NMPattern(2, 4), 210) == given

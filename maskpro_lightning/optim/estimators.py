@@ -20,9 +20,9 @@ from maskpro_lightning.weights.admission import LARGEST, check_rule
 
 EstimatorName = Literal["straight_through", "policy"]
 
-# Typical gap of the logits that a Llama of 28 weights starts from, and what it grows by where there
-# are e times as many weights: what a Llama of 28 and SmolLM2, of 210, learn best with.
-_GAP, _GAP_GROWTH, _FEW = 3.0, 4.5, 28
+# Typical gap of the logits that a Llama of 35 weights learns best from, and what it grows by where
+# there are e times as many: SmolLM2, of 210, learns best from 20.
+_GAP, _GAP_GROWTH, _FEW = 3.0, 9.5, 35
 # Step sizes that both bear, in units of that gap; larger ones are for no model.
 _STEP, _MOST = 0.5, 2 / 15
 # Standard deviations of a random walk between a typical choice and a change of mind. The walk
@@ -174,9 +174,8 @@ def straight_through_scale(weights: int) -> float:
     """Where straight-through starts logits for a model of so many masked weights, one a layer.
 
     What draws cost adds up over layers: in a deep network, gradients taken among many changes say
-    little about any of them. The share of groups that are drawn otherwise falls about as
-    ``exp(-logit_scale / 4.5)``, so a scale that grows with the logarithm of the number of weights
-    keeps their sum over layers.
+    little about any of them. So the logits of a deep one start further apart, which leaves draws
+    the closest calls.
     """
     return _GAP + _GAP_GROWTH * math.log(max(1.0, weights / _FEW))
 
