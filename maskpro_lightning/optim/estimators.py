@@ -21,8 +21,8 @@ from maskpro_lightning.weights.admission import LARGEST, check_rule
 EstimatorName = Literal["straight_through", "policy"]
 
 # Typical gap of the logits that a Llama of 35 weights learns best from, and what it grows by where
-# there are e times as many: SmolLM2, of 210, learns best from 20.
-_GAP, _GAP_GROWTH, _FEW = 3.0, 9.5, 35
+# there are e times as many: SmolLM2, of 210, learns best from 20 to 32.
+_GAP, _GAP_GROWTH, _FEW = 3.0, 13.0, 35
 # Step sizes that both bear, in units of that gap; larger ones are for no model.
 _STEP, _MOST = 0.5, 2 / 15
 # Standard deviations of a random walk between a typical choice and a change of mind. The walk
