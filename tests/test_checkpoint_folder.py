@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,31 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path: Path) -> None:
     (parts / ".metadata").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"is no whole checkpoint in parts"):
         loader_of(parts)
+
+
+@pytest.mark.slow
+def test_commands_take_a_folder_as_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    from test_cli import main, tiny_options
+
+    monkeypatch.setattr("sys.argv", ["maskpro"])
+    options = [*tiny_options(tmp_path, monkeypatch), "--trainer.logger=false"]
+    main(["fit", *options])
+    (file,) = tmp_path.glob("runs/**/*.ckpt")
+    parts = folder_of(torch.load(file, weights_only=True), file.parent / "parts")
+    for name, path in (("whole", file), ("streamed", parts)):
+        main(["export", *options, f"--ckpt_path={path}", f"--output={name}"])
+    names = sorted(path.name for path in Path("whole").iterdir())
+    assert names == sorted(path.name for path in Path("streamed").iterdir())
+    for name in names:
+        if name != "README.md":  # which tells the command
+            assert Path("whole", name).read_bytes() == Path("streamed", name).read_bytes(), name
+    for command, more in (("validate", []), ("evaluate", ["--wikitext2=null"])):
+        told = []
+        for path in (file, parts):
+            capsys.readouterr()
+            main([command, *options, *more, f"--ckpt_path={path}"])
+            told.append(re.findall(r"0?\.\d+%?|\d+\.\d+", capsys.readouterr().out))
+        assert told[0] == told[1] != []
