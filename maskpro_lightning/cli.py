@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
