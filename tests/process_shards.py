@@ -60,6 +60,7 @@ from maskpro_lightning import (
     parameter_groups,
 )
 from maskpro_lightning.files import streaming
+from maskpro_lightning.initial import initializers
 from maskpro_lightning.optim.estimators import EstimatorName
 from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.weights import layout
@@ -503,8 +504,11 @@ def fit(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
             yield name, fit_masks(name, ranks, folder / f"{name}-{ranks}")
     for name in STARTS:
         for init in ("wanda", "sparsegpt", "random") if fits_on(name, ranks) else ():
-            told = fit_masks(name, ranks, folder / "start", init=init, calibration_batches=2)
+            found = mock.Mock(wraps=initializers.sparsegpt)
+            with mock.patch.object(initializers, "sparsegpt", found):
+                told = fit_masks(name, ranks, folder / "start", init=init, calibration_batches=2)
             yield f"{name} from {init}", told["initial"]
+            yield f"found for {name} from {init}", found.call_count
 
 
 def resume(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:

@@ -137,6 +137,9 @@ def test_initial_masks_do_not_depend_on_the_strategy(
         for name in STARTS:
             if fits_on(name, ranks):
                 assert equal(told[f"{name} from {init}"], expected), name
+                # Each of four weights on one rank.
+                share = 4 // ranks if init == "sparsegpt" else 0
+                assert told[f"found for {name} from {init}"] == share
 
 
 @pytest.mark.slow
