@@ -6,7 +6,9 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,6 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -33,7 +34,8 @@ from maskpro_lightning.commands.compare import (
 from maskpro_lightning.commands.options import HELP
 from maskpro_lightning.commands.plan import Plan, Strategy, plan, plan_training
 from maskpro_lightning.files.card import Card, push, write_card
-from maskpro_lightning.files.checkpoint import weights_in
+from maskpro_lightning.files.checkpoint import loader_of
+from maskpro_lightning.files.distributed import is_distributed
 from maskpro_lightning.files.export import Format, export_sparse
 from maskpro_lightning.fit.callback import MaskProCallback
 from maskpro_lightning.fit.finetuning import SparseFinetuning
@@ -150,13 +152,13 @@ class _WithCheckpoint(_Built):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint.")
 
-    def checkpoint(self) -> dict[str, Tensor] | None:
-        """Its weights, under the mask to deploy."""
+    def checkpoint(self) -> Callable[[Any], object] | None:
+        """What loads its weights, under the mask to deploy."""
         path = self.config["ckpt_path"]
         if path is None:
             return None
         try:
-            return weights_in(path)
+            return loader_of(path)
         except (OSError, ValueError) as error:
             raise SystemExit(str(error)) from None
 
@@ -201,7 +203,7 @@ class _AfterFit(_WithCheckpoint):
                 f"over: choose another --output."
             )
 
-    def export(self) -> Path:
+    def export(self, checkpoint: str | None = None) -> Path:
         callback, output = self.masked, self.config["output"]
         folder = export_sparse(
             self.model,
@@ -211,6 +213,7 @@ class _AfterFit(_WithCheckpoint):
             exclude=callback.exclude,
             file_format=self.config["format"],
             max_shard_size=self.config["max_shard_size"],
+            checkpoint=checkpoint,
         )
         for name in ("tokenizer", "processor"):
             if hasattr(self.datamodule, name) and (folder / "config.json").exists():
@@ -411,17 +414,33 @@ def _evaluate() -> None:
 
 
 def _export() -> None:
-    cli = _AfterFit("export")
-    state = cli.checkpoint()
-    if state is None:
+    # What is written tensor by tensor from a folder needs no memory for the model.
+    streams = _is_streamed(sys.argv[1:])
+    with torch.device("meta") if streams else nullcontext():
+        cli = _AfterFit("export")
+    path, load = cli.config["ckpt_path"], cli.checkpoint()
+    if load is None:
         raise SystemExit("maskpro export needs --ckpt_path, a checkpoint of the fit.")
     cli.refuse_own_input()
-    cli.model.load_state_dict(state)
+    if not streams:
+        load(cli.model)
     console = Console()
-    run = _run_of(cli.config["ckpt_path"])
+    run = _run_of(path)
     found = None if run is None else read_result(run)
-    cli.publish(cli.export(), console, "" if found is None else found.markdown())
+    folder = cli.export(path if streams else None)
+    cli.publish(folder, console, "" if found is None else found.markdown())
     cli.log_model(console)
+
+
+def _is_streamed(arguments: Sequence[str]) -> bool:
+    """Whether an export takes a checkpoint in parts, and nothing but its tensors."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path")
+    parser.add_argument("--format", default="auto")
+    known, others = parser.parse_known_args(arguments)
+    mlflow = any(word.startswith(("--log_model", "--registered_name")) for word in others)
+    whole = known.format in ("auto", "huggingface", "safetensors") and not mlflow
+    return whole and known.ckpt_path is not None and is_distributed(known.ckpt_path)
 
 
 def _run_of(checkpoint: str | None) -> Path | None:

@@ -60,6 +60,7 @@ from maskpro_lightning import (
     parameter_groups,
 )
 from maskpro_lightning.files import streaming
+from maskpro_lightning.initial import initializers
 from maskpro_lightning.optim.estimators import EstimatorName
 from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.weights import layout
@@ -419,6 +420,8 @@ FITS: dict[str, tuple[Callable[[int], Any], Any, Callable[[int], int]]] = {
     "tp sharded": (lambda n: _parallel(1, n), _split, lambda n: n),
     "tp and fsdp2 sharded": (lambda n: _parallel(n // 2, 2), _split_and_shard, lambda _: 2),
 }
+#: Folders of two ranks, that ddp goes on from.
+FOLDERS = ("fsdp1 sharded", "fsdp2 sharded")
 MOVES = (("ddp", "fsdp1 full"), ("fsdp1 full", "fsdp2 full"), ("fsdp2 full", "ddp"))
 LOGGED = (("fsdp1 sharded", 2), ("fsdp2 sharded", 4))
 STARTS = ("ddp", "fsdp1 sharded", "fsdp2 sharded", "tp and fsdp2 sharded")
@@ -501,8 +504,11 @@ def fit(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
             yield name, fit_masks(name, ranks, folder / f"{name}-{ranks}")
     for name in STARTS:
         for init in ("wanda", "sparsegpt", "random") if fits_on(name, ranks) else ():
-            told = fit_masks(name, ranks, folder / "start", init=init, calibration_batches=2)
+            found = mock.Mock(wraps=initializers.sparsegpt)
+            with mock.patch.object(initializers, "sparsegpt", found):
+                told = fit_masks(name, ranks, folder / "start", init=init, calibration_batches=2)
             yield f"{name} from {init}", told["initial"]
+            yield f"found for {name} from {init}", found.call_count
 
 
 def resume(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
@@ -513,6 +519,9 @@ def resume(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
                 path = folder / f"{name}-{saved}" / f"step={SAVED_STEP}.ckpt"
                 resumed = fit_masks(name, ranks, folder / "resumed", path)
                 yield f"{name} of {saved}", resumed
+    for name in FOLDERS if ranks < 4 else ():
+        path = folder / f"{name}-2" / f"step={SAVED_STEP}.ckpt"
+        yield f"{name} to ddp", fit_masks("ddp", ranks, folder / "resumed", path)
     for before, after in MOVES if ranks == 2 else ():
         path = folder / f"{before}-4" / f"step={SAVED_STEP}.ckpt"
         yield f"{before} to {after}", fit_masks(after, ranks, folder / "resumed", path)

@@ -71,8 +71,5 @@ def test_a_folder_names_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "deep" / "last.ckpt").touch()
     with pytest.raises(ValueError, match=r"is a folder: .*, such as '.*deep/last.ckpt'\.$"):
         weights_in(tmp_path)
-    (tmp_path / ".metadata").touch()
-    with pytest.raises(ValueError, match=r"in parts, one of each rank.*consolidate_checkpoint"):
-        weights_in(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"There is no checkpoint '.*absent.ckpt'\.$"):
         weights_in(tmp_path / "absent.ckpt")

@@ -12,11 +12,13 @@ from modules import ROUNDING, equal, identical
 from process_shards import (
     FIT_STEPS,
     FITS,
+    FOLDERS,
     LOGGED,
     LR,
     MOVES,
     SAVED_STEP,
     STARTS,
+    Fitted,
     Model,
     fits_on,
     weights,
@@ -25,7 +27,8 @@ from test_sharding import RANKS, Told, assert_alike, run
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from maskpro_lightning import NMPattern, load_masks
+from maskpro_lightning import NMPattern, export_sparse, load_masks
+from maskpro_lightning.files.checkpoint import loader_of
 
 FITTED = [(name, ranks) for name in FITS for ranks in RANKS if fits_on(name, ranks)]
 RESUMED = [(n, saved, r) for n, r in FITTED for saved in RANKS if fits_on(n, saved)]
@@ -86,6 +89,34 @@ def test_a_whole_file_moves_between_strategies(
         assert_fitted_alike(told[f"{before} to {after}"], later_half(fits))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("before", FOLDERS)
+def test_a_folder_of_shards_moves_to_ranks_that_hold_everything(
+    fits: dict[str, Told], before: str, ranks: int
+) -> None:
+    for told in fits["resume"][ranks]:
+        assert_fitted_alike(told[f"{before} to ddp"], later_half(fits))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_folder_of_shards_exports_byte_for_byte_as_one_device(
+    fits: dict[str, Told], folder: Path, name: str, ranks: int, tmp_path: Path
+) -> None:
+    for checkpoint in (folder / "ddp-1", folder / f"{name}-{ranks}"):
+        module, path = Fitted(), checkpoint / f"step={FIT_STEPS}.ckpt"
+        module.configure_model()
+        if path.is_file():
+            loader_of(path)(module)
+            export_sparse(module, tmp_path / "one")
+        else:
+            export_sparse(module.to("meta"), tmp_path / "parts", checkpoint=path)
+    files = [tmp_path / each / "model.safetensors" for each in ("one", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def later_half(fits: dict[str, Told]) -> dict[str, Any]:
     """What a fit on one rank has learned, and told since its checkpoint."""
     one = fits["fit"][1][0]["ddp"]
@@ -106,6 +137,9 @@ def test_initial_masks_do_not_depend_on_the_strategy(
         for name in STARTS:
             if fits_on(name, ranks):
                 assert equal(told[f"{name} from {init}"], expected), name
+                # Each of four weights on one rank.
+                share = 4 // ranks if init == "sparsegpt" else 0
+                assert told[f"found for {name} from {init}"] == share
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from rich.table import Table
-from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerBase
 
@@ -69,7 +68,7 @@ def side_by_side(
     module: pl.LightningModule,
     targets: Iterable[Target],
     sets: Mapping[str, Any],
-    sparse: Mapping[str, Tensor] | None,
+    sparse: Callable[[pl.LightningModule], object] | None,
     more: Callable[[], Metrics] | None = None,
 ) -> dict[str, Metrics]:
     """Measure a module as it is, and with the weights of a checkpoint.
@@ -79,7 +78,7 @@ def side_by_side(
         module: The dense model; holds the checkpoint's weights afterwards.
         targets: The masked weights, whose share of zeros is measured too.
         sets: What ``Trainer.validate`` takes, by name.
-        sparse: The ``state_dict`` of a checkpoint of the fit; None measures the module alone.
+        sparse: Loads the weights of a checkpoint of the fit; None measures the module alone.
         more: Measures more of the module as it is.
 
     Returns:
@@ -87,11 +86,11 @@ def side_by_side(
     """
     weights = [target.parameter for target in targets]
     found = {}
-    for name, state in {"dense": None, "sparse": sparse}.items():
-        if name == "sparse" and state is None:
+    for name, load in {"dense": None, "sparse": sparse}.items():
+        if name == "sparse" and load is None:
             continue
-        if state is not None:
-            module.load_state_dict(state)
+        if load is not None:
+            load(module)
         zeros = sum(int((weight == 0).sum()) for weight in weights)
         share = zeros / sum(weight.numel() for weight in weights)
         found[name] = measure(trainer, module, sets) | ({} if more is None else more())

@@ -12,7 +12,7 @@ from maskpro_lightning.catalog import recipes
 #: By command and name of the option: what it is for.
 HELP = {
     "export": {
-        "ckpt_path": "The checkpoint of a fit; needed.",
+        "ckpt_path": "The checkpoint of a fit, a file or a folder that ranks wrote; needed.",
         "output": "Folder to write.",
         "format": "auto, huggingface, safetensors, compressed or maskllm.",
         "max_shard_size": "Of a file, at most.",

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskpro_lightning.files.archive import broken
+from maskpro_lightning.files.distributed import Stored, is_distributed
+
+
+def loader_of(path: str | os.PathLike[str]) -> Callable[[nn.Module], object]:
+    """What loads a checkpoint's weights into a module: of a file, or of a folder in parts.
+
+    Args:
+        path: What Lightning wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`weights_in`; or, when loading, it is of another
+            module.
+    """
+    if is_distributed(path):
+        return Stored(path).load_into
+    weights = weights_in(path)
+    return lambda module: module.load_state_dict(weights)
 
 
 def weights_in(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -22,7 +40,8 @@ def weights_in(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: a folder, no checkpoint, or one whose contents would have to be run.
+        ValueError: a folder (see :func:`loader_of`), no checkpoint, or one whose contents would
+            have to be run.
     """
     path = Path(path)
     if path.is_dir():
@@ -61,11 +80,6 @@ def _loaded(path: Path) -> Any:
 
 
 def _of_folder(path: Path) -> str:
-    if (path / ".metadata").is_file():
-        return (
-            f"{str(path)!r} is a checkpoint in parts, one of each rank. Join them first: python -m "
-            f"lightning.pytorch.utilities.consolidate_checkpoint {path}"
-        )
     found = sorted(path.rglob("*.ckpt"))
     inside = f", such as {str(found[0])!r}" if found else "; in it there is none that ends in .ckpt"
     return f"{str(path)!r} is a folder: give the file of a checkpoint{inside}."

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from maskpro_lightning.files import archive, pretrained, streaming
 from maskpro_lightning.files.compressed import save_compressed
+from maskpro_lightning.files.distributed import Stored
 from maskpro_lightning.files.gathering import Named, WholeState, state_of
 from maskpro_lightning.files.maskfiles import save_maskllm
 from maskpro_lightning.files.whole import whole
@@ -36,6 +37,7 @@ def export_sparse(
     exclude: Sequence[str] = (),
     file_format: Format = "auto",
     max_shard_size: int | str = "5GB",
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a model whose masks are applied, for others to load.
 
@@ -61,6 +63,8 @@ def export_sparse(
         exclude: Which layers are not.
         file_format: One of the formats.
         max_shard_size: The size of a file at most, in bytes or such as "5GB".
+        checkpoint: The folder of a distributed checkpoint of the fit, from which the first two
+            formats take each tensor when they write it. The model may then be on the meta device.
 
     Returns:
         The folder.
@@ -74,16 +78,22 @@ def export_sparse(
     pattern = NMPattern.parse(pattern)
     limit = streaming.bytes_of(max_shard_size)
     values = state_of(model)
-    targets = find_targets(model, pattern, include, exclude)
+    stored = None if checkpoint is None else Stored(checkpoint)
+    targets = find_targets(model, pattern, include, exclude, on_meta=stored is not None)
     if file_format not in get_args(Format):
         raise ValueError(f"file_format is one of {get_args(Format)}, got {file_format!r}.")
     if file_format == "auto":
         file_format = "huggingface" if len(pretrained.find(model)) == 1 else "safetensors"
     folder = Path(folder)
-    state = WholeState.of(model, values, pattern, targets)
+    state = WholeState.of(model, values, pattern, targets, stored)
     if file_format in ("huggingface", "safetensors"):
         _write(model, state, folder, file_format, limit)
         return folder
+    if stored is not None:
+        raise ValueError(
+            f"file_format={file_format!r} needs the weights in the model: load the checkpoint into "
+            f"it, and leave out checkpoint."
+        )
     _refuse_sharded(state, file_format)
     if file_format == "compressed":
         folder.mkdir(parents=True, exist_ok=True)

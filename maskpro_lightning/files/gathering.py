@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import all_reduce, get_rank
 
+from maskpro_lightning.files.distributed import Stored
 from maskpro_lightning.files.grouping import check_sparse
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.layout import Layout, local
@@ -28,11 +29,13 @@ class WholeState:
         values: What lies here, by name; the model's own tensors.
         layouts: Which parts of the whole these are.
         targets: Those of them that have to be N:M.
+        stored: Where the tensors are instead, if not in the model.
     """
 
     values: Mapping[str, Tensor]
     layouts: Mapping[str, Layout]
     targets: Mapping[str, Target]
+    stored: Stored | None = None
 
     @classmethod
     def of(
@@ -41,11 +44,13 @@ class WholeState:
         values: Mapping[str, Tensor],
         pattern: NMPattern,
         targets: Sequence[Target],
+        stored: Stored | None = None,
     ) -> WholeState:
         """The state of a model, from what :func:`state_of` found.
 
         Raises:
-            ValueError: a whole weight is not N:M; sharded ones are looked at as they are gathered.
+            ValueError: a whole weight is not N:M; sharded and stored ones are looked at as they are
+                asked for. What is stored is of another model.
         """
         masked = {id(target.parameter): target for target in targets}
         found = {name: masked[id(value)] for name, value in values.items() if id(value) in masked}
@@ -53,10 +58,14 @@ class WholeState:
             (value, pattern, found[name].input_dim if name in found else -1)
             for name, value in values.items()
         ]
-        state = cls(values, dict(zip(values, layouts(model, parts), strict=True)), found)
-        for name in found:
+        places = dict(zip(values, layouts(model, parts), strict=True))
+        state = cls(values, places, found, stored)
+        for name in found if stored is None else ():
             if not state.layouts[name].across:
                 state._check(name, values[name])
+        if stored is not None:
+            for name, value in values.items():
+                stored.check_shape(name, value)
         return state
 
     @property
@@ -76,9 +85,12 @@ class WholeState:
         Raises:
             ValueError: a weight that should be N:M is not.
         """
-        layout = self.layouts[name]
-        found = layout.whole(local(self.values[name].detach()))
-        if layout.across and name in self.targets:
+        layout, value = self.layouts[name], self.values[name]
+        if self.stored is None:
+            found = layout.whole(local(value.detach()))
+        else:
+            found = self.stored[name].to(value.dtype)
+        if (layout.across or self.stored is not None) and name in self.targets:
             self._check(name, found)
         return found
 

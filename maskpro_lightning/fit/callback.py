@@ -209,6 +209,7 @@ class MaskProCallback(pl.Callback):
 
     def setup(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
+            self._read_folders(trainer.strategy)
             return
         be_heard()
         self._refuse_unsupported(trainer, pl_module)
@@ -222,10 +223,15 @@ class MaskProCallback(pl.Callback):
         self._fitting = True
         self._quiet.enter_context(quiet(trainer))
 
+    def _read_folders(self, strategy: Any) -> None:
+        for name, method in strategies.FolderCheckpoints.patches(strategy).items():
+            self._patches.put(strategy, name, method)
+
     def _stand_in(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         """Put methods of ours in the place of the module's and the strategy's."""
         put, strategy = self._patches.put, trainer.strategy
         neighbours.leave_out_rivals(trainer, self._patches)
+        self._read_folders(strategy)
         put(pl_module, "configure_optimizers", self._configure_optimizers)
         self._learning = Learning(trainer, pl_module, self.estimator, lambda: self._optimizer)
         self._learning.stand_in(
@@ -349,6 +355,7 @@ class MaskProCallback(pl.Callback):
     def teardown(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # After all hooks of the fit but those of callbacks behind this one.
         if stage != "fit":
+            self._patches.undo()
             return
         if self.optimizer is not None and not self.optimizer.sharded:
             self._make_sure(trainer, pl_module)

@@ -104,6 +104,9 @@ def initial_masks(
         batches=calls,
         reduce=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"),
         whole=whole,
+        ranks=calibration.Ranks(trainer.global_rank, trainer.world_size)
+        if trainer.world_size > 1
+        else None,
     )
     return progress(masks, f"Choosing masks by {init}", len(targets), visible=_shows(trainer))
 

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from maskpro_lightning.files.distributed import Stored, is_distributed
 from maskpro_lightning.fit.patches import Patches
 from maskpro_lightning.optim.optimizer import MaskPro
 from maskpro_lightning.weights.layout import Layout, like, local
@@ -36,6 +37,8 @@ _TESTED = {
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy")
 # Where a distributed checkpoint keeps what of an optimizer's state is not a tensor of a weight.
 _GROUPS = "maskpro_param_groups"
+# Where Lightning keeps what of a distributed checkpoint is no tensor.
+_REST = "meta.pt"
 
 
 def refuse_untested(strategy: Any) -> None:
@@ -222,6 +225,52 @@ class MaskCheckpoints:
             yield
         finally:
             state.fn, self._strategy.optimizers = doing, optimizers
+
+
+class FolderCheckpoints:
+    """Lets a strategy that shards nothing read the checkpoint that one that shards has written.
+
+    Lightning reads such a folder only with a strategy of the kind that wrote it. Each tensor is
+    read when it is asked for, so that no rank's memory holds the checkpoint beside the model.
+    """
+
+    def __init__(self, strategy: Any) -> None:
+        self._strategy = strategy
+        self._load_inside = strategy.load_checkpoint
+        self._load_weights_inside = strategy.load_model_state_dict
+
+    @classmethod
+    def patches(cls, strategy: Any) -> dict[str, Any]:
+        """Methods to put on a strategy; none where weights are sharded."""
+        if shards(strategy):
+            return {}
+        folders = cls(strategy)
+        return {
+            "load_checkpoint": folders.load_checkpoint,
+            "load_model_state_dict": folders.load_model_state_dict,
+        }
+
+    def load_checkpoint(self, path: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint, of a folder all but tensors of weights, which wait to be asked for."""
+        if not is_distributed(path):
+            whole: dict[str, Any] = self._load_inside(path, **kwargs)
+            return whole
+        checkpoint: dict[str, Any] = self._load_inside(Path(path) / _REST, **kwargs)
+        checkpoint |= {"state_dict": Stored(path), "optimizer_states": []}
+        groups = checkpoint.pop(_GROUPS, None)
+        if groups is not None:
+            numbers = range(sum(len(group["params"]) for group in groups))
+            states = {n: Stored(path, f"optimizer_0.state.{n}.") for n in numbers}
+            state = {n: tensors for n, tensors in states.items() if tensors}
+            checkpoint["optimizer_states"] = [{"state": state, "param_groups": groups}]
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """Load a module's weights, those of a folder one after the other."""
+        if isinstance(checkpoint["state_dict"], Stored):
+            checkpoint["state_dict"].load_into(self._strategy.lightning_module)
+        else:
+            self._load_weights_inside(checkpoint, strict=strict)
 
 
 def _kind(strategy: Any) -> str:

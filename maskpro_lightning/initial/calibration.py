@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed import broadcast
 
 from maskpro_lightning.initial import initializers, reconstruction
 from maskpro_lightning.initial.statistics import InputStatistics, bytes_needed
@@ -20,10 +23,25 @@ Batches = Callable[[], Iterable[Callable[[], object]]]
 Sum = Callable[[Tensor], Tensor]
 
 _log = logging.getLogger(__name__)
+# In the place of a mask that could not be found.
+_FAILED = 2
 # Statistics held at once; what needs more is collected in several passes over the batches.
 _STATISTICS_BYTES = 2**33
 # Each looks at the network that the masks of the round before leave.
 _RECONSTRUCTION_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of PyTorch's default process group.
+
+    Attributes:
+        own: This one.
+        number: How many there are.
+    """
+
+    own: int
+    number: int
 
 
 def check_method(method: str) -> None:
@@ -48,6 +66,7 @@ def initial_masks(
     batches: Batches | None = None,
     reduce: Sum | None = None,
     whole: Callable[[Tensor], Tensor] = Tensor.detach,
+    ranks: Ranks | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Masks of the targets, bool, shaped like the whole weights, each made when it is asked for.
 
@@ -64,21 +83,23 @@ def initial_masks(
             "reconstruction"; each item runs the model on one, as often as it is called.
         reduce: Sums a tensor over the data-parallel ranks, so that all find the same masks.
         whole: Gathers a weight of which each rank has a part.
+        ranks: Those that find masks by Wanda and SparseGPT together, each its share of them.
 
     Yields:
         The target's name and its mask.
 
     Raises:
         ValueError: an unknown method, or one that needs ``batches`` without them.
+        RuntimeError: another rank could not find a mask.
     """
     check_method(method)
     if method in ("wanda", "sparsegpt", "reconstruction"):
         if batches is None:
             raise ValueError(f"init={method!r} needs batches to calibrate on.")
         if method == "reconstruction":
-            masks = dict(_calibrated("sparsegpt", targets, pattern, batches, reduce, whole))
+            masks = dict(_calibrated("sparsegpt", targets, pattern, batches, reduce, whole, ranks))
             return iter(_reconstructed(masks, targets, pattern, batches, reduce).items())
-        return _calibrated(method, targets, pattern, batches, reduce, whole)
+        return _calibrated(method, targets, pattern, batches, reduce, whole, ranks)
     return (
         (target.name, _from_weight(method, target, whole(target.parameter), pattern, seed))
         for target in targets
@@ -104,6 +125,7 @@ def _calibrated(
     batches: Batches,
     reduce: Sum | None,
     whole: Callable[[Tensor], Tensor],
+    ranks: Ranks | None,
 ) -> Iterator[tuple[str, Tensor]]:
     second_moments = method == "sparsegpt"
     for some in _passes(targets, second_moments):
@@ -113,17 +135,62 @@ def _calibrated(
                 run()
         if reduce is not None:
             statistics.reduce(reduce)
-        for name, target in some.items():
-            weight, input_dim = whole(target.parameter), target.input_dim
-            if name in statistics.unseen:
-                _log.warning("%s: no input seen (called by name?); masked by magnitude.", name)
-                mask = initializers.magnitude(weight, pattern, input_dim)
-            elif second_moments:
-                hessian = statistics.hessian[name]
-                mask, _ = initializers.sparsegpt(weight, hessian, pattern, input_dim)
-            else:
-                mask = initializers.wanda(weight, statistics.norm[name], pattern, input_dim)
-            yield name, mask
+        find = partial(_from_inputs, statistics, second_moments, pattern)
+        if ranks is None:
+            yield from ((name, find(t, whole(t.parameter))) for name, t in some.items())
+        else:
+            yield from _shared(list(some.values()), find, whole, ranks)
+
+
+def _from_inputs(
+    statistics: InputStatistics,
+    second_moments: bool,
+    pattern: NMPattern,
+    target: Target,
+    weight: Tensor,
+) -> Tensor:
+    name, input_dim = target.name, target.input_dim
+    if name in statistics.unseen:
+        _log.warning("%s: no input seen (called by name?); masked by magnitude.", name)
+        return initializers.magnitude(weight, pattern, input_dim)
+    if second_moments:
+        return initializers.sparsegpt(weight, statistics.hessian[name], pattern, input_dim)[0]
+    return initializers.wanda(weight, statistics.norm[name], pattern, input_dim)
+
+
+def _shared(
+    targets: Sequence[Target],
+    find: Callable[[Target, Tensor], Tensor],
+    whole: Callable[[Tensor], Tensor],
+    ranks: Ranks,
+) -> Iterator[tuple[str, Tensor]]:
+    """Let each rank find its share of the masks, and send them to the others."""
+    for first in range(0, len(targets), ranks.number):
+        some, own, failure = targets[first : first + ranks.number], None, None
+        for place, target in enumerate(some):
+            weight = whole(target.parameter)
+            if place == ranks.own:
+                own = target, weight
+            device = weight.device
+            del weight  # which others need not keep
+        if own is not None:
+            target, weight = own
+            try:
+                mask = find(target, weight).to(torch.uint8)
+            except Exception as error:  # noqa: BLE001, raised when the others know
+                failure, mask = error, torch.full(weight.shape, _FAILED, device=device)
+            del weight, own
+        for place, target in enumerate(some):
+            sent = mask if place == ranks.own else torch.empty(target.shape, device=device)
+            sent = sent.to(torch.uint8).contiguous()
+            broadcast(sent, place)
+            if failure is not None and place == ranks.own:
+                raise failure
+            if sent.flatten()[0] == _FAILED:
+                raise RuntimeError(
+                    f"Another rank found no mask for {target.name!r}: see its error."
+                )
+            yield target.name, sent.bool()
 
 
 @torch.no_grad()
