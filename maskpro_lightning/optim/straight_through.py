@@ -1,9 +1,8 @@
-"""Learning from gradients: each is taken as soon as it is there, learned from, and freed."""
+"""The gradients of a step: each is taken as soon as it is there, learned from, and freed."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,8 +14,9 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from maskpro_lightning.optim.fusion import Fusion
-from maskpro_lightning.optim.masked_weight import Draw, MaskedWeight
-from maskpro_lightning.weights.layout import local, sums
+from maskpro_lightning.optim.lessons import Lessons
+from maskpro_lightning.optim.masked_weight import MaskedWeight
+from maskpro_lightning.weights.layout import local
 
 # Each with its parameter group.
 MaskedWeights = Iterable[tuple[dict[str, Any], Tensor, MaskedWeight]]
@@ -35,7 +35,7 @@ class Gradients:
     """
 
     def __init__(self, names: Iterable[str], fusion: Fusion) -> None:
-        self._fusion = fusion
+        self._lessons = Lessons(fusion)
         self.unreached = set(names)
         self.all_finite = torch.tensor(True)
         self.forget()
@@ -45,6 +45,7 @@ class Gradients:
         # Whether each gradient of this step was finite, and how many backward passes there were.
         self._finite: list[Tensor] = []
         self._passes = 0
+        self._lessons.forget()
 
     @contextmanager
     def taken(
@@ -84,8 +85,10 @@ class Gradients:
             yield
             for take_now in later.values():
                 take_now()
+            self._learn_the_rest()
         except BaseException:
             self._finite.clear()
+            self._lessons.forget()
             raise
         finally:
             for handle in handles:
@@ -106,6 +109,7 @@ class Gradients:
         """
         for group, parameter, masked in weights:
             self._take(group, parameter, masked, share=1, part=self._passes)
+        self._learn_the_rest()
         if not self._finite:
             raise RuntimeError(
                 "No gradient has reached any masked weight: loss.backward() has to be called, and "
@@ -130,46 +134,13 @@ class Gradients:
             return
         gradient = local(parameter.grad)
         self.unreached.discard(masked.name)
-        self._finite.append(learn(masked, gradient, group, self._fusion, share=share, part=part))
+        self._finite += self._lessons.take(masked, gradient, group, share=share, part=part)
         parameter.grad = None
 
-
-def learn(
-    masked: MaskedWeight,
-    gradient: Tensor,
-    group: dict[str, Any],
-    fusion: Fusion,
-    *,
-    share: float,
-    part: int,
-) -> Tensor:
-    """Move a weight's logits by ``lr * share`` along the gradient of the expected loss in them.
-
-    The gradient is divided by its root mean square over the whole weight, so that one step size
-    fits all weights, and no element counts for more than that. Gradients of deep networks are
-    heavy-tailed: without the bound, a step moves a handful of decisive groups by many units in all
-    layers together, and the loss runs away. Where the root mean square is not finite or zero
-    nothing is learned. A collective for shards.
-
-    Args:
-        masked: The weight, or this rank's part of it.
-        gradient: That of the loss in the part, whose memory is used.
-        group: The weight's parameter group.
-        fusion: Runs the step of a block.
-        share: This gradient's share of the step, in (0, 1].
-        part: Number of the backward pass in the step, from 0.
-
-    Returns:
-        Whether the gradient is finite, a bool scalar.
-    """
-    layout = masked.layout
-    (square,) = sums([layout], [masked.direction(gradient, fusion)])
-    size = (square / math.prod(layout.shape)).sqrt()
-    finite = size.isfinite()
-    bound = group["lr"] * share
-    scale = (bound / size).where(finite & (size > 0), 0)
-    masked.move(Draw(group["seed"], group["step"] + 1), gradient, scale, bound, part, fusion)
-    return finite
+    @torch.no_grad()
+    def _learn_the_rest(self) -> None:
+        """Learn from small gradients that wait for others of their kind."""
+        self._finite += self._lessons.finish()
 
 
 def _recomputes() -> bool:
