@@ -10,7 +10,7 @@ from oracle import random
 from rules import mask_optimizer
 from torch import Tensor, nn
 
-from maskpro_lightning.optim import straight_through, together
+from maskpro_lightning.optim import lessons, together
 
 SHAPES = {"a": (8, 16), "b": (24, 8), "c": (1, 12), "d": (6, 8, 3, 3), "e": (5, 16), "f": (8, 16)}
 RESIDUALS = [1.0, -0.5, 2.0, 0.25]
@@ -62,10 +62,10 @@ def test_steps_made_as_one_are_what_each_makes_alone(
     alone = {}
     with monkeypatch.context() as patched:
         patched.setattr(together, "_SMALL", 0)
-        patched.setattr(straight_through, "_SMALL", 0)
+        patched.setattr(lessons, "_SMALL", 0)
         alone = learned(rule)
     monkeypatch.setattr(together, "block_size", lambda _: block)
-    monkeypatch.setattr(straight_through, "block_size", lambda _: block)
+    monkeypatch.setattr(lessons, "block_size", lambda _: block)
     found = learned(rule)
     assert [name for name in alone if not torch.equal(found[name], alone[name])] == []
 
@@ -95,8 +95,8 @@ def test_small_gradients_of_a_kind_are_learned_from_at_once(
         groups.append(arguments[1].numel())
         return directed(*arguments)
 
-    directed = straight_through.directed
-    monkeypatch.setattr(straight_through, "directed", counted)
+    directed = lessons.directed
+    monkeypatch.setattr(lessons, "directed", counted)
     learned({"estimator": "straight_through"})
     assert sorted(groups) == sorted([32 + 48 + 3, 20 + 32] * len(RESIDUALS))  # "d" is alone
 
