@@ -33,18 +33,27 @@ class Learning:
         module: The module.
         estimator: What logits learn from.
         optimizer: Gives the optimizer of masks, once it is made.
+        make_sure: Refuses to go on with weights that somebody else has written.
 
     Attributes:
+        steps: How many steps this fit has made.
         passes: The forward passes of a training step.
         gradients: How the strategy hands out gradients.
     """
 
     def __init__(
-        self, trainer: Any, module: Any, estimator: Estimator, optimizer: Callable[[], MaskPro]
+        self,
+        trainer: Any,
+        module: Any,
+        estimator: Estimator,
+        optimizer: Callable[[], MaskPro],
+        make_sure: Callable[[], None],
     ) -> None:
         self._trainer, self._module = trainer, module
         self._needs_gradients = estimator.needs_gradients
         self._optimizer = optimizer
+        self._make_sure = make_sure
+        self.steps = 0
         self.passes: Passes
         self.gradients: strategies.Gradients
         # Loss and baseline of each batch that the next step learns from.
@@ -106,6 +115,8 @@ class Learning:
             self._module.zero_grad()
         if not self._window:
             return
+        if not self.steps:  # the next draw would write over what a training step writes
+            self._make_sure()
         losses = torch.stack(self._window).mean(0)
         self._window.clear()
         masks.learn(*self._trainer.strategy.reduce(losses, reduce_op="mean"))
@@ -114,6 +125,7 @@ class Learning:
             self._tell_of_weights_without_gradient(masks)
         self._module.zero_grad()
         self._stepped = True
+        self.steps += 1
         if masks.param_groups[0]["step"] % _PATIENCE == 0:
             self._end_if_nothing_is_finite(masks, batch_idx)
 

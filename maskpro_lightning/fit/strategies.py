@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed import all_reduce, broadcast, get_rank, get_world_size
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -65,6 +66,16 @@ def sharded_model(strategy: Any) -> nn.Module | None:
     """The model as FSDP has wrapped it, or None where no weight is sharded."""
     model: nn.Module | None = strategy.model if shards(strategy) else None
     return model
+
+
+def tell_of_processes(strategy: Any) -> None:
+    """Say what of a fit ends with the processes that a strategy forks or spawns for it."""
+    if type(getattr(strategy, "launcher", None)).__name__ == "_MultiProcessingLauncher":
+        rank_zero_warn(
+            "This fit runs in processes of its own, from which the weights under the deployed mask "
+            "come back; the callback's optimizer, with the dense weights, and its result do not. "
+            'strategy="ddp" keeps them.'
+        )
 
 
 def part_from(state: dict[str, Any], weights: Iterable[Tensor]) -> None:

@@ -1,7 +1,7 @@
 """How surprising a residual is: the moving average that the policy gradient takes as its baseline.
 
-A tracker is a dict of scalars: ``delta``, the moving average of residuals; ``unit``, a power of two,
-the size of the first residual that was not zero; ``variance``, the moving average of squared
+A tracker is a dict of scalars: ``delta``, the moving average of residuals; ``unit``, the size of
+the first residual that was not zero, a power of two; ``variance``, the moving average of squared
 deviations from delta, in units; ``count``, the number of finite residuals so far; ``skipped``, of
 the updates that were not made, by the share of weights for which they were not, and
 ``skipped_in_a_row``, of those made for no weight since the last one that was for some.
