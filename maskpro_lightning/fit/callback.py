@@ -232,7 +232,8 @@ class MaskProCallback(pl.Callback):
         """Put methods of ours in the place of the module's and the strategy's."""
         put, strategy = self._patches.put, trainer.strategy
         neighbours.leave_out_rivals(trainer, self._patches)
-        put(pl_module, "configure_optimizers", self._configure_optimizers)
+        configure = self._configure_optimizers
+        self._configure_inside = put(pl_module, "configure_optimizers", configure)
         self._learning = Learning(
             trainer,
             pl_module,
@@ -597,6 +598,8 @@ class MaskProCallback(pl.Callback):
     def _configure_optimizers(self) -> Any:
         sharded = strategies.sharded_model(self._trainer.strategy)
         module = self._module if sharded is None else sharded
+        if self._learning.manual is not None:
+            self._learning.manual.configure(self._configure_inside())
         self._selection = self._select(module)
         self._targets = self._selection.targets
         steps = self._trainer.estimated_stepping_batches
@@ -653,15 +656,25 @@ class MaskProCallback(pl.Callback):
                 f"masks on one device and give their file."
             )
         if not pl_module.automatic_optimization:
-            raise ValueError(
-                f"{module} optimizes manually (automatic_optimization=False), which hides its loss "
-                f"from MaskProCallback: let training_step return the loss and set "
-                f"automatic_optimization=True for this fit."
-            )
+            self._refuse_with_manual(trainer, module)
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             raise ValueError(
                 f"{module}.training_step takes a dataloader_iter, which cannot be read twice, but "
                 f"MaskProCallback evaluates each batch under two masks: take a batch instead."
+            )
+
+    def _refuse_with_manual(self, trainer: Trainer, module: str) -> None:
+        """What a module cannot have that optimizes manually."""
+        by_hand = f"{module} optimizes manually (automatic_optimization=False)"
+        if strategies.shards(trainer.strategy):
+            raise ValueError(
+                f"{by_hand}, which masks are tested with on one device and with DDP, not with "
+                f'{type(trainer.strategy).__name__}: choose devices=1 or strategy="ddp".'
+            )
+        if self.distillation is not None:
+            raise ValueError(
+                f"{by_hand}, so that its own losses are learned from, and distillation has no "
+                f"place: leave distillation=None."
             )
 
 

@@ -121,7 +121,9 @@ class Gradients:
         masked = {id(weight) for weight in weights}
         others = (p for p in module.parameters() if id(p) not in masked)
         idle = self._strategy._ddp_kwargs.get("find_unused_parameters", False)
-        self._in_buckets = idle or not any(p.requires_grad for p in others)
+        # Of several backward passes in a training step DDP knows the ends.
+        manual = not self._strategy.lightning_module.automatic_optimization
+        self._in_buckets = idle or manual or not any(p.requires_grad for p in others)
         if not self._in_buckets:
             left_out = {name: p for name, p in module.named_parameters() if id(p) in masked}
             for weight in left_out.values():
