@@ -81,8 +81,9 @@ def run(bench: methods.Workbench, row: str, forwards: int) -> tuple[float, float
         masks, spent = bench.one_shot(INITIAL[name])
         steps = methods.steps_within(forwards - spent, bench, policy=name == "policy")
         estimator = estimator_of(name).for_fit(PATTERN, len(bench.targets), steps)
-        lr = estimator.rule()["lr"] * change.get("factor", 1.0)
-        scale = estimator.logit_scale * change.get("scale", 1.0)
+        rule = estimator.rule()
+        lr, scale = rule["lr"] * change.get("factor", 1.0), change.get("scale", 1.0)
+        scale *= rule["logit_scale"]
         estimator = replace(estimator, lr=lr, logit_scale=scale)
         learner = methods.MaskProLearner(bench, masks, steps, estimator)
         if change.get("one_size", False):

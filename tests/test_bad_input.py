@@ -269,9 +269,37 @@ add(
     ValueError,
     "lr is 0.0, but 0 < lr <= 1e+06 must hold.",
 )
-NO_LOSS = "The closure must return the loss, a tensor of one number; got {}."
+
+
+def stepped_with(size: float) -> Call:
+    """The first step of weights, of which some are not finite."""
+
+    def run(_: Path) -> None:
+        weights = {name: weight(4, 4) for name in ("net.0.weight", "net.2.weight")}
+        weights["net.0.weight"].data[1] = size
+        mask_optimizer(weights.items()).begin()
+
+    return run
+
+
+NO_LOSS = "The closure returned {}, but a loss is a tensor of one number."
 for loss, what in [(None, "NoneType"), (1.0, "float"), (torch.ones(3), "shape (3,)")]:
     add(f"a loss that is {what}", stepped(loss), TypeError, NO_LOSS.format(what))
+
+add(
+    "a loss that is learned from by itself",
+    lambda _: mask_optimizer([("w", weight(4, 4))]).learn(None),
+    TypeError,
+    "The loss is NoneType, but a loss is a tensor of one number.",
+)
+for size in (NAN, INFINITE):
+    add(
+        f"a weight that holds {size}",
+        stepped_with(size),
+        ValueError,
+        "'net.0.weight' holds 4 numbers that are NaN or infinite: load the weights again, or leave "
+        'it out with exclude=["net.0"].',
+    )
 
 
 def raised_lr(_: Path) -> None:
@@ -370,7 +398,7 @@ add(
     "a training_step that returns a vector",
     started("magnitude", VectorLoss()),
     TypeError,
-    "training_step must return the loss, a tensor of one number; got shape (3,).",
+    "training_step returned shape (3,), but a loss is a tensor of one number.",
 )
 add(
     "a loss without a gradient",

@@ -221,7 +221,7 @@ def in_use(loader: Any, *, read_again: bool) -> list[str]:
     epoch = (batch for batch, _, _ in combined)
     found = taken(epoch, 2)
     if read_again:
-        with fresh_batches(combined) as batches:
+        with fresh_batches(combined, 3) as (batches, _):
             assert len({*taken(batches, 3)}) == 3
     found += taken(epoch, 2)
     return found + taken((batch for batch, _, _ in combined), 4)

@@ -212,12 +212,6 @@ def test_a_checkpoint_on_exception_holds_masks_and_resumes(
 # --- refusals -----------------------------------------------------------------------------------
 
 
-class Manual(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-
 class Iterating(Net):
     def training_step(self, dataloader_iter: Any) -> Tensor:
         return self.loss(next(dataloader_iter)[0])
@@ -232,12 +226,6 @@ class Odd(SingleDeviceStrategy):
 @pytest.mark.parametrize(
     ("module", "kwargs", "message"),
     [
-        pytest.param(
-            Manual,
-            {},
-            r"Manual optimizes manually .* set automatic_optimization=True",
-            id="manual optimization",
-        ),
         pytest.param(
             Iterating,
             {},

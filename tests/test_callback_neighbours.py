@@ -80,6 +80,16 @@ def test_the_learning_rate_follows_its_scheduler_and_monitor(tmp_path: Path) -> 
     assert monitor.lrs == {"lr-MaskPro": pytest.approx([1, 0.875, 0.75, 0.625, 0.5, 0.5])}
 
 
+def test_a_scheduler_may_come_in_lightnings_dict(tmp_path: Path) -> None:
+    def scheduler(optimizer: Any) -> Any:
+        return {"scheduler": LinearLR(optimizer, 1, 0.5, total_iters=2), "interval": "epoch"}
+
+    callback, monitor = mask_callback(lr=1.0, lr_scheduler=scheduler), LearningRateMonitor()
+    logging = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 1}
+    fit(Net(), callback, monitor, folder=tmp_path, max_epochs=3, **logging)
+    assert monitor.lrs == {"lr-MaskPro": pytest.approx([1, 0.75, 0.5])}
+
+
 # --- loggers ------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from modules import (
 )
 from rules import mask_callback
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from maskpro_lightning import NMPattern, load_masks, save_masks
 
@@ -91,6 +92,37 @@ def test_sparsegpt_looks_at_the_first_batches(batches: int, tmp_path: Path) -> N
     assert equal(found, sparsegpt(batches))
     assert not equal(sparsegpt(2), sparsegpt(4))
     assert not equal(sparsegpt(batches), wanda(batches))
+
+
+class Order(Net):
+    """Remembers which batches it was trained on, by their first number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: tuple[float, ...] = ()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.order = (*self.order, float(batch[0][0, 0]))
+
+
+@pytest.mark.parametrize("init", ["wanda", "reconstruction"])
+def test_what_can_be_read_once_is_calibrated_on_and_then_trained_on(
+    init: str, tmp_path: Path
+) -> None:
+    module, callback = Order(), mask_callback(init=init, calibration_batches=4)
+    fit(module, callback, folder=tmp_path, data=(batch for batch in loader()), max_epochs=1)
+    assert module.order == tuple(float(batch[0][0, 0]) for batch in loader())
+    # Lightning has taken two of the four: the one that training begins with, and one ahead.
+    rows = [0, 2, 3]
+    kept = [list(loader())[row] for row in rows]
+    again = mask_callback(init=init, calibration_batches=3)
+    fit(Net(), again, folder=tmp_path, data=kept_loader(kept), max_steps=1)
+    assert equal(learned(callback, "initial"), learned(again, "initial"))
+    assert not equal(learned(callback, "initial"), magnitude())
+
+
+def kept_loader(batches: list[Any]) -> Any:
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
 def test_random_masks_depend_on_the_seed_alone(tmp_path: Path) -> None:

@@ -248,13 +248,18 @@ def test_a_refused_checkpoint_leaves_the_module_as_it_was(tmp_path: Path) -> Non
 def test_without_a_fit_there_is_nothing_to_restore() -> None:
     with pytest.raises(RuntimeError, match="has masked no weights"):
         masks().restore_dense()
+    with pytest.raises(RuntimeError, match="has masked no weights"):
+        masks().deployed_masks()
 
 
-def test_a_fit_without_a_step_says_that_nothing_is_masked(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    fit(Net(), masks(), folder=tmp_path, max_steps=0)
-    assert "This fit made no step, so nothing is masked" in caplog.text
+@pytest.mark.parametrize(
+    "limits", [{"max_steps": 0}, {"max_epochs": 0}, {"limit_train_batches": 0, "max_epochs": 1}]
+)
+def test_a_fit_without_a_step_ends_with_an_error(limits: dict[str, Any], tmp_path: Path) -> None:
+    module = Net()
+    with pytest.raises(RuntimeError, match="This fit made no step, so no mask was found and Net"):
+        fit(module, masks(), folder=tmp_path, **limits)
+    assert same_weights(module, Net())
 
 
 # --- gradients ----------------------------------------------------------------------------------

@@ -116,12 +116,9 @@ def test_the_state_of_an_optimizer_goes_on(estimator: str, then: str, now: str) 
     optimizer.load_state_dict(saved["state"])
     for number in range(3, 6):
         step(optimizer, weight, estimator, number)
-    found = {
-        "drawn": optimizer.masks("drawn")["w"],
-        "mode": optimizer.masks("mode")["w"],
-        "logits": optimizer.logits()["w"],
-    }
-    assert [name for name in found if not torch.equal(found[name], saved["then"][name])] == []
+    for version in ("drawn", "mode"):
+        assert torch.equal(optimizer.masks(version)["w"], saved["then"][version])
+    close(optimizer.logits()["w"], saved["then"]["logits"])
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
@@ -129,9 +126,16 @@ def test_a_fit_goes_on(tmp_path: Path) -> None:
     module, callback = Net(), mask_callback(lr=3.0)
     fit(module, callback, folder=tmp_path, max_steps=8, ckpt_path=SAVED / "fit.ckpt")
     expected = torch.load(SAVED / "fit_after_8_steps.pt")
-    for found, name in ((logits(callback), "logits"), (learned(callback), "mode")):
-        assert found.keys() == expected[name].keys()
-        assert all(torch.equal(value, expected[name][key]) for key, value in found.items())
+    for name, mask in learned(callback).items():
+        assert torch.equal(mask, expected["mode"].pop(name))
+    for name, values in logits(callback).items():
+        close(values, expected["logits"].pop(name))
+    assert not expected["mode"] and not expected["logits"]
+
+
+def close(found: torch.Tensor, saved: torch.Tensor) -> None:
+    """The same numbers, but for the last bits, in which the vector units of processors differ."""
+    torch.testing.assert_close(found, saved, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("gone", [{"sharpness": 4.0}, {"exploration": "per_replica"}])

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.estimators import EstimatorName
+from maskpro_lightning.optim.lessons import WAITING
 from maskpro_lightning.optim.masked_weight import MaskedWeight
 from maskpro_lightning.optim.states import LogitsDtype, Memory
-from maskpro_lightning.optim.straight_through import WAITING
 from maskpro_lightning.weights.layers import CONVOLUTIONS, TRANSPOSED
 from maskpro_lightning.weights.layout import Layout
 from maskpro_lightning.weights.targets import Target

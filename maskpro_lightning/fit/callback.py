@@ -72,9 +72,10 @@ class MaskProCallback(pl.Callback):
         estimator: "straight_through" learns from gradients. "policy", the paper's, learns from the
             loss alone, without a backward pass, and gets much less far. Or a
             :class:`StraightThrough` or :class:`Policy` with numbers of your own.
-        lr_scheduler: Makes a learning rate scheduler, stepped every training step, from the
-            optimizer; as in ``LightningCLI``. By default the rate falls to 0, linearly, over the
-            fit; with the published rule, or where the fit has no end, it is constant.
+        lr_scheduler: Makes a learning rate scheduler from the optimizer, as in ``LightningCLI``, or
+            the dict around one that Lightning takes; stepped every training step. By default the
+            rate falls to 0, linearly, over the fit; with the published rule, or where the fit has
+            no end, it is constant.
         seed: Seed of all draws.
         memory: "lean" keeps no dense copy of the weights, see :class:`MaskPro`.
         logits_dtype: "bfloat16" halves the logits, see :class:`MaskPro`.
@@ -188,9 +189,15 @@ class MaskProCallback(pl.Callback):
         Raises:
             RuntimeError: there was no fit that has masked weights.
         """
+        self._of_last_fit().write("dense")
+
+    def _of_last_fit(self) -> MaskPro:
         if self.optimizer is None or not self.optimizer.begun:
-            raise RuntimeError("This callback has masked no weights, so there are none to restore.")
-        self.optimizer.write("dense")
+            raise RuntimeError(
+                "This callback has masked no weights in this process. (Of a fit whose strategy "
+                "forks or spawns processes, only the module's weights come back.)"
+            )
+        return self.optimizer
 
     # Entering and leaving the fit
 
@@ -232,8 +239,15 @@ class MaskProCallback(pl.Callback):
         put, strategy = self._patches.put, trainer.strategy
         neighbours.leave_out_rivals(trainer, self._patches)
         self._read_folders(strategy)
-        put(pl_module, "configure_optimizers", self._configure_optimizers)
-        self._learning = Learning(trainer, pl_module, self.estimator, lambda: self._optimizer)
+        configure = self._configure_optimizers
+        self._configure_inside = put(pl_module, "configure_optimizers", configure)
+        self._learning = Learning(
+            trainer,
+            pl_module,
+            self.estimator,
+            lambda: self._optimizer,
+            lambda: self._make_sure(trainer, pl_module),
+        )
         self._learning.stand_in(
             self._patches,
             lambda step: Passes(trainer, pl_module, step, self._baselines, self.distillation),
@@ -284,6 +298,7 @@ class MaskProCallback(pl.Callback):
                 report(self.result, self._tracker)
             elif trainer.is_global_zero:
                 self.result.show()
+            strategies.tell_of_processes(trainer.strategy)
 
     def _found(self, trainer: Trainer) -> Result:
         optimizer, version = self._optimizer, self._best.version
@@ -323,11 +338,7 @@ class MaskProCallback(pl.Callback):
         self._mlflow_run.end()
         try:
             if self.optimizer is not None:
-                if not self.optimizer.begun and not self._failed:
-                    _log.warning(
-                        "This fit made no step, so nothing is masked: the module holds its dense "
-                        "weights."
-                    )
+                self._refuse_without_step()
                 self._make_sure(self._trainer, self._module)
                 self.optimizer.write("dense" if self._failed else self._best.version)
         except BaseException:
@@ -352,6 +363,15 @@ class MaskProCallback(pl.Callback):
                 del vars(self)[name]
             teardown()
 
+    def _refuse_without_step(self) -> None:
+        """Refuse to leave a dense module behind as if it were done."""
+        if not self._optimizer.begun and not self._failed:
+            raise RuntimeError(
+                f"This fit made no step, so no mask was found and {type(self._module).__name__} is "
+                f"dense: let max_steps, max_epochs and limit_train_batches allow for one, and "
+                f"training_step return a loss."
+            )
+
     def teardown(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # After all hooks of the fit but those of callbacks behind this one.
         if stage != "fit":
@@ -366,12 +386,19 @@ class MaskProCallback(pl.Callback):
         self, trainer: Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._optimizer.begun:
+            if self._learning.steps == 1:  # hooks may write, too
+                self._make_sure(trainer, pl_module)
             return
         # Only now have all hooks run in which a module may load its weights. Reading calibration
         # batches takes random numbers, too.
+        self._optimizer.refuse_not_finite()
         start.refuse_sparse(self.init, self._targets, self._optimizer.layouts)
         run = partial(self._learning.passes.plain, self._optimizer)
-        with torch.set_grad_enabled(self.estimator.needs_gradients):
+        whole = [] if self._optimizer.sharded else self._targets
+        with (
+            torch.set_grad_enabled(self.estimator.needs_gradients),
+            start.unchanged(type(pl_module).__name__, whole),
+        ):
             summary.announce(
                 strategies.sharded_model(trainer.strategy) or pl_module,
                 self._selection,
@@ -385,6 +412,7 @@ class MaskProCallback(pl.Callback):
                 self.pattern,
                 seed=self.seed,
                 trainer=trainer,
+                first=batch,
                 batches=self.calibration_batches,
                 run=run,
                 whole=self._optimizer.whole,
@@ -463,9 +491,10 @@ class MaskProCallback(pl.Callback):
             others = (type(each).__name__ for each in trainer.callbacks if each is not self)
             raise RuntimeError(
                 f"Somebody else has written into {names[0]!r} ({len(names)} of the masked weights) "
-                f"since its mask was: the values are not those of the mask. Look at hooks of "
-                f"{type(pl_module).__name__} and of {', '.join(others)}, and leave out what "
-                f"changes weights for this fit."
+                f"since its mask was: the values are not those of the mask. Look at training_step "
+                f"and hooks of {type(pl_module).__name__} and at {', '.join(others)}: leave out "
+                f"what changes weights for this fit, or leave the weights dense with "
+                f'exclude=["{names[0].rpartition(".")[0] or names[0]}"].'
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
@@ -557,8 +586,12 @@ class MaskProCallback(pl.Callback):
             checkpoint["lr_schedulers"] = []
 
     def deployed_masks(self) -> dict[str, Tensor]:
-        """The masks that the last fit left in the module, bool and whole, by parameter name."""
-        return dict(self._optimizer.whole_masks(self._best.version))
+        """The masks that the last fit left in the module, bool and whole, by parameter name.
+
+        Raises:
+            RuntimeError: there was no fit that has masked weights.
+        """
+        return dict(self._of_last_fit().whole_masks(self._best.version))
 
     # What the fit needs once
 
@@ -578,6 +611,8 @@ class MaskProCallback(pl.Callback):
     def _configure_optimizers(self) -> Any:
         sharded = strategies.sharded_model(self._trainer.strategy)
         module = self._module if sharded is None else sharded
+        if self._learning.manual is not None:
+            self._learning.manual.configure(self._configure_inside())
         self._selection = self._select(module)
         self._targets = self._selection.targets
         steps = self._trainer.estimated_stepping_batches
@@ -589,14 +624,16 @@ class MaskProCallback(pl.Callback):
         groups = parameter_groups(self._targets)
         self.optimizer = self._new_optimizer(groups, estimator, model=sharded)
         if self.lr_scheduler is not None:
-            scheduler = self.lr_scheduler(self.optimizer)
+            scheduler: Any = self.lr_scheduler(self.optimizer)
         elif falls:
             # Not LinearLR, whose state holds the length: a fit resumed for longer would stay at 0.
             scheduler = LambdaLR(self.optimizer, lambda step: max(0.0, 1 - step / steps))
         else:
             return self.optimizer
-        about: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
-        if isinstance(scheduler, ReduceLROnPlateau):  # goes by the loss under the drawn mask
+        given = scheduler if isinstance(scheduler, Mapping) else {"scheduler": scheduler}
+        about: dict[str, Any] = {"interval": "step", **given}
+        if isinstance(about.get("scheduler"), ReduceLROnPlateau):
+            # It goes by the loss under the drawn mask.
             about |= {"monitor": f"maskpro/{self._name_of('loss')}", "strict": False}
         return {"optimizer": self.optimizer, "lr_scheduler": about}
 
@@ -632,15 +669,25 @@ class MaskProCallback(pl.Callback):
                 f"masks on one device and give their file."
             )
         if not pl_module.automatic_optimization:
-            raise ValueError(
-                f"{module} optimizes manually (automatic_optimization=False), which hides its loss "
-                f"from MaskProCallback: let training_step return the loss and set "
-                f"automatic_optimization=True for this fit."
-            )
+            self._refuse_with_manual(trainer, module)
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             raise ValueError(
                 f"{module}.training_step takes a dataloader_iter, which cannot be read twice, but "
                 f"MaskProCallback evaluates each batch under two masks: take a batch instead."
+            )
+
+    def _refuse_with_manual(self, trainer: Trainer, module: str) -> None:
+        """What a module cannot have that optimizes manually."""
+        by_hand = f"{module} optimizes manually (automatic_optimization=False)"
+        if strategies.shards(trainer.strategy):
+            raise ValueError(
+                f"{by_hand}, which masks are tested with on one device and with DDP, not with "
+                f'{type(trainer.strategy).__name__}: choose devices=1 or strategy="ddp".'
+            )
+        if self.distillation is not None:
+            raise ValueError(
+                f"{by_hand}, so that its own losses are learned from, and distillation has no "
+                f"place: leave distillation=None."
             )
 
 

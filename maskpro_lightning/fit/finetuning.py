@@ -122,7 +122,7 @@ class SparseFinetuning(pl.Callback):
         sharded = strategies.sharded_model(trainer.strategy)
         model = pl_module if sharded is None else sharded
         targets = find_targets(model, self.pattern, self.include, self.exclude)
-        masks = self._masks(trainer, pl_module, targets, sharded)
+        masks = self._masks(trainer, pl_module, batch, targets, sharded)
         if self.distillation is not None:
             if self._resumed is not None and self.dense is None:
                 raise ValueError(
@@ -234,6 +234,7 @@ class SparseFinetuning(pl.Callback):
         self,
         trainer: Trainer,
         pl_module: pl.LightningModule,
+        first: Any,
         targets: Sequence[Target],
         sharded: nn.Module | None,
     ) -> Masks | None:
@@ -260,6 +261,7 @@ class SparseFinetuning(pl.Callback):
                 self.pattern,
                 seed=0,
                 trainer=trainer,
+                first=first,
                 batches=self.calibration_batches,
                 run=run,
                 whole=lambda weight: where[weight].whole(local(weight.detach())),

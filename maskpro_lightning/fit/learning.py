@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from maskpro_lightning.fit import strategies
+from maskpro_lightning.fit.manual import Manual
 from maskpro_lightning.fit.passes import Passes
 from maskpro_lightning.fit.patches import Patches
 from maskpro_lightning.optim.estimators import Estimator
@@ -33,19 +35,30 @@ class Learning:
         module: The module.
         estimator: What logits learn from.
         optimizer: Gives the optimizer of masks, once it is made.
+        make_sure: Refuses to go on with weights that somebody else has written.
 
     Attributes:
+        steps: How many steps this fit has made.
         passes: The forward passes of a training step.
         gradients: How the strategy hands out gradients.
+        manual: What stands between the module and its optimizers, if it optimizes manually.
     """
 
     def __init__(
-        self, trainer: Any, module: Any, estimator: Estimator, optimizer: Callable[[], MaskPro]
+        self,
+        trainer: Any,
+        module: Any,
+        estimator: Estimator,
+        optimizer: Callable[[], MaskPro],
+        make_sure: Callable[[], None],
     ) -> None:
         self._trainer, self._module = trainer, module
         self._needs_gradients = estimator.needs_gradients
         self._optimizer = optimizer
+        self._make_sure = make_sure
+        self.steps = 0
         self.passes: Passes
+        self.manual: Manual | None = None
         self.gradients: strategies.Gradients
         # Loss and baseline of each batch that the next step learns from.
         self._window: list[Tensor] = []
@@ -64,7 +77,18 @@ class Learning:
         put(module, "lr_scheduler_step", self._lr_scheduler_step)
         if not self._needs_gradients:
             put(module, "backward", lambda *args, **kwargs: None)
-        self.passes = make_passes(put(strategy, "training_step", self._training_step))
+        training_step = put(strategy, "training_step", self._training_step)
+        if not module.automatic_optimization:
+            self.manual = Manual(
+                self._trainer,
+                module,
+                needs_gradients=self._needs_gradients,
+                expect_gradients=self._expect_gradients,
+                learns=lambda: self._optimizer().begun,
+            )
+            self.manual.stand_in(patches)
+            training_step = partial(self.manual.evaluate, training_step)
+        self.passes = make_passes(training_step)
         self.gradients = strategies.Gradients(strategy, patches)
 
     # In the order of a step
@@ -79,15 +103,30 @@ class Learning:
             output, loss = passes.evaluate(*args, **kwargs)
         if loss is None:
             return output
-        if self._needs_gradients:
+        if self._needs_gradients and self.manual is None:
             self._expect_gradients(loss)
         losses = [loss] if baseline is None else [loss, baseline]
         self._window.append(torch.stack([value.detach().float() for value in losses]))
+        if self.manual is not None:
+            self._step_manually(self.manual, optimizer)
         return output
+
+    def _step_manually(self, manual: Manual, masks: MaskPro) -> None:
+        """Learn from a training step that is over, if its optimizers have stepped."""
+        with manual.stepped(masks.layouts) as stepped:
+            if not (stepped or not self._needs_gradients) or not masks.begun:
+                return
+            (counted,) = self._trainer.strategy._lightning_optimizers
+            counted._on_before_step()
+            self._learn()
+            counted._on_after_step()
+        for config in self._trainer.lr_scheduler_configs:
+            if config.interval == "step" or self._trainer.is_last_batch:
+                self._lr_scheduler_step(config.scheduler, None)
 
     def before_backward(self) -> None:
         """Learn from gradients as they come."""
-        if self._needs_gradients:
+        if self._needs_gradients and self.manual is None:
             passes = self._trainer.accumulate_grad_batches
             self._backward.enter_context(self.gradients.taken_by(self._optimizer(), passes))
 
@@ -100,22 +139,28 @@ class Learning:
     ) -> None:
         """Stands in for the module's optimizer_step: no clipping, no scaler."""
         optimizer_closure()  # the training step, and the backward pass
-        masks = self._optimizer()
-        if not masks.begun:  # a trial run without callbacks, as of a BatchSizeFinder
+        if not self._optimizer().begun:  # a trial run without callbacks, as of a BatchSizeFinder
             self._window.clear()
             self._module.zero_grad()
-        if not self._window:
-            return
+        if self._window:
+            self._learn()
+            self._module.zero_grad()
+
+    def _learn(self) -> None:
+        """Learn from the losses and gradients since the last step."""
+        masks = self._optimizer()
+        if not self.steps:  # the next draw would write over what a training step writes
+            self._make_sure()
         losses = torch.stack(self._window).mean(0)
         self._window.clear()
         masks.learn(*self._trainer.strategy.reduce(losses, reduce_op="mean"))
         if self._needs_gradients:
             strategies.lower_scale(self._trainer.precision_plugin, masks)
             self._tell_of_weights_without_gradient(masks)
-        self._module.zero_grad()
         self._stepped = True
+        self.steps += 1
         if masks.param_groups[0]["step"] % _PATIENCE == 0:
-            self._end_if_nothing_is_finite(masks, batch_idx)
+            self._end_if_nothing_is_finite(masks)
 
     def _lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         masks = self._optimizer()
@@ -135,6 +180,8 @@ class Learning:
         """Let go of what a fit that failed has left."""
         self._window.clear()
         self._backward.close()
+        if self.manual is not None:
+            self.manual.end()
 
     # What can be wrong with losses and gradients
 
@@ -158,7 +205,7 @@ class Learning:
                 f"they keep their initial masks. exclude leaves them dense."
             )
 
-    def _end_if_nothing_is_finite(self, masks: MaskPro, batch_idx: int) -> None:
+    def _end_if_nothing_is_finite(self, masks: MaskPro) -> None:
         skipped = int(masks.tracker["skipped_in_a_row"])
         if skipped < _PATIENCE:
             return
@@ -172,6 +219,7 @@ class Learning:
                 remedy = "a larger logit_scale keeps masks closer to the initial one"
         raise RuntimeError(
             f"{what} was finite in the last {skipped} updates, so nothing is learned any more: at "
-            f"step {self._trainer.global_step}, batch {batch_idx}, the loss was {seen}. "
+            f"step {self._trainer.global_step}, batch {self._trainer.fit_loop.batch_idx}, the loss "
+            f"was {seen}. "
             f"{remedy.capitalize()}."
         )

@@ -64,8 +64,12 @@ class Passes:
             yield
             changed = [p for p, number in before if p._version != number]
             if self._moving is None:
+                # Written to, perhaps with the same value; or by way of ``data``, which counts none.
+                written = {id(parameter) for parameter in changed}
                 pairs = zip(unmasked, before_first, strict=True)
-                self._moving = [p for p, value in pairs if not torch.equal(p, value)]
+                self._moving = [
+                    p for p, value in pairs if id(p) in written or not torch.equal(p, value)
+                ]
         known = {id(parameter) for parameter in self._moving}
         if any(id(parameter) not in known for parameter in changed):
             raise RuntimeError(
@@ -150,6 +154,6 @@ def _loss_of(output: Any) -> Tensor | None:
     if isinstance(output, Mapping):
         output = output.get("loss")
     if output is not None:
-        check_loss(output, "training_step")
+        check_loss(output, "training_step returned")
     loss: Tensor | None = output
     return loss

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from os import PathLike
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
@@ -62,6 +64,48 @@ def refuse_sparse(
             )
 
 
+@contextmanager
+def unchanged(module: str, targets: Sequence[Target]) -> Iterator[None]:
+    """Refuse weights that a training step itself changes, once the block has run one.
+
+    Args:
+        module: The module's class, for the message.
+        targets: The weights to mask, which then are as before.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    before = [(target, target.parameter.detach().clone()) for target in targets]
+    changed = []
+    try:
+        yield
+    finally:
+        for target, value in before:
+            if not torch.equal(target.parameter, value):
+                changed.append(target)
+                target.parameter.data.copy_(value)
+    if not changed:
+        return
+    names = [target.name for target in changed]
+    others = {target.name for target in targets} - set(names)
+    raise ValueError(
+        f"{module}.training_step changes {names[0]!r} itself ({len(names)} of the weights to "
+        f"mask), as it does with momentum encoders, the moving averages of another part. A mask "
+        f"needs weights that stay: leave them dense with exclude={_parts_of(names, others)}."
+    )
+
+
+def _parts_of(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The largest parts of a module that hold weights of some names and none of others."""
+    others = {f"{name}." for name in others}
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        found[next(p for p in prefixes if not any(o.startswith(f"{p}.") for o in others))] = None
+    return list(found)
+
+
 def initial_masks(
     init: str | Mapping[str, Tensor],
     targets: Sequence[Target],
@@ -69,6 +113,7 @@ def initial_masks(
     *,
     seed: int,
     trainer: Any,
+    first: Any,
     batches: int,
     run: Callable[[Any, int], None],
     whole: Callable[[Tensor], Tensor],
@@ -81,6 +126,7 @@ def initial_masks(
         pattern: The pattern.
         seed: Seed of random masks.
         trainer: The trainer, within its fit.
+        first: The batch that training is about to begin with.
         batches: Number of training batches to calibrate on.
         run: Runs a training step on a batch of a number, without a trace.
         whole: Gathers a weight of which each rank has a part.
@@ -93,7 +139,8 @@ def initial_masks(
         return load_masks(init, pattern)
 
     def calls() -> Iterator[Callable[[], None]]:
-        for number, batch in enumerate(_batches(trainer, batches, f"Calibrating {init}")):
+        title = f"Calibrating {init}"
+        for number, batch in enumerate(_batches(trainer, first, batches, title)):
             yield partial(run, batch, number)
 
     masks = calibration.initial_masks(
@@ -122,10 +169,13 @@ def arguments(module: Any, batch: Any, number: int) -> tuple[Any, ...]:
     return (batch, number) if numbered else (batch,)
 
 
-def _batches(trainer: Any, count: int, title: str) -> Iterator[Any]:
+def _batches(trainer: Any, first: Any, count: int, title: str) -> Iterator[Any]:
     """The first training batches, as the training loop would hand them to the step."""
-    with fresh_batches(trainer.fit_loop._combined_loader) as loader:
-        for batch in progress(islice(loader, count), title, count, visible=_shows(trainer)):
+    with fresh_batches(trainer.fit_loop._combined_loader, count) as (loader, begun):
+        taken = [first] if begun else []
+        yield from taken
+        rest = islice(loader, count - len(taken))
+        for batch in progress(rest, title, count, visible=_shows(trainer)):
             converted = trainer.precision_plugin.convert_input(batch)
             module = trainer.lightning_module
             converted = module._on_before_batch_transfer(converted, dataloader_idx=0)

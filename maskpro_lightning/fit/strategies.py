@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed import all_reduce, broadcast, get_rank, get_world_size
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -70,6 +71,16 @@ def sharded_model(strategy: Any) -> nn.Module | None:
     return model
 
 
+def tell_of_processes(strategy: Any) -> None:
+    """Say what of a fit ends with the processes that a strategy forks or spawns for it."""
+    if type(getattr(strategy, "launcher", None)).__name__ == "_MultiProcessingLauncher":
+        rank_zero_warn(
+            "This fit runs in processes of its own, from which the weights under the deployed mask "
+            "come back; the callback's optimizer, with the dense weights, and its result do not. "
+            'strategy="ddp" keeps them.'
+        )
+
+
 def part_from(state: dict[str, Any], weights: Iterable[Tensor]) -> None:
     """Copy what a state dict shares with weights, which change before it is written."""
     memory = {local(weight).untyped_storage().data_ptr() for weight in weights}
@@ -116,7 +127,9 @@ class Gradients:
         masked = {id(weight) for weight in weights}
         others = (p for p in module.parameters() if id(p) not in masked)
         idle = self._strategy._ddp_kwargs.get("find_unused_parameters", False)
-        self._in_buckets = idle or not any(p.requires_grad for p in others)
+        # Of several backward passes in a training step DDP knows the ends.
+        manual = not self._strategy.lightning_module.automatic_optimization
+        self._in_buckets = idle or manual or not any(p.requires_grad for p in others)
         if not self._in_buckets:
             left_out = {name: p for name, p in module.named_parameters() if id(p) in masked}
             for weight in left_out.values():

@@ -7,6 +7,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableSet
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -177,11 +178,19 @@ def _generator_states() -> list[Any]:
 
 
 @contextmanager
-def fresh_batches(loader: CombinedLoader) -> Iterator[Iterator[Any]]:
+def fresh_batches(loader: CombinedLoader, count: int) -> Iterator[tuple[Iterator[Any], bool]]:
     """The batches of a loader that a training loop is using, from the start, and no trace of it.
 
     Its iterators and random number generators are as before when the block ends. What an iterable
-    data set itself changes when it is read is out of reach.
+    data set itself changes when it is read is out of reach. What can be read once only, such as a
+    generator, begins with what the training loop has not taken yet, and that comes again.
+
+    Args:
+        loader: The loader.
+        count: How many batches will be read at most.
+
+    Yields:
+        The batches, and whether the first ones are missing.
     """
     generators = {
         generator
@@ -190,14 +199,37 @@ def fresh_batches(loader: CombinedLoader) -> Iterator[Iterator[Any]]:
         if isinstance(generator := getattr(owner, "generator", None), torch.Generator)
     }
     states = [(generator, generator.get_state()) for generator in generators]
+    once = [isinstance(inner, Iterator) for inner in loader.flattened]
     again = copy.copy(loader)
-    again.flattened = [_copy_of(inner) for inner in loader.flattened]
+    again._iterator = None  # that of the training loop
+    again.flattened = [
+        _ahead(loader, place, count) if once[place] else _copy_of(inner)
+        for place, inner in enumerate(loader.flattened)
+    ]
     try:
-        yield (batch for batch, _, _ in again)
+        yield (batch for batch, _, _ in again), any(once)
     finally:
         again.reset()
         for generator, state in states:
             generator.set_state(state)
+
+
+def _ahead(loader: CombinedLoader, place: int, count: int) -> _Batches:
+    """The next batches of one of a loader's iterators, which will give them once more."""
+    mode: Any = loader._iterator
+    if len(mode.iterators) != len(loader.flattened):
+        raise ValueError(
+            "Initial masks are found on training batches, which one of several loaders in a row "
+            "(CombinedLoader, mode='sequential') gives only once: put a DataLoader in its place, "
+            "or choose init='magnitude'."
+        )
+    taken = list(islice(mode.iterators[place], count))
+    mode.iterators[place] = chain(taken, mode.iterators[place])
+    return _Batches(taken)
+
+
+class _Batches(list[Any]):
+    """Batches in a list that a tree of loaders takes for a loader."""
 
 
 def _copy_of(loader: Any) -> Any:

@@ -20,9 +20,9 @@ from maskpro_lightning.weights.admission import LARGEST, check_rule
 
 EstimatorName = Literal["straight_through", "policy"]
 
-# Typical gap of the logits that a Llama of 35 weights learns best from, and what it grows by where
-# there are e times as many: SmolLM2, of 210, learns best from 20 to 32.
-_GAP, _GAP_GROWTH, _FEW = 3.0, 13.0, 35
+# Typical gap of the logits that a Llama of 35 weights learns best from, what it grows by where there
+# are e times as many, since SmolLM2, of 210, learns best from 20 to 32, and the largest of all.
+_GAP, _GAP_GROWTH, _FEW, _LARGEST_GAP = 3.0, 13.0, 35, 30.0
 # Step sizes that both bear, in units of that gap; larger ones are for no model.
 _STEP, _MOST = 0.5, 2 / 15
 # Standard deviations of a random walk between a typical choice and a change of mind. The walk
@@ -177,7 +177,7 @@ def straight_through_scale(weights: int) -> float:
     little about any of them. So the logits of a deep one start further apart, which leaves draws
     the closest calls.
     """
-    return _GAP + _GAP_GROWTH * math.log(max(1.0, weights / _FEW))
+    return min(_LARGEST_GAP, _GAP + _GAP_GROWTH * math.log(max(1.0, weights / _FEW)))
 
 
 def straight_through_lr(weights: int, logit_scale: float) -> float:

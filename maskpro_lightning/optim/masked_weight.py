@@ -36,6 +36,7 @@ from maskpro_lightning.optim.words import (
     logits_of,
     logits_to,
     masks_of,
+    one_by_one,
     words_of,
 )
 from maskpro_lightning.weights.layout import Layout, block_size
@@ -73,6 +74,23 @@ class Groups:
     logits_GM: Tensor
     initial_GM: Tensor
     drawn_GM: Tensor
+
+
+@dataclass(frozen=True)
+class Lines:
+    """All groups of a small weight, with a gradient.
+
+    Attributes:
+        groups_G: int64, their numbers.
+        gradient: (..., M), a view.
+        dense: The dense weight, (..., M).
+        logits: (..., M), a view; bfloat16 as int16.
+    """
+
+    groups_G: Tensor
+    gradient: Tensor
+    dense: Tensor
+    logits: Tensor
 
 
 @dataclass
@@ -180,11 +198,22 @@ class MaskedWeight:
         name = "pruned" if lean else "dense"
         return {name: rest, "logits": logits, "masks": masks, "redrawn": redrawn}
 
-    def direction(self, gradient: Tensor, fusion: Fusion) -> Tensor:
+    def one_block(self, gradient: Tensor) -> Lines:
+        """All of a gradient, and what belongs to it; of a part that is small and cuts no group."""
+        self.held.arrive()
+        for groups_G, (values, weight, *state) in self._blocks(gradient):
+            return Lines(groups_G, values, self._dense(weight, *state), one_by_one(state[1]))
+        numbers = torch.empty(0, dtype=torch.int64, device=gradient.device)
+        empty = torch.empty(0, self.layout.pattern.m, device=gradient.device)
+        logits = one_by_one(empty.to(self.logits.dtype))
+        return Lines(numbers, empty.to(gradient.dtype), empty.to(self.weight.dtype), logits)
+
+    def direction(self, gradient: Tensor, unit: Tensor, fusion: Fusion) -> Tensor:
         """Turn a gradient, in its memory, into that of the expected loss in the logits.
 
         Args:
             gradient: Padded with what others have of the part's groups.
+            unit: Scalar, what it is divided by.
             fusion: Runs the step of a block.
 
         Returns:
@@ -198,12 +227,14 @@ class MaskedWeight:
         blocks = self.layout.blocks(state=beside, share=_GRADIENT_SHARE)
         for number, (groups_G, (values, weight, *state)) in enumerate(blocks):
             logits = state[1]
-            about = values, self._dense(weight, *state), logits_of(logits)
+            about = (unit,), values, self._dense(weight, *state), logits_of(logits)
             groups = groups_G.view(logits.shape[:-1])
             (found,) = fusion(directed, self.layout.pattern, groups, *about)
             values.copy_(found)
-            squares = values.float().square().sum(-1)
-            total += self.layout.seen_first(number, squares).sum()
+            squares = values.float().square()
+            if self.layout.cut:
+                squares = self.layout.seen_first(number, squares.sum(-1))
+            total += squares.sum()
         return total
 
     def move(
@@ -227,11 +258,15 @@ class MaskedWeight:
         """
         step = torch.full((), draw.step, device=self.weight.device)
         most = torch.full((), bound, device=self.weight.device)
-        about = self._key(draw), step, scale, most, part
+        about = self.key(draw), step, (scale,), most, part
         for groups_G, (moves, logits) in self.layout.blocks(state=(direction, self.logits)):
             groups = groups_G.view(logits.shape[:-1])
             (found,) = fusion(moved, self.layout.pattern, groups, logits_of(logits), moves, *about)
             logits_to(logits).copy_(found)
+
+    def key(self, draw: Draw) -> tuple[int, int]:
+        """What the numbers of a draw depend on besides its step and the groups' numbers."""
+        return philox.key_of(draw.seed, self.name)
 
     def advance(self, draw: Draw, change: Tensor | None, together: Together) -> None:
         """Move the logits, then draw the next mask and write it into the weight.
@@ -327,7 +362,7 @@ class MaskedWeight:
         return {"dense": dense, "logits": self.layout.own(self.logits), "masks": masks}
 
     def _advance(self, draw: Draw, change: Tensor | None, together: Together, done: Tensor) -> None:
-        key, first = self._key(draw), int(done)
+        key, first = self.key(draw), int(done)
         for number, (groups_G, (weight, rest, logits, masks)) in enumerate(self._blocks()):
             if number < first:
                 continue
@@ -377,9 +412,6 @@ class MaskedWeight:
             found = exchange(self.layout.pattern, words, rest, held_M, next_M, self.lean)
             places = [integers_of(weight, *alike), integers_of(state[0])][: len(found)]
             torch._foreach_copy_([*places, done], [*found, torch.tensor(number + 1)])
-
-    def _key(self, draw: Draw) -> tuple[int, int]:
-        return philox.key_of(draw.seed, self.name)
 
     def _blocks(
         self,

@@ -196,10 +196,12 @@ class MaskPro(Optimizer):
 
         Raises:
             RuntimeError: begun already.
-            ValueError: a mask is missing, has another shape, or breaks the pattern.
+            ValueError: a mask is missing, has another shape, or breaks the pattern; or a weight
+                holds NaN or infinity.
         """
         if self.begun:
             raise RuntimeError("The masks have begun already: make a new MaskPro to start over.")
+        self.refuse_not_finite()
         known = {name: (group, parameter) for group, name, parameter in self._parameters()}
         given = self._largest() if masks is None else admission.each_once(list(known), masks)
         state = {}
@@ -255,6 +257,7 @@ class MaskPro(Optimizer):
                         baseline = closure()
                 self.write("drawn")
                 loss = closure()
+        admission.check_loss(loss, "The closure returned")
         self.learn(loss, baseline)
         return loss
 
@@ -280,7 +283,7 @@ class MaskPro(Optimizer):
                 group.update(tracker.skips(self.tracker, skipped))
             change = None
         else:
-            admission.check_loss(baseline)
+            admission.check_loss(baseline, "The baseline is")
             assert baseline is not None
             change = self._judge(loss.detach().float(), baseline.detach().float())
         self._check_rates()
@@ -436,6 +439,18 @@ class MaskPro(Optimizer):
         ]
         number, groups = self.over_ranks(torch.tensor(counts, dtype=torch.float64)).sum(0).tolist()
         return float(number / groups)
+
+    @torch.no_grad()
+    def refuse_not_finite(self) -> None:
+        """Refuse weights that hold NaN or infinity, by name; a collective.
+
+        Raises:
+            ValueError: names the first of them.
+        """
+        self._states.reshard()
+        wrong = torch.stack([(~local(p).isfinite()).sum() for p in self.layouts])
+        counts = self.over_ranks(wrong.cpu().double()[:, None])[:, 0].tolist()
+        admission.check_finite(dict(zip(self.names, counts, strict=True)))
 
     def over_ranks(self, numbers: Tensor) -> Tensor:
         """Add up what ranks have counted in their parts of each weight, a row for a weight."""

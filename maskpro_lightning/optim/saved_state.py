@@ -59,6 +59,7 @@ def checked(
 
 def _renamed(group: Group) -> Group:
     """A parameter group as this version holds it, from one that version 0.1 may have saved."""
+    group = {"unit": torch.ones(()), **group}
     if "normalize" not in group:
         return group
     for name, meant in (("sharpness", 1.0), ("exploration", "shared")):

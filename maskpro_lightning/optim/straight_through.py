@@ -1,12 +1,10 @@
-"""Learning from gradients: each is taken as soon as it is there, learned from, and freed."""
+"""The gradients of a step: each is taken as soon as it is there, learned from, and freed."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -16,15 +14,14 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from maskpro_lightning.optim.fusion import Fusion
+from maskpro_lightning.optim.lessons import Lesson, Lessons
 from maskpro_lightning.optim.masked_weight import Draw, MaskedWeight
 from maskpro_lightning.optim.states import States
-from maskpro_lightning.weights.layout import local, sums
+from maskpro_lightning.weights.layout import local
 from maskpro_lightning.weights.sharding import shows_gradients_late
 
 # Each with its parameter group.
 MaskedWeights = Iterable[tuple[dict[str, Any], Tensor, MaskedWeight]]
-#: Numbers of gradients, on each rank, that wait for others to share a message with.
-WAITING = 2**26
 
 
 class Gradients:
@@ -155,9 +152,10 @@ class Gradients:
                 f"of it is {layout.size}: masks learn from what ranks have averaged, so leave out "
                 f"no_sync()."
             )
-        slabs = self._states.slabs[parameter]
+        slabs, draw = self._states.slabs[parameter], Draw(group["seed"], group["step"] + 1)
+        lesson = Lesson(masked, gradient, slabs, draw, group["lr"] * share, part)
         parameter.grad = None
-        self._lessons.add(Lesson(masked, gradient, group, slabs, share, part), hold=layout.flat)
+        self._lessons.add(lesson, hold=layout.flat)
 
     def _take_late(self, weights: MaskedWeights, share: float, part: int) -> None:
         """Learn from the gradients that FSDP1 shows when a backward pass is over."""
@@ -171,98 +169,6 @@ class Gradients:
             self._take(group, parameter, masked, share, part)
         self._lessons.finish()
         self._states.free_gradients()
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """A gradient of a weight, and which part of a step it makes.
-
-    Attributes:
-        masked: The weight, or this rank's part of it.
-        gradient: That of the loss in the part, whose memory is used.
-        group: The weight's parameter group.
-        slabs: Where the weight is cut within groups, see :func:`shared_slabs`.
-        share: This gradient's share of the step, in (0, 1].
-        part: Number of the backward pass in the step, from 0.
-    """
-
-    masked: MaskedWeight
-    gradient: Tensor
-    group: dict[str, Any]
-    slabs: tuple[int, ...]
-    share: float
-    part: int
-
-    @property
-    def numbers(self) -> int:
-        """Numbers of the gradient on a rank, alike on all of them."""
-        layout = self.masked.layout
-        return math.prod(layout.shape) // layout.ranks
-
-
-class Lessons:
-    """Moves logits by ``lr * share`` along the gradient of the expected loss in them.
-
-    The gradient is divided by its root mean square over the whole weight, so that one step size
-    fits all weights, and no element counts for more than that. Gradients of deep networks are
-    heavy-tailed: without the bound, a step moves a handful of decisive groups by many units in all
-    layers together, and the loss runs away. Where the root mean square is not finite or zero
-    nothing is learned.
-
-    Gradients of shards wait until there are enough of them: what ranks tell each other, the sizes
-    of gradients and the values of groups that are cut, is then one message each for all.
-
-    Args:
-        fusion: Runs the step of a block.
-
-    Attributes:
-        finite: Whether each gradient was finite, bool scalars.
-    """
-
-    def __init__(self, fusion: Fusion) -> None:
-        self._fusion = fusion
-        self._waiting: list[Lesson] = []
-        self.finite: list[Tensor] = []
-
-    def add(self, lesson: Lesson, *, hold: bool = False) -> None:
-        """Learn from a gradient, or put it off. A collective for shards.
-
-        Args:
-            lesson: The gradient.
-            hold: Put it off, whatever waits.
-        """
-        # A weight's second gradient is judged by logits that have learned from the first.
-        if any(lesson.masked.name == other.masked.name for other in self._waiting):
-            self.finish()
-        self._waiting.append(lesson)
-        waiting = sum(other.numbers for other in self._waiting)
-        if not hold and (not lesson.masked.layout.across or waiting >= WAITING):
-            self.finish()
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Learn from what waits."""
-        lessons, self._waiting = self._waiting, []
-        layouts = [lesson.masked.layout for lesson in lessons]
-        about = [(lesson.masked.layout, lesson.gradient, lesson.slabs) for lesson in lessons]
-        shared = sums(layouts, [layout.shared(own, slabs) for layout, own, slabs in about])
-        directions, squares = [], []
-        for lesson, (layout, own, slabs), values in zip(lessons, about, shared, strict=True):
-            directions.append(layout.completed(own, slabs, values))
-            squares.append(lesson.masked.direction(directions[-1], self._fusion))
-        squares = sums(layouts, squares)
-        for lesson, direction, square in zip(lessons, directions, squares, strict=True):
-            self._move(lesson, direction, square)
-
-    def _move(self, lesson: Lesson, direction: Tensor, square: Tensor) -> None:
-        group = lesson.group
-        size = (square / math.prod(lesson.masked.layout.shape)).sqrt()
-        finite = size.isfinite()
-        bound = group["lr"] * lesson.share
-        scale = (bound / size).where(finite & (size > 0), 0)
-        draw = Draw(group["seed"], group["step"] + 1)
-        lesson.masked.move(draw, direction, scale, bound, lesson.part, self._fusion)
-        self.finite.append(finite)
 
 
 def _recomputes() -> bool:

@@ -1,7 +1,8 @@
 """How surprising a residual is: the moving average that the policy gradient takes as its baseline.
 
-A tracker is a dict of scalars: ``delta``, the moving average of residuals; ``variance``, that of
-their squared deviations from it; ``count``, the number of finite residuals so far; ``skipped``, of
+A tracker is a dict of scalars: ``delta``, the moving average of residuals; ``unit``, the size of
+the first residual that was not zero, a power of two; ``variance``, the moving average of squared
+deviations from delta, in units; ``count``, the number of finite residuals so far; ``skipped``, of
 the updates that were not made, by the share of weights for which they were not, and
 ``skipped_in_a_row``, of those made for no weight since the last one that was for some.
 """
@@ -13,14 +14,16 @@ import math
 import torch
 from torch import Tensor
 
+from maskpro_lightning.optim.units import unit_of
+
 Tracker = dict[str, Tensor]
-# The square of a larger residual would not fit into float32.
+# In units; the square of a larger residual would not fit into float32.
 _LARGEST = 1e18
 
 
 def new() -> Tracker:
     """A tracker that has seen nothing."""
-    names = ("delta", "variance", "count", "skipped", "skipped_in_a_row")
+    names = ("delta", "variance", "unit", "count", "skipped", "skipped_in_a_row")
     return {name: torch.zeros(()) for name in names}
 
 
@@ -40,13 +43,19 @@ def judge(
             it by its running spread, and correct that start.
 
     Returns:
-        The advantage, zero where the residual is not finite (or above 1e18), and the new tracker,
-        in which such a residual is only counted.
+        The advantage, zero where the residual is not finite (or above 1e18 units), and the new
+        tracker, in which such a residual is only counted.
     """
     before = {k: v.to(residual.device, residual.dtype) for k, v in tracker.items()}
-    finite = residual.abs() <= _LARGEST
-    residual = residual.where(finite, 0)
+    unit = before["unit"]
+    if published:  # its advantages are residuals
+        unit = torch.ones_like(unit)
+    unit = unit.where(unit > 0, unit_of(residual.abs().float()).to(unit.dtype))
+    finite = residual.abs() / unit <= _LARGEST
+    seen = finite & (residual != 0)
+    residual = residual.where(finite, 0) / unit
     delta, variance, count = (before[name] for name in ("delta", "variance", "count"))
+    delta = delta / unit
     expected = delta
     if not published:
         # Started from zero, a moving average lags behind; Adam's correction undoes that.
@@ -62,6 +71,8 @@ def judge(
         # Equal residuals differ by rounding; that is no spread.
         rounding = 16 * torch.finfo(residual.dtype).eps * residual.abs()
         advantage = (advantage / spread).where(spread > rounding, 0)
+    after["delta"] = after["delta"] * unit
+    after["unit"] = unit.where(seen, before["unit"])
     after = {name: value.where(finite, before[name]) for name, value in after.items()}
     return advantage.where(finite, 0), after | skips(before, (~finite).float())
 

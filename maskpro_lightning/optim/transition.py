@@ -145,6 +145,7 @@ def _left_out(
 def directed(
     pattern: NMPattern,
     groups: Tensor,
+    unit: tuple[Tensor],
     gradient: Tensor,
     dense: Tensor,
     logits: Tensor,
@@ -157,6 +158,7 @@ def directed(
     Args:
         pattern: The pattern.
         groups: int64 (...), the groups' numbers, for their shape.
+        unit: Power of two that the gradient is divided by, a scalar or one for each group.
         gradient: (..., M).
         dense: The dense weights, (..., M).
         logits: As for :func:`transition`.
@@ -165,7 +167,8 @@ def directed(
         float32 (..., M).
     """
     pairs = zip(gradient.unbind(-1), dense.unbind(-1), strict=True)
-    worth_M = [slope.float() * weight.float() for slope, weight in pairs]
+    share = 1 / unit[0]
+    worth_M = [slope.float() * share * weight.float() for slope, weight in pairs]
     logits_M = list(logits_in(logits, pattern.m))
     if pattern.n <= 2:
         return (torch.stack(columns.inclusion_gradient(logits_M, worth_M, pattern.n), dim=-1),)
@@ -180,7 +183,7 @@ def moved(
     direction: Tensor,
     key: philox.Key,
     step: Tensor,
-    scale: Tensor,
+    scale: tuple[Tensor],
     bound: Tensor,
     part: int | Tensor,
 ) -> tuple[Tensor]:
@@ -193,7 +196,8 @@ def moved(
         direction: (..., M) of any dtype.
         key: What rounding depends on besides, see :func:`philox.exponential`.
         step: int64 scalar, the number of the draw that follows.
-        scale: Scalar, how far to go along the direction; at 0 it may be anything.
+        scale: How far to go along the direction, a scalar or one for each group; at 0 it may be
+            anything.
         bound: Scalar, the largest move of a logit.
         part: Number of the move before that draw, from 0.
 
@@ -201,7 +205,7 @@ def moved(
         The next logits.
     """
     moves_M = [
-        torch.where(scale > 0, (scale * move.float()).clamp(-bound, bound), 0)
+        torch.where(scale[0] > 0, (scale[0] * move.float()).clamp(-bound, bound), 0)
         for move in direction.unbind(-1)
     ]
     logits_M: Sequence[Tensor] = _minus(logits_in(logits, pattern.m), moves_M)

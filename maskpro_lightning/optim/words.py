@@ -55,6 +55,11 @@ def logits_to(block: Tensor) -> Tensor:
     return integers_of(block) if pairs else block
 
 
+def one_by_one(logits: Tensor) -> Tensor:
+    """The view of a block of logits that has a number for each, whatever pairs it could be in."""
+    return logits.view(torch.int16) if logits.dtype == torch.bfloat16 else logits
+
+
 def columns_in(words: Tensor, m: int) -> list[Tensor]:
     """The M columns of bits that words hold; what is above a value's bits is anything."""
     number = m // words.shape[-1]

@@ -87,6 +87,18 @@ def _check_weight(
         )
 
 
+def check_finite(wrong: Mapping[str, float]) -> None:
+    """Refuse weights that are not finite, from how many numbers of each, by name, are not."""
+    names = [name for name, number in wrong.items() if number]
+    if names:
+        others = f" ({len(names)} weights do)" if len(names) > 1 else ""
+        layer = names[0].rpartition(".")[0] or names[0]
+        raise ValueError(
+            f"{names[0]!r} holds {wrong[names[0]]:.0f} numbers that are NaN or infinite{others}: "
+            f'load the weights again, or leave it out with exclude=["{layer}"].'
+        )
+
+
 def is_maskable(weight: Tensor) -> bool:
     """Whether a weight holds plain numbers: dense, floating-point, of at least 16 bits."""
     floating = weight.is_floating_point() and weight.dtype.itemsize > 1
@@ -134,11 +146,11 @@ def check_mask(name: str, mask: Any, shape: Sequence[int]) -> None:
         )
 
 
-def check_loss(loss: Any, source: str = "The closure") -> None:
-    """Refuse what is no loss: a tensor that holds one number."""
+def check_loss(loss: Any, source: str = "The loss is") -> None:
+    """Refuse what is no loss, a tensor that holds one number; the message begins with a source."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"{source} must return the loss, a tensor of one number; got {what}.")
+        raise TypeError(f"{source} {what}, but a loss is a tensor of one number.")
 
 
 def is_sparse(layout: Layout, weight: Tensor) -> bool:

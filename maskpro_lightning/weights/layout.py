@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -86,14 +87,14 @@ class Layout:
         """Number of ranks that the weight is split over; others hold copies of their parts."""
         return math.prod(group.size() for group in self.across)
 
-    @property
+    @cached_property
     def padded_size(self) -> tuple[int, ...]:
         """Shape of the part padded to whole groups."""
         size = list(self.size)
         size[self._axis] += self._before + self._after
         return tuple(size)
 
-    @property
+    @cached_property
     def cut(self) -> bool:
         """Whether this part cuts a group; other ranks' parts may."""
         return self._before + self._after > 0
@@ -251,20 +252,20 @@ class Layout:
             if copy is not tensor:
                 tensor.copy_(self.own(copy))
 
-    @property
+    @cached_property
     def _axis(self) -> int:
         return 0 if self.flat else self.input_dim
 
-    @property
+    @cached_property
     def _unit(self) -> int:
         """Length along ``_axis`` of what is not cut without cutting a group."""
         return self.pattern.m * (math.prod(self.shape[self.input_dim + 1 :]) if self.flat else 1)
 
-    @property
+    @cached_property
     def _before(self) -> int:
         return self.offset[self._axis] % self._unit if math.prod(self.size) else 0
 
-    @property
+    @cached_property
     def _after(self) -> int:
         end = self.offset[self._axis] + self.size[self._axis]
         return -end % self._unit if math.prod(self.size) else 0
