@@ -130,7 +130,8 @@ def test_a_fit_goes_on(tmp_path: Path) -> None:
         assert torch.equal(mask, expected["mode"].pop(name))
     for name, values in logits(callback).items():
         close(values, expected["logits"].pop(name))
-    assert not expected["mode"] and not expected["logits"]
+    assert not expected["mode"]
+    assert not expected["logits"]
 
 
 def close(found: torch.Tensor, saved: torch.Tensor) -> None:
