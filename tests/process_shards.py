@@ -511,6 +511,23 @@ def fit(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
             yield f"found for {name} from {init}", found.call_count
 
 
+def _finds_none_on_rank_one(weight: Tensor, hessian: Tensor, *args: Any) -> Any:
+    if dist.get_rank() == 1:
+        raise ValueError("no mask")
+    return initializers.magnitude(weight, *args), None
+
+
+def lost(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """What is said where one rank finds no initial mask."""
+    failing = mock.patch.object(initializers, "sparsegpt", _finds_none_on_rank_one)
+    for name in ("ddp", "fsdp1 sharded") if ranks == 2 else ():
+        try:
+            with failing:
+                fit_masks(name, ranks, folder / "lost", init="sparsegpt")
+        except (RuntimeError, ValueError) as error:
+            yield name, f"{type(error).__name__}: {error}"
+
+
 def resume(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
     """Goes on with what ``fit`` has saved on other numbers of ranks."""
     for name in FITS:
@@ -761,6 +778,7 @@ TASKS = {
     "resume": resume,
     "export": export,
     "learn": learn,
+    "lost": lost,
     "train": train,
 }
 
