@@ -267,7 +267,9 @@ class _BeforeFit(LightningCLI):
     """Builds what a recipe describes without memory for its weights."""
 
     def __init__(self) -> None:
-        sys.argv.append("--trainer.logger=false")  # a plan is no run
+        # A plan is no run, and planned for other devices than those that are here.
+        sys.argv += ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.devices=1"]
+        sys.argv += ["--trainer.strategy=auto", "--trainer.precision=32-true"]
         with torch.device("meta"):
             super().__init__(run=False, save_config_callback=None)
 
@@ -309,6 +311,7 @@ def _plan_of(cli: _BeforeFit, callback: MaskProCallback | SparseFinetuning) -> t
             pattern=callback.pattern,
             memory=callback.memory,
             logits_dtype=callback.logits_dtype,
+            teacher=callback.distillation is not None,
             **where,
         )
         return found, _COST[callback.estimator.name]
@@ -326,13 +329,20 @@ def _plan() -> None:
     found, cost = _plan_of(cli, masked_by(cli.trainer))
     parts = {**found.state, "largest unit, gathered": found.gathered}
     parts |= {} if found.activations is None else {"activations (estimate)": found.activations}
+    parts |= {"or workspace of the update (estimate)": found.workspace} if found.workspace else {}
     rows = Table(title=f"One of {cli.config['devices']} ranks, {cli.config['strategy']}")
     rows.add_column("what")
     rows.add_column("GB", justify="right")
-    for name, size in {**parts, "together": found.total}.items():
-        rows.add_row(name, _gigabytes(size), style="bold" if name == "together" else None)
+    for name, size in {**parts, "at the peak": found.total}.items():
+        rows.add_row(name, _gigabytes(size), style="bold" if name == "at the peak" else None)
     console = Console()
-    console.print(rows, "GB are 10^9 bytes.", cost, sep="\n")
+    told = [rows, "GB are 10^9 bytes.", cost]
+    if found.sent:
+        told.append(
+            f"In a step a rank sends {_gigabytes(found.sent)} GB of weights and gradients, and "
+            f"takes as many."
+        )
+    console.print(*told, sep="\n")
 
 
 def _compare() -> None:

@@ -46,7 +46,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.functional import mse_loss
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from maskpro_lightning import (
@@ -310,6 +311,31 @@ def core(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
         yield f"damaged {name}", _damaged(run.optimizer, saved)
 
 
+class Taken(TorchDispatchMode):
+    """Counts the bytes that a rank takes from others, of weights and of gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        sizes = [sum(tensor.nbytes for tensor in tree_leaves(arg)) for arg in args[:2]]
+        if func.namespace == "c10d" and "allreduce" not in func.__name__:
+            self.bytes += max(sizes) - min(sizes)
+        return func(*args, **(kwargs or {}))
+
+
+def traffic(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """What a step takes from others, of layers that all ranks can share evenly."""
+    for name in ("fsdp1", "fsdp2") if ranks > 1 else ():
+        for estimator in get_args(EstimatorName):
+            run = Run(name, ranks, estimator, partial(Chain, 16, 32, 8))
+            run.train(1)
+            with Taken() as taken:
+                run.train(1)
+            yield f"{name} {estimator}", taken.bytes
+
+
 def _damaged(optimizer: MaskPro, saved: dict[str, Any]) -> str:
     """What is said to masks of which a rank's part keeps everything."""
     for tensors in saved["state"].values():
@@ -509,6 +535,23 @@ def fit(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
                 told = fit_masks(name, ranks, folder / "start", init=init, calibration_batches=2)
             yield f"{name} from {init}", told["initial"]
             yield f"found for {name} from {init}", found.call_count
+
+
+def _finds_none_on_rank_one(weight: Tensor, hessian: Tensor, *args: Any) -> Any:
+    if dist.get_rank() == 1:
+        raise ValueError("no mask")
+    return initializers.magnitude(weight, *args), None
+
+
+def lost(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """What is said where one rank finds no initial mask."""
+    failing = mock.patch.object(initializers, "sparsegpt", _finds_none_on_rank_one)
+    for name in ("ddp", "fsdp1 sharded") if ranks == 2 else ():
+        try:
+            with failing:
+                fit_masks(name, ranks, folder / "lost", init="sparsegpt")
+        except (RuntimeError, ValueError) as error:
+            yield name, f"{type(error).__name__}: {error}"
 
 
 def resume(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
@@ -761,6 +804,8 @@ TASKS = {
     "resume": resume,
     "export": export,
     "learn": learn,
+    "lost": lost,
+    "traffic": traffic,
     "train": train,
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from maskpro_lightning.modules.language import ResumableLoader, TextData, pack
+from maskpro_lightning.modules.language import CausalLM, ResumableLoader, TextData, pack
 from maskpro_lightning.modules.python_docs import python_docs
 
 
@@ -39,6 +40,19 @@ def test_packing_reads_no_more_texts_than_it_needs(tokenizer: PreTrainedTokenize
     texts = iter(["a b"] * 10)
     assert pack(texts, tokenizer, length=3, count=2).shape == (2, 3)
     assert len(list(texts)) == 8
+
+
+def test_tensor_parallelism_is_refused_by_name() -> None:
+    with torch.device("meta"):
+        module = CausalLM("quickstart/model")
+    mesh = {"data_parallel": mock.Mock(), "tensor_parallel": mock.Mock(size=lambda: 2)}
+    with (
+        mock.patch.object(CausalLM, "device_mesh", mesh),
+        pytest.raises(
+            ValueError, match=r"^tensor_parallel_size is 2, but .* set tensor_parallel_size=1"
+        ),
+    ):
+        module.configure_model()
 
 
 def test_too_little_text_is_refused_with_the_number_it_gives(

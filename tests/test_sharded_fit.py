@@ -154,6 +154,14 @@ def test_a_sharded_fit_leaves_its_files(
     assert not (left / "distributions.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_all_ranks_end_where_one_finds_no_mask(tmp_path: Path) -> None:
+    first, second = run(tmp_path, "lost")["lost"][2]
+    for name in ("ddp", "fsdp1 sharded"):
+        assert second[name] == "ValueError: no mask"
+        assert first[name].startswith("RuntimeError: Another rank found no mask for 'model.")
+
+
 def weights_in(checkpoint: Path, folder: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint by name, read by those who do not know of masks."""
     file = checkpoint

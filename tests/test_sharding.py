@@ -134,6 +134,19 @@ def test_a_plan_tells_what_the_largest_rank_keeps(core: Told, ranks: int) -> Non
     assert mean <= found.state["weights"] <= mean + 4 * 8  # eight weights, each rounded up
 
 
+@pytest.mark.slow
+def test_a_plan_tells_what_a_step_takes_from_others(tmp_path: Path) -> None:
+    told = run(tmp_path, "traffic")["traffic"]
+    model = process_shards.Chain(16, 32, 8)
+    targets = find_targets(model, "2:4")
+    for ranks in (2, 4):
+        for name in ("fsdp1", "fsdp2"):
+            for estimator in ("policy", "straight_through"):
+                found = plan(model, targets, devices=ranks, strategy=name, estimator=estimator)
+                taken = [each[f"{name} {estimator}"] for each in told[ranks]]
+                assert taken == [found.sent] * ranks, (ranks, name, estimator)
+
+
 def test_a_step_of_the_policy_sends_nothing(core: Told) -> None:
     for ranks in RANKS:
         for told in core[ranks]:

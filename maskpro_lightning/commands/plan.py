@@ -20,10 +20,12 @@ from maskpro_lightning.optim.lessons import WAITING
 from maskpro_lightning.optim.masked_weight import MaskedWeight
 from maskpro_lightning.optim.states import LogitsDtype, Memory
 from maskpro_lightning.weights.layers import CONVOLUTIONS, TRANSPOSED
-from maskpro_lightning.weights.layout import Layout
+from maskpro_lightning.weights.layout import Layout, block_size
 from maskpro_lightning.weights.targets import Target
 
 Strategy = Literal["ddp", "fsdp1", "fsdp2"]
+# Bytes that an update takes on the way for each weight of a block, if it is not compiled.
+_TEMPORARIES = 48
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,23 @@ class Plan:
         activations: Estimate of the bytes of a step's activations; None if the rows of
             a batch are not known.
         forwards: Forward passes of a step, a backward pass counting as two.
+        workspace: Estimate of the bytes that the update of masks takes on the way, after the
+            passes.
+        sent: Bytes of weights and gradients that a rank sends in a step, and as many that it takes.
     """
 
     state: dict[str, int]
     gathered: int
     activations: int | None
     forwards: int
+    workspace: int = 0
+    sent: int = 0
 
     @property
     def total(self) -> int:
-        """Bytes of all."""
-        return sum(self.state.values()) + self.gathered + (self.activations or 0)
+        """Bytes at the peak, in the passes or in the update."""
+        passes = self.gathered + (self.activations or 0)
+        return sum(self.state.values()) + max(passes, self.workspace)
 
 
 def plan(
@@ -61,6 +69,8 @@ def plan(
     pattern: str | NMPattern = "2:4",
     memory: Memory = "plain",
     logits_dtype: LogitsDtype = "float32",
+    teacher: bool = False,
+    device: str = "cuda",
 ) -> Plan:
     """Add up what a fit keeps on the rank that keeps most.
 
@@ -75,6 +85,8 @@ def plan(
         pattern: As for the fit, like what follows.
         memory: "plain" or "lean".
         logits_dtype: "float32" or "bfloat16".
+        teacher: Whether each step asks the dense weights, too, for a distillation.
+        device: What it runs on, which decides how many groups are updated at once.
 
     Raises:
         ValueError: an unknown strategy, or less than one device.
@@ -87,8 +99,10 @@ def plan(
         state["gradients"] = _gradients(
             model, targets, shared, lambda p: share(p, devices) * p.element_size()
         )
+    pattern, parts = NMPattern.parse(pattern), []
     for target in targets:
-        layout = _part(target, NMPattern.parse(pattern), strategy, devices)
+        layout = _part(target, pattern, strategy, devices)
+        parts.append((math.prod(layout.padded_size), target.parameter.element_size()))
         weight = torch.empty(layout.padded_size, dtype=target.parameter.dtype, device="meta")
         mask = torch.empty(layout.padded_size, dtype=torch.bool, device="meta")
         logits = mask.to(getattr(torch, logits_dtype))
@@ -99,7 +113,11 @@ def plan(
             state[name] = state.get(name, 0) + value.numel() * value.element_size()
     forwards = {"policy": 2, "straight_through": 3}[estimator]
     seen = None if rows is None else _activations(model, rows, estimator)
-    return Plan(state, _gathered(model, strategy, devices), seen, forwards)
+    block = min(max(size for size, _ in parts), pattern.m * block_size(torch.device(device)))
+    copied = strategy == "fsdp1" and devices > 1  # a part that may be cut
+    workspace = _TEMPORARIES * block + copied * max(size * each for size, each in parts)
+    sent = _sent(model, strategy, devices, estimator, teacher)
+    return Plan(state, _gathered(model, strategy, devices), seen, forwards, workspace, sent)
 
 
 def plan_training(
@@ -166,6 +184,30 @@ def _weights(model: nn.Module, share: Callable[[Tensor, int], int], devices: int
 def _gathered(model: nn.Module, strategy: Strategy, devices: int) -> int:
     whole = max((_bytes(unit.parameters()) for unit in _units(model)), default=0)
     return 0 if strategy == "ddp" or devices == 1 else whole
+
+
+def _sent(
+    model: nn.Module,
+    strategy: Strategy,
+    devices: int,
+    estimator: EstimatorName,
+    teacher: bool,
+) -> int:
+    """Bytes that a rank sends in a step, where messages go round in a ring.
+
+    Each pass gathers each unit's weights, of which a rank sends its part to all others. What is in
+    no unit is kept between a forward and its backward pass. Gradients go the other way.
+    """
+    inside = sum(_bytes(unit.parameters()) for unit in _units(model))
+    outside = _bytes(model.parameters()) - inside
+    gradients = _bytes(p for p in model.parameters() if p.requires_grad)
+    learns = estimator == "straight_through"
+    if strategy == "ddp":
+        moved = 2 * gradients * learns
+    else:
+        forwards = (1 if learns else 2) + teacher
+        moved = forwards * (inside + outside) + (inside + gradients) * learns
+    return moved * (devices - 1) // devices
 
 
 def _kept_by(optimizers: Sequence[Optimizer], share: Callable[[Tensor], int]) -> int:

@@ -48,6 +48,14 @@ class CausalLM(pl.LightningModule):
     def configure_model(self) -> None:
         if self.device_mesh is None or isinstance(self.model, FSDPModule):
             return
+        tensor_parallel = self.device_mesh["tensor_parallel"].size()
+        if tensor_parallel > 1:
+            raise ValueError(
+                f"tensor_parallel_size is {tensor_parallel}, but CausalLM splits its model over "
+                f"data-parallel ranks alone (FSDP2): set tensor_parallel_size=1 and "
+                f"data_parallel_size to the number of devices; or parallelize the model in "
+                f"configure_model of a module of your own."
+            )
         mesh = self.device_mesh["data_parallel"]
         kinds = self.model._no_split_modules or ()
         for block in [part for part in self.model.modules() if type(part).__name__ in kinds]:
