@@ -14,9 +14,11 @@ _OUTSIDE = {
     "recipes.md": "recipes/README.md",
     "existing_training.py": "recipes/existing_training.py",
     "benchmarks.md": "benchmarks/README.md",
-    "results/quality.csv": "benchmarks/results/quality.csv",
-    "results/quality.png": "benchmarks/results/quality.png",
-    "results/overfitting.csv": "benchmarks/results/overfitting.csv",
+    **{
+        f"results/{path.name}": f"benchmarks/results/{path.name}"
+        for path in sorted((_ROOT / "benchmarks" / "results").iterdir())
+        if path.suffix in (".csv", ".png")
+    },
 }
 _LINKS = {
     "](../recipes/README.md": "](recipes.md",
