@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def on_files(files: Any, config: Any) -> Any:
     for place, path in _OUTSIDE.items():
         files.append(File.generated(config, place, abs_src_path=str(_ROOT / path)))
     return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Leave out the roles that docstrings give to names, which this site does not know."""
+    return re.sub(r":(?:attr|class|func|meth):(?=<code)", "", html)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
