@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ _OUTSIDE = {
     "recipes.md": "recipes/README.md",
     "existing_training.py": "recipes/existing_training.py",
     "benchmarks.md": "benchmarks/README.md",
-    "results/quality.csv": "benchmarks/results/quality.csv",
-    "results/quality.png": "benchmarks/results/quality.png",
-    "results/overfitting.csv": "benchmarks/results/overfitting.csv",
+    **{
+        f"results/{path.name}": f"benchmarks/results/{path.name}"
+        for path in sorted((_ROOT / "benchmarks" / "results").iterdir())
+        if path.suffix in (".csv", ".png")
+    },
 }
 _LINKS = {
     "](../recipes/README.md": "](recipes.md",
@@ -35,6 +38,11 @@ def on_files(files: Any, config: Any) -> Any:
     for place, path in _OUTSIDE.items():
         files.append(File.generated(config, place, abs_src_path=str(_ROOT / path)))
     return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Leave out the roles that docstrings give to names, which this site does not know."""
+    return re.sub(r":(?:attr|class|func|meth):(?=<code)", "", html)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

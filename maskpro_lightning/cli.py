@@ -220,13 +220,13 @@ class _AfterFit(_WithCheckpoint):
                 getattr(self.datamodule, name).save_pretrained(folder)
         return folder.absolute()
 
-    def publish(self, folder: Path, console: Console, results: str) -> None:
-        """Write the model card, and upload the folder if that was asked for."""
+    def publish(self, folder: Path, console: Console, run: Path | None, results: str) -> None:
+        """Write the model card of a run, and upload the folder if that was asked for."""
         name, base = self.config["push_to_hub"], self.model.hparams.get("model")
-        run = _run_of(self.config.get("ckpt_path"))
         method = parameters_of(run) if run is not None else {}
         source = getattr(self.datamodule, "hparams", {}).get("source")
-        words = ["maskpro", self.name, *sys.argv[1:]]
+        names = {str(path): recipe for recipe, path in recipes().items()}
+        words = ["maskpro", self.name, *(names.get(word, word) for word in sys.argv[1:])]
         card = Card(
             name or folder.name,
             str(self.masked.pattern),
@@ -357,7 +357,7 @@ def _compare() -> None:
     tracking.file(path)
     _show_comparison(cli, tracking, rows)
     console.print(table(rows, f"{cli.masked.pattern} masks of {cli.model.hparams.get('model')}"))
-    cli.publish(folder, console, markdown(_numbers(rows)))
+    cli.publish(folder, console, tracking.folder(), markdown(_numbers(rows)))
     cli.log_model(console)
     _tell_mlflow(cli, console)
 
@@ -438,7 +438,7 @@ def _export() -> None:
     run = _run_of(path)
     found = None if run is None else read_result(run)
     folder = cli.export(path if streams else None)
-    cli.publish(folder, console, "" if found is None else found.markdown())
+    cli.publish(folder, console, run, "" if found is None else found.markdown())
     cli.log_model(console)
 
 

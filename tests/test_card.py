@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def test_a_model_of_ones_own_disk_is_no_base_model_on_the_hub(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "small").mkdir(parents=True)
     assert "base_model" not in front_matter(FULL.text(["config.json"]))
+    of_a_recipe = dataclasses.replace(FULL, base_model="quickstart/model")
+    assert "base_model" not in front_matter(of_a_recipe.text(["config.json"]))
 
 
 def test_masks_alone_are_loaded_from_where_the_card_says(

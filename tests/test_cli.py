@@ -119,6 +119,9 @@ def test_compare_prints_one_row_for_each_mask_and_exports(
     assert all(f" {name} " in printed for name in rows)
     assert "mlflow ui" in printed
     assert is_sparse(tmp_path / "sparse-model")
+    card = (tmp_path / "sparse-model" / "README.md").read_text()
+    assert "\nmaskpro compare --config quickstart --model.model=" in card
+    assert "- init: sparsegpt\n" in card
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     assert (checkpoint.parents[1] / "maskpro" / "result.json").exists(), "not in the run's folder"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from rules import mask_callback
 from torch import Tensor, nn
 
 from maskpro_lightning import Distillation
-from maskpro_lightning.fit.distillation import Teacher
+from maskpro_lightning.fit.distillation import DenseTeacher, Teacher
 from maskpro_lightning.optim.estimators import EstimatorName
 
 
@@ -104,6 +105,54 @@ def test_a_part_that_is_not_called_is_refused_by_name() -> None:
     message = "'0', which is to be distilled, 0 times under a mask and 1 times dense"
     with pytest.raises(RuntimeError, match=message), teacher.asking():
         pass
+
+
+def test_a_part_that_is_called_less_often_under_a_mask_is_refused() -> None:
+    module = nn.Sequential(nn.Linear(4, 4))
+    teacher = Teacher(Distillation("0"), module)
+    with teacher.teaching():
+        module(random(2, 4))
+        module(random(2, 4))
+    message = "1 times under a mask and 2 times dense"
+    with pytest.raises(RuntimeError, match=message), teacher.asking():
+        module(random(2, 4))
+
+
+def test_a_dense_teacher_neither_learns_nor_drops_out() -> None:
+    def part() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+
+    module, dense, inputs = nn.ModuleDict({"part": part()}).eval(), part().train(), random(4, 8)
+    with torch.no_grad():
+        module["part"][0].weight.mul_(0.5)
+    target = dense[0](inputs).detach()
+    inputs.requires_grad_()  # as where other layers come before
+    expected = (module["part"](inputs) - target).square().mean() / target.square().mean()
+    (slope,) = torch.autograd.grad(expected, inputs)
+    teacher = DenseTeacher(Distillation("part", "mse"), module, dense)
+    for _ in range(2):
+        with teacher.asking() as found:
+            module["part"](inputs)
+        assert found[0] == expected
+        torch.testing.assert_close(torch.autograd.grad(found[0], inputs)[0], slope)
+    assert not any(p.requires_grad for p in dense.parameters())
+
+
+@pytest.mark.parametrize("kind", [Teacher, DenseTeacher])
+def test_a_step_that_fails_leaves_no_hook(kind: Any) -> None:
+    module = nn.Sequential(nn.Linear(4, 4))
+    own = (copy.deepcopy(module[0]),) if kind is DenseTeacher else ()
+    teacher = kind(Distillation("0"), module, *own)
+
+    def ask() -> None:
+        with teacher.asking():
+            assert module[0]._forward_hooks
+            raise OSError("lost")
+
+    with pytest.raises(OSError, match="lost"):
+        ask()
+    assert not module[0]._forward_hooks
 
 
 def test_an_output_of_another_kind_is_refused() -> None:

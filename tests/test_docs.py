@@ -34,8 +34,10 @@ def commands() -> set[str]:
 def test_pages_are_listed_and_found() -> None:
     index = PAGES["README.md"].read_text()
     assert len(WITH_CODE) == 9
+    navigation = (ROOT / "mkdocs.yml").read_text()
     for name in PAGES.keys() - {"README.md", "recipes"}:
         assert f"]({name})" in index, name
+        assert re.search(rf"^ +- (?:\w+: )?{name}$", navigation, re.MULTILINE), name
 
 
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0", "ignore:.*already configured with model")

@@ -62,12 +62,14 @@ def test_warnings_are_heard_where_others_have_silenced_everybody(
         root.setLevel(levels[1])
 
 
+@pytest.mark.parametrize("finetunes", [False, True])
 def test_an_epoch_is_not_counted_towards_minus_two(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finetunes: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    callback = SparseFinetuning(init="magnitude") if finetunes else mask_callback(lr=FAST)
     bar = RichProgressBar()
     settings = {"max_steps": 2, "enable_progress_bar": True}
-    trainer = quiet_trainer(tmp_path, mask_callback(lr=FAST), bar, **settings)
+    trainer = quiet_trainer(tmp_path, callback, bar, **settings)
     trainer.fit(Net(), loader())
     shown = capsys.readouterr().out
     assert "Epoch 0" in shown

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from maskpro_lightning.catalog import resolve
 from maskpro_lightning.files.whole import write_text
 
 CARD = "README.md"
@@ -79,7 +80,8 @@ class Card:
         tags = json.dumps(["sparsity", self.pattern, "maskpro"])
         lines = ["---", f"tags: {tags}"]
         lines += ["library_name: transformers"] if "config.json" in files else []
-        on_hub = self.base_model.count("/") == 1 and not Path(self.base_model).exists()
+        # A path, or one inside the recipes, is a name that others cannot load.
+        on_hub = self.base_model.count("/") == 1 and not Path(resolve(self.base_model)).exists()
         lines += [f"base_model: {self.base_model}"] if on_hub else []
         return "\n".join([*lines, "---"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +17,7 @@ from maskpro_lightning.fit import start, strategies
 from maskpro_lightning.fit.callback import MaskProCallback
 from maskpro_lightning.fit.distillation import Dense, DenseTeacher, Distillation, dense_part
 from maskpro_lightning.fit.patches import Patches
-from maskpro_lightning.fit.quiet import be_heard
+from maskpro_lightning.fit.quiet import be_heard, quiet
 from maskpro_lightning.fit.traceless import traceless
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.adapters import adapted_layers
@@ -95,6 +96,7 @@ class SparseFinetuning(pl.Callback):
         self._resumed: dict[str, Tensor] | None = None
         self._failed = False
         self._patches = Patches()
+        self._quiet = ExitStack()
 
     # Entering and leaving the fit
 
@@ -112,6 +114,7 @@ class SparseFinetuning(pl.Callback):
         self._save_inside = put(strategy, "save_checkpoint", self._save_checkpoint)
         # Lightning's last call on the way out, after a fit that failed as well.
         self._teardown_inside = put(strategy, "teardown", self._leave)
+        self._quiet.enter_context(quiet(trainer))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -175,6 +178,7 @@ class SparseFinetuning(pl.Callback):
                 self._verify(self.sparse, "The fit ended")
         finally:
             self._patches.undo()
+            self._quiet.close()
             if self.sparse is not None:
                 self.sparse.release()
             # All that leads to the trainer, so that the callback can be copied and pickled.

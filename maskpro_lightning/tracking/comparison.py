@@ -15,7 +15,7 @@ def log_comparison(
 ) -> None:
     """Log rows so that they can be sorted and drawn: metrics ``compare/…`` of each mask's run.
 
-    The run above all has them side by side, as ``METRIC/MASK``.
+    The run above all has those of the learned mask, to sort comparisons by, and the table.
 
     Args:
         logger: An MLFlowLogger, whose run is that of the learned mask.
@@ -44,7 +44,8 @@ def log_comparison(
             _log_data(client, run, inputs)
         for key, value in numbers.items():
             client.log_metric(run, f"{_PREFIX}/{key}", value)
-            client.log_metric(parent, f"{key}/{mask}", value)
+            if mask == learned:
+                client.log_metric(parent, f"{_PREFIX}/{key}", value)
         if mask != learned:
             client.set_terminated(run)
     client.set_terminated(parent)
