@@ -88,7 +88,7 @@ def run(bench: methods.Workbench, row: str, forwards: int) -> tuple[float, float
         learner = methods.MaskProLearner(bench, masks, steps, estimator)
         if change.get("one_size", False):
             for weight, logits in learner.optimizer.logits().items():
-                logits.copy_(masks[weight] * estimator.logit_scale)
+                logits.copy_(masks[weight] * scale)
         order: list[int] = []
         for _ in tqdm(range(steps), row, leave=False, mininterval=1):
             order = order or bench.epoch()

@@ -20,6 +20,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, WeightAveraging
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import distributed, nn
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel
 PACKAGE = Path(__file__).parent.parent / "maskpro_lightning"
 #: Names that are only compared with, such as those of operations or in parameters' names.
 SPELLED = {
+    "_MultiProcessingLauncher",
     "_T",
     "_checkpoint_wrapped_module",
     "_fsdp_wrapped_module",
@@ -39,8 +41,12 @@ SPELLED = {
     "_orig_mod",
     "_sequences",
 }
-#: What DistributedDataParallel looks for on others' objects.
-LOOKED_FOR = {"_ddp_ignored", "_ddp_params_and_buffers_to_ignore"}
+#: What PyTorch looks for on others' objects, and where.
+LOOKED_FOR = {
+    "_ddp_ignored": nn.parallel.distributed,
+    "_ddp_params_and_buffers_to_ignore": nn.parallel.distributed,
+    "_wrapped_by_lr_sched": torch.optim.lr_scheduler,
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,7 @@ def owners() -> Iterator[dict[str, Any]]:
         "bar": RichProgressBar(),
         "ModelCheckpoint": ModelCheckpoint(),
         "WeightAveraging": WeightAveraging(),
+        "LightningOptimizer": LightningOptimizer(torch.optim.SGD(conv.parameters())),
         "DDPStrategy": DDPStrategy(),
         "FSDPStrategy": FSDPStrategy(),
         "ModelParallelStrategy": ModelParallelStrategy(),
@@ -134,6 +141,10 @@ TABLE = {
     "_fabric": "LightningModule",
     "_first_loop_iter": "its connector",
     "_get_train_description": "bar",
+    "_lightning_optimizers": "DDPStrategy",
+    "_on_after_step": "LightningOptimizer",
+    "_on_before_step": "LightningOptimizer",
+    "_to_lightning_optimizer": "LightningOptimizer",
     "_last_global_step_saved": "ModelCheckpoint",
     "_logger_connector": "trainer",
     "_monitor_candidates": "ModelCheckpoint",
@@ -170,8 +181,8 @@ def test_one_of_two_names_is_there(owners: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(LOOKED_FOR))
-def test_ddp_still_looks_for_a_name(name: str) -> None:
-    assert name in inspect.getsource(nn.parallel.distributed)
+def test_a_name_is_still_looked_for(name: str) -> None:
+    assert name in inspect.getsource(LOOKED_FOR[name])
 
 
 def test_no_other_private_name_is_used() -> None:
@@ -182,7 +193,7 @@ def test_no_other_private_name_is_used() -> None:
             own |= _defined(node)
             for name in _mentioned(node):
                 used[name] = path.name
-    listed = TABLE.keys() | EITHER | SPELLED | LOOKED_FOR
+    listed = TABLE.keys() | EITHER | SPELLED | LOOKED_FOR.keys()
     foreign = used.keys() - (own - listed)
     told = {f"{name} in {used[name]}" for name in foreign - listed - _operations()}
     assert not told, "put these into the table, with an object that has them"

@@ -20,8 +20,8 @@ from maskpro_lightning.weights.admission import LARGEST, check_rule
 
 EstimatorName = Literal["straight_through", "policy"]
 
-# Typical gap of the logits that a Llama of 35 weights learns best from; what it grows by where there
-# are e times as many, since SmolLM2, of 210, learns best from 20 to 32; and the largest.
+# Typical gap of the logits that a Llama of 35 weights learns best from; what it grows by where
+# there are e times as many, since SmolLM2, of 210, learns best from 20 to 32; and the largest.
 _GAP, _GAP_GROWTH, _FEW, _LARGEST_GAP = 3.0, 13.0, 35, 30.0
 # Step sizes that both bear, in units of that gap; larger ones are for no model.
 _STEP, _MOST = 0.5, 2 / 15
