@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
@@ -32,7 +32,7 @@ from maskpro_lightning.commands.compare import (
     write_csv,
 )
 from maskpro_lightning.commands.options import HELP
-from maskpro_lightning.commands.plan import Plan, Strategy, plan, plan_training
+from maskpro_lightning.commands.plan import Plan, Strategy, hours, plan, plan_training
 from maskpro_lightning.files.card import Card, push, write_card
 from maskpro_lightning.files.checkpoint import loader_of
 from maskpro_lightning.files.distributed import is_distributed
@@ -277,6 +277,7 @@ class _BeforeFit(LightningCLI):
         told = HELP["plan"]
         parser.add_argument("--devices", type=int, default=1, help=told["devices"])
         parser.add_argument("--strategy", type=Strategy, default="fsdp2", help=told["strategy"])
+        parser.add_argument("--tflops", type=PositiveFloat, default=400.0, help=told["tflops"])
 
 
 _COST = {
@@ -293,15 +294,14 @@ def _gigabytes(size: int) -> str:
 
 def _plan_of(cli: _BeforeFit, callback: MaskProCallback | SparseFinetuning) -> tuple[Plan, str]:
     """What a fit needs, and what its steps cost, in words."""
-    model, data = cli.model, cli.datamodule
-    shape = [data.hparams.get(name) if data else None for name in ("batch_size", "length")]
+    model = cli.model
     targets = find_targets(
         model, callback.pattern, callback.include, callback.exclude, on_meta=True
     )
     where = {
         "devices": cli.config["devices"],
         "strategy": cli.config["strategy"],
-        "rows": None if None in shape else math.prod(size or 0 for size in shape),
+        "rows": _rows(cli),
     }
     if isinstance(callback, MaskProCallback):
         found = plan(
@@ -314,7 +314,8 @@ def _plan_of(cli: _BeforeFit, callback: MaskProCallback | SparseFinetuning) -> t
             teacher=callback.distillation is not None,
             **where,
         )
-        return found, _COST[callback.estimator.name]
+        more = "" if callback.distillation is None else " Distillation costs one more."
+        return found, _COST[callback.estimator.name] + more
     model.trainer = cli.trainer  # rates may follow from the length of its fit
     leaves = tree_leaves(model.configure_optimizers())
     part = None if callback.distillation is None else callback.distillation.part_of(model)
@@ -327,6 +328,7 @@ def _plan_of(cli: _BeforeFit, callback: MaskProCallback | SparseFinetuning) -> t
 def _plan() -> None:
     cli = _BeforeFit()
     found, cost = _plan_of(cli, masked_by(cli.trainer))
+    rows_seen, steps, tflops = _rows(cli), cli.trainer.max_steps, cli.config["tflops"]
     parts = {**found.state, "largest unit, gathered": found.gathered}
     parts |= {} if found.activations is None else {"activations (estimate)": found.activations}
     parts |= {"or workspace of the update (estimate)": found.workspace} if found.workspace else {}
@@ -342,7 +344,20 @@ def _plan() -> None:
             f"In a step a rank sends {_gigabytes(found.sent)} GB of weights and gradients, and "
             f"takes as many."
         )
+    if rows_seen is not None and steps > 0:
+        time = hours(cli.model, rows_seen, found.forwards, steps, tflops)
+        told.append(
+            f"The {steps} steps take about {time:.2g} hours at {tflops:g} TFLOP/s a device "
+            f"(--tflops), initial mask and validations aside."
+        )
     console.print(*told, sep="\n")
+
+
+def _rows(cli: _BeforeFit) -> int | None:
+    """The vectors that a layer sees in a step of one rank, if the data says."""
+    data = cli.datamodule
+    shape = [data.hparams.get(name) if data else None for name in ("batch_size", "length")]
+    return None if None in shape else math.prod(size or 0 for size in shape)
 
 
 def _compare() -> None:

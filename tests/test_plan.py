@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from maskpro_lightning import find_targets, parameter_groups
 from maskpro_lightning.cli import main
 from maskpro_lightning.commands import plan as commands_plan
-from maskpro_lightning.commands.plan import Plan, Strategy, plan, plan_training
+from maskpro_lightning.commands.plan import Plan, Strategy, hours, plan, plan_training
 from maskpro_lightning.optim.estimators import EstimatorName
 
 
@@ -204,6 +204,16 @@ def test_the_teacher_of_a_training_passes_forward() -> None:
     assert taught.activations == alone.activations + forward.activations
 
 
+def test_time_is_that_of_the_weights_that_multiply() -> None:
+    model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 16), nn.LayerNorm(16))
+    found = hours(model, rows=10, forwards=3, steps=7, tflops=1e-9)
+    assert found * 3600 == pytest.approx(2 * 8 * 16 * 10 * 3 * 7 / 1e3)
+    head = nn.Linear(8, 100)
+    head.weight = model[0].weight
+    tied = nn.Sequential(*model, head)
+    assert hours(tied, 10, 3, 7, 1e-9) / found == pytest.approx(1 + 100 / 16)
+
+
 def test_a_model_with_memory_is_not_planned_by_a_step_of_its_optimizer() -> None:
     model = nn.Linear(8, 8)
     with pytest.raises(ValueError, match="make it under torch"):
@@ -222,6 +232,10 @@ def test_the_command_plans_a_recipe_without_its_weights(
     assert "One of 8 ranks, fsdp2" in told
     assert re.search(r"dense\s+│\s+0\.000492", told)
     assert "A step costs 3 forward passes of a batch" in told
+    assert "Distillation costs one more." in told
+    # 2 operations of the 1,114,112 weights that multiply, 16 x 128 tokens, 4 passes, 200 steps.
+    seconds = 2 * 1_114_112 * 16 * 128 * 4 * 200 / 400e12
+    assert f"The 200 steps take about {seconds / 3600:.2g} hours at 400 TFLOP/s" in told
     assert not list(tmp_path.iterdir())
     main(["plan", "--config", "quickstart_finetune", "--model.model", "quickstart/model"])
     told = capsys.readouterr().out

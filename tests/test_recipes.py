@@ -54,6 +54,7 @@ LAYERS = {"llama": 7, "olmo2": 7, "qwen3": 7, "bert": 6, "vit": 6}
 MODELS = {
     "quickstart": "llama",
     "llama2_7b_c4": "llama",
+    "smollm2_135m": "llama",
     "olmo2_1b": "olmo2",
     "qwen3_8b": "qwen3",
     "qwen3_8b_fsdp": "qwen3",

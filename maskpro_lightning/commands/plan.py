@@ -111,7 +111,7 @@ def plan(
         kept.pop("redrawn")  # a number for each of many groups
         for name, value in kept.items():
             state[name] = state.get(name, 0) + value.numel() * value.element_size()
-    forwards = {"policy": 2, "straight_through": 3}[estimator]
+    forwards = {"policy": 2, "straight_through": 3}[estimator] + teacher
     seen = None if rows is None else _activations(model, rows, estimator)
     block = min(max(size for size, _ in parts), pattern.m * block_size(torch.device(device)))
     copied = strategy == "fsdp1" and devices > 1  # a part that may be cut
@@ -161,6 +161,29 @@ def plan_training(
         seen = None if rows is None else (seen or 0) + _activations(teacher, rows, "policy")
     forwards = 3 if teacher is None else 4
     return Plan(state, _gathered(model, strategy, devices), seen, forwards)
+
+
+def hours(model: nn.Module, rows: int, forwards: int, steps: int, tflops: float) -> float:
+    """Estimate how long the passes of a fit take.
+
+    A weight that multiplies costs a multiplication and an addition for each row; attention itself,
+    which grows with the square of the length, and the update of masks come on top.
+
+    Args:
+        model: The model, unsharded.
+        rows: Vectors that a layer sees in a step of one rank.
+        forwards: Forward passes of a step.
+        steps: Steps of the fit.
+        tflops: What a device does of these in a second, in units of 10^12.
+    """
+    weights = {
+        parameter: parameter.numel()
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() > 1
+    }
+    return 2 * sum(weights.values()) * rows * forwards * steps / (tflops * 1e12) / 3600
 
 
 def _refuse_unknown(strategy: str, devices: int) -> None:
