@@ -230,9 +230,9 @@ def segmentation_models_pytorch() -> tuple[str, Fit]:
 
 
 def torchvision() -> tuple[str, Fit]:
-    from torchvision.models import squeezenet1_1
+    from torchvision.models import shufflenet_v2_x0_5
 
-    module = Pixels(squeezenet1_1(num_classes=3, dropout=0), nn.CrossEntropyLoss())
+    module = Pixels(shufflenet_v2_x0_5(num_classes=3), nn.CrossEntropyLoss())
     return "val_loss", lambda callbacks, steps: pl.Trainer(
         max_steps=steps, callbacks=callbacks, **QUIET
     ).fit(module, *images(of_pixels=False))
