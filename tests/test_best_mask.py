@@ -195,6 +195,21 @@ def test_the_run_keeps_what_dense_weights_and_initial_mask_reached(tmp_path: Pat
     assert {"dense -1", "initial 4"} <= {text.get_text() for text in figure.axes[0].texts}
 
 
+class Staged(Net):
+    """Names its metrics after the trainer's stage, as pytorch-forecasting does."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        stage = "sanity_check" if self.trainer.sanity_checking else "val"
+        self.log(f"{stage}_loss", self.loss(batch))
+
+
+def test_a_sanity_check_with_names_of_its_own_tells_nothing(tmp_path: Path) -> None:
+    callback = mask_callback(lr=FAST)
+    fit(Staged(), callback, folder=tmp_path, max_epochs=1, num_sanity_val_steps=1)
+    assert callback.result is not None
+    assert callback.result.initial is not None
+
+
 def test_a_checkpoint_holds_what_would_be_deployed_and_the_fit_goes_on(tmp_path: Path) -> None:
     _, callback, masks = told_fit(tmp_path, 4.0, 1.0, 2.0, 3.0)
     (path,) = tmp_path.rglob("*.ckpt")

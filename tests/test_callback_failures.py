@@ -28,6 +28,7 @@ from rules import mask_callback
 from torch import Tensor
 
 from maskpro_lightning import MaskProCallback
+from maskpro_lightning.optim.masked_weight import MaskedWeight, Version
 
 # Those before the first step, and the others.
 EARLY_HOOKS = ["setup", "on_fit_start", "on_train_start"]
@@ -104,6 +105,24 @@ def failed_fit(
 
 
 # --- failures -----------------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_on_the_way_out_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, failed = MaskedWeight.write, []
+
+    def without_memory(weight: MaskedWeight, version: Version) -> None:
+        if version == "dense" and not failed:
+            failed.append(weight.name)
+            raise MemoryError
+        write(weight, version)
+
+    monkeypatch.setattr(MaskedWeight, "write", without_memory)
+    module = Fails("training_step", RuntimeError("boom"))
+    failed_fit(tmp_path, module, mask_callback(lr=FAST), raises=RuntimeError)
+    assert failed
+    assert same_weights(module, Net())
 
 
 @pytest.mark.parametrize("step", ["training_step", "validation_step"])

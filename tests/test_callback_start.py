@@ -121,6 +121,17 @@ def test_what_can_be_read_once_is_calibrated_on_and_then_trained_on(
     assert not equal(learned(callback, "initial"), magnitude())
 
 
+class Unnumbered(Net):
+    def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize("init", ["wanda", "reconstruction"])
+def test_a_step_that_takes_no_number_is_calibrated_on(init: str, tmp_path: Path) -> None:
+    found = started(tmp_path, Unnumbered(), init=init)
+    assert equal(found, started(tmp_path, init=init))
+
+
 def kept_loader(batches: list[Any]) -> Any:
     return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any, get_args
@@ -325,7 +325,8 @@ class MaskProCallback(pl.Callback):
         # A checkpoint on exception is written after this, and holds a mask as always.
         self._failed = True
         if self._fitting and self.optimizer is not None:
-            self.optimizer.write("dense")
+            with suppress(Exception):  # else Lightning would leave it at that; we leave twice
+                self.optimizer.write("dense")
 
     def _deploy(self) -> None:
         """Leave the module with the mask to deploy, and the buffers that belong to it."""

@@ -115,7 +115,7 @@ def initial_masks(
     trainer: Any,
     first: Any,
     batches: int,
-    run: Callable[[Any, int], None],
+    run: Callable[..., None],
     whole: Callable[[Tensor], Tensor],
 ) -> Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]:
     """Find the masks that a fit starts from.
@@ -128,7 +128,7 @@ def initial_masks(
         trainer: The trainer, within its fit.
         first: The batch that training is about to begin with.
         batches: Number of training batches to calibrate on.
-        run: Runs a training step on a batch of a number, without a trace.
+        run: Runs a training step with what Lightning would give it, without a trace.
         whole: Gathers a weight of which each rank has a part.
     """
     if isinstance(init, Mapping):
@@ -141,7 +141,7 @@ def initial_masks(
     def calls() -> Iterator[Callable[[], None]]:
         title = f"Calibrating {init}"
         for number, batch in enumerate(_batches(trainer, first, batches, title)):
-            yield partial(run, batch, number)
+            yield partial(run, *arguments(trainer.lightning_module, batch, number))
 
     masks = calibration.initial_masks(
         init,
