@@ -200,7 +200,7 @@ class Pixels(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
-def images(of_pixels: bool) -> list[DataLoader[Any]]:
+def images(of_pixels: bool) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Coloured discs on noise; the target is the disc, or its colour."""
     generator = torch.Generator().manual_seed(0)
     pictures = torch.rand(96, 3, 32, 32, generator=generator)
@@ -211,10 +211,11 @@ def images(of_pixels: bool) -> list[DataLoader[Any]]:
     for picture, disc, colour in zip(pictures, discs, colours, strict=True):
         picture[colour][disc] += 1
     targets = discs[:, None].float() if of_pixels else colours
-    return [
+    training, validation = (
         DataLoader(TensorDataset(pictures[part], targets[part]), batch_size=16)
         for part in (slice(0, 64), slice(64, None))
-    ]
+    )
+    return training, validation
 
 
 def segmentation_models_pytorch() -> tuple[str, Fit]:
