@@ -231,3 +231,18 @@ def test_a_start_is_timed_by_the_checkout_that_is_asked_for_and_a_failure_is_no_
     _, name, here, there, _ = (cell.strip() for cell in line.split("|"))
     assert (name, there) == ("help", "fails")
     assert 0 < float(here) < 60
+
+
+@pytest.mark.usefixtures("quality")
+def test_each_gap_learns_anew_from_the_same_mask(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gaps
+
+    command = ["--model", "vision", "--steps", "3", "--output", str(tmp_path)]
+    gaps.main([*command, "--gaps", "1", "1000"])
+    lines = capsys.readouterr().out.splitlines()
+    starts, ends = ([float(x.split()[-1]) for x in lines if key in x] for key in ("from", "other"))
+    assert starts[0] == starts[1]
+    assert ends[0] != ends[1]
+    assert len([line for line in lines if "drawn" in line]) == 2 * 3  # one a step
