@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -246,3 +247,26 @@ def test_each_gap_learns_anew_from_the_same_mask(
     assert starts[0] == starts[1]
     assert ends[0] != ends[1]
     assert len([line for line in lines if "drawn" in line]) == 2 * 3  # one a step
+
+
+@pytest.mark.usefixtures("quality")
+def test_memory_is_drawn_from_runs_and_from_plans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import memory
+
+    monkeypatch.setattr(memory, "SIZES", {"tiny": (64, 128, 2, 4, 2)})
+    shutil.copy(FOLDER / "results" / "quality.csv", tmp_path)
+    memory.main(["--output", str(tmp_path)])
+    with (tmp_path / "memory.csv").open(newline="") as file:
+        rows = {(r["model"], r["way"]): r for r in csv.DictReader(file)}
+    size = {way: 1e9 * float(rows["tiny", way]["gb"]) for way in memory.WAYS}
+    weights = int(rows["tiny", "ours"]["weights"])
+    assert weights == 2 * 64 * (64 + 2 * 32 + 64 + 3 * 128)
+    gradient = 2 * 64 * 128  # of one weight
+    # Dense copy, logits and masks; the pruned half alone, and logits of half the size; 6 masks.
+    assert size[memory.WAYS[0]] == pytest.approx(6.25 * weights + gradient)
+    assert size[memory.WAYS[1]] == pytest.approx(3.25 * weights + gradient)
+    assert size[memory.WAYS[2]] == pytest.approx(28 * weights)
+    assert float(rows["llama", "ours"]["gb"]) < float(rows["llama", memory.WAYS[2]]["gb"]) / 3
+    assert (tmp_path / "memory.png").exists()
