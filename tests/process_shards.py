@@ -319,8 +319,8 @@ class Taken(TorchDispatchMode):
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        sizes = [sum(tensor.nbytes for tensor in tree_leaves(arg)) for arg in args[:2]]
         if func.namespace == "c10d" and "allreduce" not in func.__name__:
+            sizes = [sum(tensor.nbytes for tensor in tree_leaves(arg)) for arg in args[:2]]
             self.bytes += max(sizes) - min(sizes)
         return func(*args, **(kwargs or {}))
 

@@ -63,7 +63,7 @@ def test_gradients_cost_gradients_and_activations() -> None:
     softmax = 10 * 48 * 4
     assert gradients.activations == 3 * policy.activations + softmax
     passes = policy.gathered + policy.activations
-    assert policy.workspace == 48 * 64 * 48 // 4 > passes
+    assert policy.workspace == 48 * 3 * 64 * 48 // 4 > passes
     assert policy.total == sum(policy.state.values()) + policy.workspace
     many = planned(4, rows=1000)
     assert many.total == sum(many.state.values()) + many.gathered + (many.activations or 0)

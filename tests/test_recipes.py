@@ -59,6 +59,7 @@ MODELS = {
     "qwen3_8b": "qwen3",
     "qwen3_8b_fsdp": "qwen3",
     "qwen3_8b_fsdp2": "qwen3",
+    "llama3_70b_fsdp2": "llama",
     "minilm": "bert",
     "vit_cifar10": "vit",
 }
@@ -72,7 +73,7 @@ C4 = {
     "train": "en/c4-train.00000-of-01024.json.gz",
     "validation": "en/c4-validation.00000-of-00008.json.gz",
 }
-SHARDED = ("qwen3_8b_fsdp", "qwen3_8b_fsdp2")
+SHARDED = ("qwen3_8b_fsdp", "qwen3_8b_fsdp2", "llama3_70b_fsdp2")
 
 
 def model(kind: str) -> PreTrainedModel:
@@ -184,7 +185,7 @@ def assert_learned(name: str, runs: Path) -> None:
 
 def test_all_recipes_are_known_and_described() -> None:
     found = [path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml")]
-    assert len(found) == 11
+    assert len(found) == 12
     assert (
         sorted(found)
         == sorted(f"{name}.yaml" for name in recipes())
@@ -241,13 +242,36 @@ def test_a_recipe_is_planned_without_its_weights(
     assert f" {weights / 1e9:.3g} " in told
 
 
+@pytest.mark.parametrize(
+    ("devices", "more", "gigabytes"), [(8, [], 81.8), (8, ["bfloat16"], 64.7), (64, [], 26.4)]
+)
+def test_70_billion_weights_are_planned_from_their_published_sizes(
+    devices: int,
+    more: list[str],
+    gigabytes: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8}
+    LlamaConfig(**sizes, **heads, vocab_size=128256, dtype="bfloat16").save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["maskpro"])
+    chosen = ["--config=llama3_70b_fsdp2", f"--model.model={tmp_path}", f"--devices={devices}"]
+    chosen += [f"--trainer.callbacks.logits_dtype={dtype}" for dtype in more]
+    main(["plan", *chosen, "--data.tokenizer=quickstart/model"])
+    told = capsys.readouterr().out
+    assert f" {gigabytes} " in told
+    assert f"a rank sends {490 if devices == 8 else 551} GB of weights and gradients" in told
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_sharded_recipe_runs_on_two_ranks(name: str, hub: Path, runs: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("process_recipe.py")), "fit"]
     ranks = ["--trainer.devices=2"]
-    if name == "qwen3_8b_fsdp2":
-        ranks.append("--trainer.strategy.data_parallel_size=2")
+    if name.endswith("fsdp2"):
+        ranks += ["--trainer.strategy.data_parallel_size=2", "--trainer.num_nodes=1"]
     done = subprocess.run(
         [*command, *options(name, hub), *ranks],
         cwd=runs,

@@ -61,7 +61,7 @@ def test_steps_made_as_one_are_what_each_makes_alone(
 ) -> None:
     alone = {}
     with monkeypatch.context() as patched:
-        patched.setattr(together, "_SMALL", 0)
+        patched.setattr(together, "SMALL", 0)
         patched.setattr(lessons, "_SMALL", 0)
         alone = learned(rule)
     monkeypatch.setattr(together, "block_size", lambda _: block)

@@ -19,6 +19,7 @@ from maskpro_lightning.optim.estimators import EstimatorName
 from maskpro_lightning.optim.lessons import WAITING
 from maskpro_lightning.optim.masked_weight import MaskedWeight
 from maskpro_lightning.optim.states import LogitsDtype, Memory
+from maskpro_lightning.optim.together import SMALL
 from maskpro_lightning.weights.layers import CONVOLUTIONS, TRANSPOSED
 from maskpro_lightning.weights.layout import Layout, block_size
 from maskpro_lightning.weights.targets import Target
@@ -113,7 +114,9 @@ def plan(
             state[name] = state.get(name, 0) + value.numel() * value.element_size()
     forwards = {"policy": 2, "straight_through": 3}[estimator] + teacher
     seen = None if rows is None else _activations(model, rows, estimator)
-    block = min(max(size for size, _ in parts), pattern.m * block_size(torch.device(device)))
+    small = sum(size for size, _ in parts if size < pattern.m * SMALL)  # done as one
+    largest = max(small, *(size for size, _ in parts))
+    block = min(largest, pattern.m * block_size(torch.device(device)))
     copied = strategy == "fsdp1" and devices > 1  # a part that may be cut
     workspace = _TEMPORARIES * block + copied * max(size * each for size, each in parts)
     sent = _sent(model, strategy, devices, estimator, teacher)

@@ -18,8 +18,8 @@ from maskpro_lightning.optim.fusion import Fusion
 from maskpro_lightning.optim.transition import transition
 from maskpro_lightning.weights.layout import block_size
 
-# Groups below which copying a block, twice, takes less time than starting its step.
-_SMALL = 2**14
+#: Groups below which copying a block, twice, takes less time than starting its step.
+SMALL = 2**14
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Together:
     def add(self, block: Block, *, now: bool = False) -> None:
         """Make a step, or put it off until there are more of its kind unless it has to be made."""
         size = block.groups.numel()
-        if now or size >= _SMALL:
+        if now or size >= SMALL:
             self._make([block])
             return
         kind = block.kind
