@@ -81,7 +81,7 @@ ROWS: dict[str, Callable[[Any], Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=int, nargs="*", default=[1000, 10_000])
+    parser.add_argument("--weights", type=int, nargs="*", default=[1000])
     parser.add_argument("--side", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
