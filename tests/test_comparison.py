@@ -39,6 +39,8 @@ def test_each_mask_is_a_run_below_one_and_the_learned_ones_is_that_of_its_fit(
     assert above.info.run_name == "quickstart compare"
     assert above.data.tags["mlflow.note.content"] == markdown(ROWS)
     assert above.data.metrics == {"compare/val_loss": 3.25, "compare/sparsity": 0.5}
+    points = client.get_metric_history(above.info.run_id, "compare/val_loss")
+    assert [point.value for point in points] == [3.25]
     assert [used.dataset.digest for used in above.inputs.dataset_inputs] == ["0123"]
     assert runs["maskpro"].info.run_id == fit
     for mask, run in runs.items():
