@@ -262,7 +262,7 @@ def test_a_server_holds_a_run_that_is_resumed_and_its_model(
     (checkpoint,) = tmp_path.glob("runs/**/*.ckpt")
     resumed = [f"--trainer.logger.run_id={run_id}", f"--ckpt_path={checkpoint}"]
     main(["fit", *options, *resumed, "--trainer.max_steps=6"])
-    points = client.get_metric_history(run_id, "maskpro/loss")
+    points = client.get_metric_history(run_id, "maskpro/distillation_loss")
     assert [point.step for point in points] == list(range(6))
     assert len(client.search_runs(["1"])) == 2
 

@@ -224,7 +224,7 @@ def test_the_next_fit_finds_the_server_that_is_back(
     logger._mlflow_client = client
     trainer.fit_loop.epoch_loop.max_steps = 12
     trainer.fit(Configured(), loader(), loader(16))
-    assert store.steps(store.only_run("back"), "maskpro/loss") == [9, 11]
+    assert store.steps(store.only_run("back"), "maskpro/distillation_loss") == [9, 11]
 
 
 def ranks_do(task: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -331,7 +331,7 @@ def test_a_run_of_the_command_line_is_sent_by_the_command_it_was_told(
         assert names == {"config.yaml", "maskpro"}
         config = client.download_artifacts(run.info.run_id, "config.yaml", str(tmp_path))
         assert "estimator: straight_through" in Path(config).read_text()
-        points = client.get_metric_history(run.info.run_id, "maskpro/loss")
+        points = client.get_metric_history(run.info.run_id, "maskpro/distillation_loss")
         assert [point.step for point in points] == [0, 1, 2, 3]
         assert "val_loss" in run.data.metrics
         assert run.data.params["maskpro/pattern"] == "2:4"

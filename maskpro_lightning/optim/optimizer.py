@@ -196,12 +196,10 @@ class MaskPro(Optimizer):
 
         Raises:
             RuntimeError: begun already.
-            ValueError: a mask is missing, has another shape, or breaks the pattern; or a weight
-                holds NaN or infinity.
+            ValueError: a mask is missing, has another shape, or breaks the pattern.
         """
         if self.begun:
             raise RuntimeError("The masks have begun already: make a new MaskPro to start over.")
-        self.refuse_not_finite()
         known = {name: (group, parameter) for group, name, parameter in self._parameters()}
         given = self._largest() if masks is None else admission.each_once(list(known), masks)
         state = {}
