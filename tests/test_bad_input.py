@@ -272,12 +272,12 @@ add(
 
 
 def stepped_with(size: float) -> Call:
-    """The first step of weights, of which some are not finite."""
+    """What a fit asks of weights, of which some are not finite, before its first step."""
 
     def run(_: Path) -> None:
         weights = {name: weight(4, 4) for name in ("net.0.weight", "net.2.weight")}
         weights["net.0.weight"].data[1] = size
-        mask_optimizer(weights.items()).begin()
+        mask_optimizer(weights.items()).refuse_not_finite()
 
     return run
 
