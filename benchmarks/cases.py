@@ -6,6 +6,7 @@ import ast
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -53,6 +54,19 @@ class Case:
     def held_out_loss(self, batches: Sequence[Any]) -> float:
         """Mean loss over batches of one size."""
         return sum(float(self.loss_of(batch)) for batch in batches) / len(batches)
+
+
+def loaders(output: Path, wikitext: Path | None) -> dict[str, Callable[[], Case]]:
+    """What loads each model, once.
+
+    Args:
+        output: Where the vision model is kept.
+        wikitext: Folder of WikiText's files, which SmolLM2 needs.
+    """
+    found: dict[str, Callable[[], Case]] = {"llama": llama, "vision": partial(vision, output)}
+    if wikitext is not None:
+        found["smollm2"] = partial(smollm2, wikitext)
+    return {name: cache(load) for name, load in found.items()}
 
 
 def llama() -> Case:

@@ -10,9 +10,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
+    loaders = cases.loaders(args.output, args.wikitext)
     for name in args.model:
-        loaders: dict[str, Callable[[], cases.Case]] = {
-            "llama": cases.llama,
-            "vision": partial(cases.vision, args.output),
-            "smollm2": partial(cases.smollm2, args.wikitext),
-        }
         case = loaders[name]()
         table = Table("", "before", "after", "groups changed", title=f"{name}, held out")
         for row in args.rows:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -54,10 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
-    models: dict[str, Callable[[], cases.Case]] = {
-        "llama": cache(cases.llama),
-        "vision": cache(partial(cases.vision, args.output)),
-    }
+    models = cases.loaders(args.output, None)
     ledger = Ledger(args.output / "finetuning.csv")
     for name, pattern in product(args.model, args.pattern):
         for key in wanted(ledger, name, pattern, args.rows, args.seeds):

@@ -11,8 +11,7 @@ share of groups that have changed; at the end the loss on every fourth batch of 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -43,12 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
-    loaders: dict[str, Callable[[], cases.Case]] = {
-        "llama": cases.llama,
-        "vision": partial(cases.vision, args.output),
-        "smollm2": partial(cases.smollm2, args.wikitext),
-    }
-    case = loaders[args.model]()
+    case = cases.loaders(args.output, args.wikitext)[args.model]()
     masks, _ = methods.Workbench(case, PATTERN, args.seed).one_shot("sparsegpt")
     print(f"dense: {case.held_out_loss(case.reported[::2]):.3f}")
     for gap in args.gaps:

@@ -10,7 +10,7 @@ reported.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -34,12 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
-    models: dict[str, Callable[[], cases.Case]] = {
-        "llama": cases.llama,
-        "vision": partial(cases.vision, args.output),
-        "smollm2": partial(cases.smollm2, args.wikitext),
-    }
-    models = {name: cache(models[name]) for name in args.model}
+    loaders = cases.loaders(args.output, args.wikitext)
+    models = {name: loaders[name] for name in args.model}
     if args.wikitext is not None and "llama" in args.model:
         models["llama on WikiText-2"] = cache(partial(cases.wikitext, args.wikitext))
     ledger = Ledger(args.output / "quality.csv")

@@ -89,6 +89,8 @@ def resume(folder: Path, ranks: int) -> None:
         resumed = fit_ranks(runs / "resumed", ranks, estimator, epochs=4, ckpt_path=path)
         bad = fit_ranks(runs / "bad", ranks, estimator, epochs=2, module=BadOnOneRank())
         told[estimator] = {"whole": whole, "half": half, "resumed": resumed, "bad": bad}
+        module = ByHand()
+        told[estimator]["by hand"] = fit_ranks(runs / "hand", ranks, estimator, 4, module=module)
     torch.save(told, folder / f"{whole['rank']}.pt")
 
 
@@ -143,6 +145,20 @@ class BadOnOneRank(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         bad = self.trainer.global_rank == 1 and batch_idx in (1, 2)
         return super().training_step(batch, batch_idx) * (math.nan if bad else 1)
+
+
+class ByHand(Net):
+    """Optimizes manually."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
 
 
 def mlflow(

@@ -441,6 +441,18 @@ def test_masks_that_are_given_are_applied_before_the_first_step(kind: str, tmp_p
     assert equal(dict(module.named_parameters()), dict(expected.named_parameters()))
 
 
+def test_masks_are_calibrated_by_a_training_step_that_takes_no_number(tmp_path: Path) -> None:
+    class WithoutNumber(Trained):
+        def training_step(self, batch: Any) -> Any:  # type: ignore[override]
+            return super().training_step(batch, 0)
+
+    module, expected = WithoutNumber(None), Trained(None)
+    for each in (module, expected):
+        callback = SparseFinetuning(init="wanda", calibration_batches=2)
+        fit(each, callback, folder=tmp_path, max_steps=2)
+    assert equal(dict(module.named_parameters()), dict(expected.named_parameters()))
+
+
 def test_masks_are_calibrated_without_a_trace(tmp_path: Path) -> None:
     module, expected = (Trained(None, nn.Dropout(0.5)) for _ in range(2))
     callback = SparseFinetuning(init="wanda", calibration_batches=2)

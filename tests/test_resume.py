@@ -218,6 +218,18 @@ def test_two_ranks_learn_from_half_batches_what_one_learns_from_whole_ones(
 
 @pytest.mark.slow
 @every_estimator
+def test_two_ranks_learn_by_hand_what_they_learn_otherwise(
+    ranks: Ranks, estimator: EstimatorName
+) -> None:
+    one, other = (rank[estimator]["by hand"] for rank in ranks[1])
+    assert identical(one["optimizer"], other["optimizer"])
+    expected = ranks[1][0][estimator]["whole"]
+    assert_close(one["logits"], expected["logits"], estimator)
+    assert equal(one["mode"], expected["mode"])
+
+
+@pytest.mark.slow
+@every_estimator
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(
     ranks: Ranks, estimator: EstimatorName
 ) -> None:

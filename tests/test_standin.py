@@ -224,7 +224,7 @@ def test_the_next_fit_finds_the_server_that_is_back(
     logger._mlflow_client = client
     trainer.fit_loop.epoch_loop.max_steps = 12
     trainer.fit(Configured(), loader(), loader(16))
-    assert store.steps(store.only_run("back"), "maskpro/distillation_loss") == [9, 11]
+    assert store.steps(store.only_run("back"), "maskpro/loss") == [9, 11]
 
 
 def ranks_do(task: str, folder: Path) -> subprocess.CompletedProcess[str]:

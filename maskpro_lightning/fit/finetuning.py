@@ -254,9 +254,9 @@ class SparseFinetuning(pl.Callback):
         found = zip([t.parameter for t in targets], layouts(sharded, parts), strict=True)
         where: dict[Tensor, Layout] = dict(found)
 
-        def run(batch: Any, number: int) -> None:
+        def run(*args: Any) -> None:
             with traceless(trainer, pl_module):
-                trainer.strategy.training_step(batch, number)
+                trainer.strategy.training_step(*args)
 
         with traceless(trainer, pl_module), torch.no_grad():
             masks = start.initial_masks(
