@@ -169,9 +169,8 @@ def test_commands_take_a_folder_as_a_file(
         if name != "README.md":  # which tells the command
             assert Path("whole", name).read_bytes() == Path("streamed", name).read_bytes(), name
     validated: list[Any] = []  # Rich prints them where the process's first console has gone to
-    monkeypatch.setattr(
-        _EvaluationLoop, "_print_results", lambda results, stage: validated.extend(results)
-    )
+    record = staticmethod(lambda results, stage: validated.extend(results))
+    monkeypatch.setattr(_EvaluationLoop, "_print_results", record)
     for command, more in (("validate", []), ("evaluate", ["--wikitext2=null"])):
         told = []
         for path in (file, parts):
