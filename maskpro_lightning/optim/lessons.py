@@ -250,8 +250,8 @@ def _largest(gradient: Tensor) -> Tensor:
     """The largest absolute value, a float32 scalar."""
     if not gradient.numel():
         return torch.zeros((), device=gradient.device)
-    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), torch.inf)
-    return norm.float()
+    low, high = gradient.detach().aminmax()  # on a CPU a tenth of the time of an infinity norm
+    return torch.maximum(-low, high).float()
 
 
 def _scale(moves: Sequence[_Move]) -> list[Tensor]:
