@@ -14,7 +14,9 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     LearningRateMonitor,
     ModelCheckpoint,
+    ProgressBar,
     RichProgressBar,
+    TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
 from modules import FAST, Net, assert_masked, fit, loader, quiet_trainer
@@ -142,6 +144,24 @@ def test_several_validation_loaders_see_the_same_mask(tmp_path: Path) -> None:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert metrics["held_out_loss"] == metrics["held_out_loss/dataloader_idx_1"]
     assert_masked(module, Net())
+
+
+@pytest.mark.parametrize("kind", [RichProgressBar, TQDMProgressBar])
+def test_the_bar_stays_in_its_place_while_the_dense_weights_are_validated(
+    kind: type[ProgressBar], tmp_path: Path
+) -> None:
+    bar, seen = kind(), []
+
+    class Looks(pl.Callback):
+        def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            # Rich draws from a thread of its own, which asks for this at any time.
+            seen.append((trainer.sanity_checking, trainer.progress_bar_callback is bar))
+
+    steps: dict[str, Any] = {"max_steps": 2, "enable_progress_bar": True}
+    fit(Net(), mask_callback(), bar, Looks(), folder=tmp_path, **steps)
+    assert (True, True) in seen
+    assert all(there for _, there in seen)
+    assert not [name for name in vars(bar) if name.startswith("on_validation_")]
 
 
 def test_the_progress_bar_has_one_line_of_80_columns_with_the_metric_of_the_user(

@@ -27,10 +27,13 @@ def check_sanity(trainer: Any) -> None:
     """
     patches = Patches()
     patches.put(trainer, "num_sanity_val_steps", math.inf)
-    # Lightning's bars show no sanity check in the middle of a fit.
     shown = trainer.progress_bar_callback
-    own = [_Progress() if callback is shown else callback for callback in trainer.callbacks]
-    patches.put(trainer, "callbacks", own)
+    if shown is not None:
+        # Lightning's bars show no sanity check in the middle of a fit. They stay where they are, as
+        # a thread of Rich's may draw one at any time.
+        for hook in (name for name in dir(shown) if name.startswith("on_validation_")):
+            patches.put(shown, hook, lambda *args, **kwargs: None)
+        patches.put(trainer, "callbacks", [*trainer.callbacks, _Progress()])
     trainer.sanity_checking = True
     try:
         _run(trainer)
