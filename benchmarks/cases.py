@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from maskpro_lightning.modules.language import CausalLM, TextData
 from maskpro_lightning.modules.python_docs import SKIPPED_FOLDERS, python_docs
-from maskpro_lightning.modules.written import write
+from maskpro_lightning.modules.written import generate
 
 #: Training batches of every model, and the sequences of a batch of text.
 TRAINING_BATCHES, SEQUENCES = 512, 8
@@ -121,7 +121,7 @@ def smollm2(wikitext: Path, *, written: int = 0) -> Case:
     )
     if written:
         end = tokenizer.eos_token_id
-        valid = list(write(model, end, 2 * written, length=256, seed=0).view(-1, 2, 256))
+        valid = list(generate(model, end, 2 * written, length=256, seed=0).view(-1, 2, 256))
     documentation = batches("\n\n".join(python_docs("validation")))
     return Case(
         model,

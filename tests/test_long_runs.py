@@ -84,7 +84,7 @@ def test_a_journal_keeps_no_more_rows_and_bytes_than_its_bound(tmp_path: Path) -
     journal = Journal()
     most = 0
     for step in range(20_000):
-        journal.step(step, {"loss": 1.0})
+        journal.training(step, {"loss": 1.0})
         most = max(most, len(journal._rows))
     assert most == 4096
     steps = [row["step"] for row in journal._rows]

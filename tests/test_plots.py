@@ -509,7 +509,7 @@ def test_the_history_that_a_journal_wrote_is_read_back_and_drawn_in_full(tmp_pat
         if step == 2:
             del values["delta"]
             values["loss"] = torch.tensor(torch.inf)
-        journal.step(step, values)
+        journal.training(step, values)
         rows.append({"step": float(step)} | {key: float(value) for key, value in values.items()})
     journal.layers(mask_metrics(optimizer))
     journal.close(optimizer, "mode", Tracking(SimpleNamespace(loggers=[], global_step=5), "raise"))

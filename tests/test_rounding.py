@@ -52,7 +52,7 @@ def test_a_step_that_is_exact_in_bfloat16_is_not_rounded() -> None:
 def test_rounding_and_drawing_use_different_numbers() -> None:
     groups, at = torch.arange(64), torch.tensor(7)
     draws, others = (
-        torch.stack(philox.words((1, 2), at, groups, 4, stream=stream)) for stream in (0, 1)
+        torch.stack(philox.random_words((1, 2), at, groups, 4, stream=stream)) for stream in (0, 1)
     )
     assert not (draws == others).any()
 

@@ -154,7 +154,7 @@ def test_a_slow_logger_changes_nothing_and_is_called_as_seldom_as_any(tmp_path: 
 
 def fill_the_disk_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a file's temporary name lead to a device without space."""
-    monkeypatch.setattr("maskpro_lightning.files.whole.uuid4", lambda: UUID(int=0))
+    monkeypatch.setattr("maskpro_lightning.files.atomic.uuid4", lambda: UUID(int=0))
     path.with_name(f".{path.name}.{'0' * 8}.partial").symlink_to("/dev/full")
 
 

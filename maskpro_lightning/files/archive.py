@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskpro_lightning.files.whole import whole
+from maskpro_lightning.files.atomic import atomic
 
 _DIGEST = "sha256"
 
@@ -38,7 +38,7 @@ def write(
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {**(notes or {}), "format": kind}
     metadata[_DIGEST] = _digest(plain, metadata)
-    with whole(path) as partial:
+    with atomic(path) as partial:
         save_file(plain, partial, metadata)
         _sort_notes(partial)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskpro_lightning.catalog import resolve
-from maskpro_lightning.files.whole import write_text
+from maskpro_lightning.files.atomic import write_text
 
 CARD = "README.md"
 _LOAD = {

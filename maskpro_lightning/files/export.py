@@ -13,11 +13,11 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from maskpro_lightning.files import archive, pretrained, streaming
+from maskpro_lightning.files.atomic import atomic
 from maskpro_lightning.files.compressed import save_compressed
 from maskpro_lightning.files.distributed import Stored
 from maskpro_lightning.files.gathering import Named, WholeState, state_of
 from maskpro_lightning.files.maskfiles import save_maskllm
-from maskpro_lightning.files.whole import whole
 from maskpro_lightning.initial import initializers
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.optimizer import MaskPro
@@ -169,7 +169,7 @@ def _files_of(folder: Path) -> Iterator[Path]:
             # The index last, as it leads to the others.
             written = sorted(Path(inside).iterdir(), key=lambda path: path.name == streaming.INDEX)
             for path in written:
-                with whole(folder / path.name) as place:
+                with atomic(folder / path.name) as place:
                     path.replace(place)
     except BaseException:
         if new:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from maskpro_lightning.files import archive, grouping
+from maskpro_lightning.files.atomic import atomic
 from maskpro_lightning.files.packing import pack
-from maskpro_lightning.files.whole import whole
 from maskpro_lightning.masks.pattern import NMPattern
 
 _MASKS, _MASKS_1 = "maskpro masks 2", "maskpro masks 1"
@@ -72,7 +72,7 @@ def save_maskllm(masks: Mapping[str, Tensor], path: str | os.PathLike[str]) -> N
         path: The file, a numpy archive.
     """
     bits = {f"{name}.mask": np.packbits(mask.cpu().numpy()) for name, mask in masks.items()}
-    with whole(path) as partial, partial.open("wb") as file:
+    with atomic(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **bits)  # type: ignore[arg-type]
 
 

@@ -288,7 +288,8 @@ class MaskProCallback(pl.Callback):
     def on_train_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         if self._optimizer.last and not self._journal.knows(trainer.global_step):
             # The fit was too short for a row, or ends between two.
-            self._journal.step(trainer.global_step, self._cheap_numbers() | self._costly_numbers())
+            numbers = self._cheap_numbers() | self._costly_numbers()
+            self._journal.training(trainer.global_step, numbers)
         self._best.tell()
         self._deploy()
         self._journal.close(self._optimizer, self._best.version, self._tracker)
@@ -449,7 +450,7 @@ class MaskProCallback(pl.Callback):
             found = self._costly_numbers()
             self._log(found)
             if wanted:
-                self._journal.step(trainer.global_step, values | found)
+                self._journal.training(trainer.global_step, values | found)
 
     def _cheap_numbers(self) -> dict[str, Any]:
         values = {self._name_of(name): value for name, value in self._optimizer.last.items()}

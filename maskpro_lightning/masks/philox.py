@@ -67,11 +67,11 @@ def exponential(key: Key, step: Tensor, groups_G: Tensor, m: int) -> Tensor:
 
 def exponential_columns(key: Key, step: Tensor, groups_G: Tensor, m: int) -> list[Tensor]:
     """The ``m`` columns of :func:`exponential`, each of the shape of ``groups_G``."""
-    uniforms = [(word.float() + 0.5) * 2**-32 for word in words(key, step, groups_G, m)]
+    uniforms = [(word.float() + 0.5) * 2**-32 for word in random_words(key, step, groups_G, m)]
     return [-torch.log1p(-uniform.clamp(max=1 - 2**-24)) for uniform in uniforms]
 
 
-def words(
+def random_words(
     key: Key, step: Tensor, groups_G: Tensor, m: int, *, stream: int | Tensor = 0
 ) -> list[Tensor]:
     """Random 32-bit words for whole groups, ``m`` int64 columns of the shape of ``groups_G``.

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from maskpro_lightning.catalog import resolve
-from maskpro_lightning.files.whole import whole
+from maskpro_lightning.files.atomic import atomic
 from maskpro_lightning.progress import progress
 
 # Sequences that are written at once.
@@ -48,7 +48,7 @@ def written(
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         tokens = _write(model, count, length, seed, device)
-        with whole(path) as partial:
+        with atomic(path) as partial:
             save_file({"tokens": tokens}, partial)
     return load_file(path)["tokens"]
 
@@ -61,11 +61,11 @@ def _write(name: str, count: int, length: int, seed: int, device: torch.device |
             f"give texts as source."
         )
     model: Any = AutoModelForCausalLM.from_pretrained(resolve(name), dtype="auto")
-    return write(model.to(device), end, count, length, seed)
+    return generate(model.to(device), end, count, length, seed)
 
 
 @torch.no_grad()
-def write(model: Any, end: int, count: int, length: int, seed: int) -> Tensor:
+def generate(model: Any, end: int, count: int, length: int, seed: int) -> Tensor:
     """Let a model write as :func:`written` says, after the end-of-text token ``end``."""
     config: Any = GenerationConfig  # as untyped as it is
     # That of the model's files may ask for something else than its distribution.

@@ -244,7 +244,7 @@ def _rounded(
     """
     if not are_low(like, len(logits_M)):
         return logits_M
-    noise_M = philox.words(key, step, groups, len(logits_M), stream=stream)
+    noise_M = philox.random_words(key, step, groups, len(logits_M), stream=stream)
     return [
         ((logit.view(torch.int32) + (word >> 16).int()) & -0x10000).view(torch.float32)
         for logit, word in zip(logits_M, noise_M, strict=True)

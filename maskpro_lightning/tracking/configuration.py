@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.cli import SaveConfigCallback
 
-from maskpro_lightning.files.whole import write_text
+from maskpro_lightning.files.atomic import write_text
 from maskpro_lightning.tracking.credentials import without_credentials
 
 

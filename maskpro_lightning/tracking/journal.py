@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from maskpro_lightning.files.atomic import write_text
 from maskpro_lightning.files.export import save_distributions
 from maskpro_lightning.files.maskfiles import save_masks
-from maskpro_lightning.files.whole import write_text
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.masked_weight import Version
 from maskpro_lightning.optim.optimizer import MaskPro
@@ -54,7 +54,7 @@ class Journal:
             if tracking.write(path, lambda: write_text(path, text)):
                 tracking.file(path)
 
-    def step(self, step: int, values: Mapping[str, Any]) -> None:
+    def training(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a row to the history."""
         self._rows.append({"step": step, **{name: float(v) for name, v in values.items()}})
         if len(self._rows) > _MOST_ROWS:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from maskpro_lightning.files.whole import write_text
+from maskpro_lightning.files.atomic import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskpro_lightning.files.whole import whole
+from maskpro_lightning.files.atomic import atomic
 from maskpro_lightning.tracking.credentials import without_credentials
 
 Row = Mapping[str, float]
@@ -160,7 +160,7 @@ def _named(path: Path, name: str | None) -> Iterable[tuple[str, Row]]:
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with atomic(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 
 @contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Write under a temporary name, renamed when the block ends, removed when it raises.
 
     No two writers share a temporary name: of two fits in one folder the last one's file stays.
@@ -30,5 +30,5 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text in UTF-8."""
-    with whole(path) as partial:
+    with atomic(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from rules import mask_callback
 from safetensors.torch import save_file
 
 from maskpro_lightning import export_sparse
-from maskpro_lightning.files.whole import whole
+from maskpro_lightning.files.atomic import atomic
 
 
 @pytest.fixture(params=[0o022, 0o007])
@@ -41,9 +41,9 @@ def test_every_file_of_a_fit_and_its_exports_has_the_mode_of_the_umask(
 
 def test_two_writers_of_one_file_leave_the_last_ones_whole(tmp_path: Path) -> None:
     path = tmp_path / "masks.safetensors"
-    with whole(path) as first:
+    with atomic(path) as first:
         save_file({"a": torch.zeros(2)}, first)
-        with whole(path) as second:
+        with atomic(path) as second:
             save_file({"b": torch.ones(3)}, second)
         assert first != second
         assert b'"b"' in path.read_bytes()
@@ -56,7 +56,7 @@ def test_a_writer_that_fails_leaves_the_older_file_and_nothing_else(tmp_path: Pa
     path.write_text("older")
 
     def write() -> None:
-        with whole(path) as partial:
+        with atomic(path) as partial:
             partial.write_text("half")
             raise OSError("disk full")
 
