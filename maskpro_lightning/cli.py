@@ -109,8 +109,30 @@ class _Command(LightningCLI):
                 row = "finetuned" if trains else "maskpro"
                 _prepare(logger["init_args"], command, config.get("ckpt_path"), row)
 
+    def after_fit(self) -> None:
+        """Tell how the checkpoint becomes a model for others."""
+        path = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if path and self.trainer.is_global_zero:
+            parser = ArgumentParser(add_help=False, allow_abbrev=False)
+            parser.add_argument("--ckpt_path")
+            _, given = parser.parse_known_args(sys.argv[2:])
+            command = _typed("export", [*given, f"--ckpt_path={_nearby(path)}"])
+            Console().print(f"To export it: {command}", soft_wrap=True, highlight=False)
+
     #: The command, where it is not one of Lightning's.
     name = ""
+
+
+def _typed(command: str, words: Sequence[str]) -> str:
+    """A command as a user types it, recipes by their names and without passwords."""
+    names = {str(path): recipe for recipe, path in recipes().items()}
+    return without_credentials(shlex.join(["maskpro", command, *(names.get(w, w) for w in words)]))
+
+
+def _nearby(path: str | Path) -> Path:
+    """A path from the working folder, if it is in there."""
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _prepare(init_args: Any, command: str, checkpoint: str | None, learned: str) -> None:
@@ -225,8 +247,6 @@ class _AfterFit(_WithCheckpoint):
         name, base = self.config["push_to_hub"], self.model.hparams.get("model")
         method = parameters_of(run) if run is not None else {}
         source = getattr(self.datamodule, "hparams", {}).get("source")
-        names = {str(path): recipe for recipe, path in recipes().items()}
-        words = ["maskpro", self.name, *(names.get(word, word) for word in sys.argv[1:])]
         card = Card(
             name or folder.name,
             str(self.masked.pattern),
@@ -234,7 +254,7 @@ class _AfterFit(_WithCheckpoint):
             data=str(source or ""),
             results=results,
             method={k: v for k, v in method.items() if k not in ("model", "pattern")},
-            command=without_credentials(shlex.join(words)),
+            command=_typed(self.name, sys.argv[1:]),
         )
         write_card(folder, card)
         console.print(f"Sparse model: {folder}", soft_wrap=True)
@@ -496,9 +516,7 @@ def _tell_mlflow(cli: LightningCLI, console: Console) -> None:
         if type(logger).__name__ == "MLFlowLogger" and uri is not None:
             if uri.startswith("sqlite:///"):
                 uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-            python = Path(sys.executable)
-            if python.is_relative_to(Path.cwd()):
-                python = python.relative_to(Path.cwd())
+            python = _nearby(sys.executable)
             uri = without_credentials(uri)
             # None if no experiment was opened, which would ask the server now.
             number = getattr(logger, "_experiment_id", None)

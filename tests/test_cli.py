@@ -1,6 +1,7 @@
 """The command line, run as a user runs it, on a model of a few thousand weights."""
 
 import csv
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,11 @@ def test_fit_then_export_writes_a_sparse_model_that_validates_like_the_checkpoin
 ) -> None:
     main(["fit", *tiny])
     (checkpoint,) = tmp_path.glob("runs/**/*.ckpt")
-    main(["export", *tiny, f"--ckpt_path={checkpoint}", "--output=out"])
+    (told,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("To export it: "))
+    maskpro, *typed = shlex.split(told.removeprefix("To export it: "))
+    assert maskpro == "maskpro"
+    assert typed[:3] == ["export", "--config", "quickstart"]
+    main([*typed, "--output=out"])
     assert str(tmp_path / "out") in capsys.readouterr().out.replace("\n", "")
     assert is_sparse(tmp_path / "out")
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
