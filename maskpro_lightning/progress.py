@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -22,11 +22,13 @@ def progress(
     Args:
         items: What takes long to come, or to work on.
         title: What is done.
-        total: How many there will be, if that is known.
+        total: How many there will be, where the items do not know and it is known all the same.
         visible: Whether to show anything.
     """
     if not visible:
         return iter(items)
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     if _is_free_terminal():
         return iter(tqdm(items, title, total, leave=False))
     return _with_lines(items, title, total)

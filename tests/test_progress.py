@@ -71,6 +71,15 @@ def test_a_file_a_notebook_and_rich_get_whole_lines(
     assert stream.writes[2:] == ["Searching: 3 after 3 s\n"]
 
 
+def test_what_knows_its_length_need_not_be_told(
+    clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Stream(False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    list(progress(list(range(9)), "Working"))
+    assert stream.writes[0].startswith("Working: 3 of 9, about ")
+
+
 def test_a_terminal_gets_a_bar_that_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Stream(True)
     monkeypatch.setattr(sys, "stderr", stream)
