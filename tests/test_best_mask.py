@@ -110,6 +110,28 @@ def test_the_mask_of_the_best_validation_is_deployed(
     assert same_bits(module.net[0].weight, Net().net[0].weight)
 
 
+@pytest.mark.parametrize(("last", "deployed"), [(4.0, 4.0), (6.0, 5.0)])
+def test_a_mask_found_after_the_last_validation_is_validated(
+    last: float, deployed: float, tmp_path: Path
+) -> None:
+    module, callback = Told(DENSE, 7.0, 5.0, last), mask_callback(lr=FAST)
+    saver = ModelCheckpoint(tmp_path, monitor="val_loss")
+    trainer = fit(module, callback, saver, folder=tmp_path, max_steps=3, val_check_interval=2)
+    assert module.told == []
+    assert trainer.global_step == 3
+    assert callback.result is not None
+    assert callback.result.deployed == deployed
+    assert callback.result.best_step == (3 if deployed == last else 2)
+    assert equal(held(module), learned(callback, "mode" if deployed == last else "best"))
+    assert float(saver.best_model_score) == deployed  # type: ignore[arg-type]
+
+
+def test_a_fit_that_ends_with_a_validation_has_no_other(tmp_path: Path) -> None:
+    module, callback = Told(DENSE, 7.0, 5.0), mask_callback(lr=FAST)
+    fit(module, callback, folder=tmp_path, max_steps=2, val_check_interval=2)
+    assert module.told == []
+
+
 def test_a_higher_value_can_be_the_better_one(tmp_path: Path) -> None:
     module, callback, masks = told_fit(tmp_path, 1, 4, 3, 2, dense=5, monitor_mode="max")
     assert equal(held(module), masks[1])

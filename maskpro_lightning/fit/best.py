@@ -33,6 +33,7 @@ class BestMask:
         dense: The dense weights' value, or None.
         initial: The initial mask's value, or None.
         step: The step of that validation.
+        last_step: The step of the last one.
         expected: Whether validations may log the metric.
     """
 
@@ -41,7 +42,7 @@ class BestMask:
         self.value: float | None = None
         self.dense: float | None = None
         self.initial: float | None = None
-        self.step = 0
+        self.step = self.last_step = 0
         self.expected = monitor is not None
         self._last: float | None = None
         self._logged: list[str] = []
@@ -66,7 +67,7 @@ class BestMask:
         last = self._value(logged, trainer)
         if last is None:
             return
-        self._last = last
+        self._last, self.last_step = last, trainer.global_step
         if not optimizer.param_groups[0]["step"]:
             self.initial = last
         better = self.value is None or self._sign * last < self._sign * self.value
@@ -82,6 +83,10 @@ class BestMask:
         metric = torch.as_tensor(metric, device=trainer.strategy.root_device).float()
         # Ranks that validate on data of their own have to agree.
         return float(trainer.strategy.reduce(metric, reduce_op="mean"))
+
+    def is_behind(self, step: int) -> bool:
+        """Whether masks have been compared, but not those of this step."""
+        return self.value is not None and self.last_step != step
 
     @property
     def version(self) -> Version:
@@ -124,7 +129,7 @@ class BestMask:
     def state_dict(self, module: nn.Module | None) -> dict[str, Any]:
         """The numbers and the buffers; those of the last step where a checkpoint has others."""
         numbers = {"value": self.value, "step": self.step, "last": self._last}
-        numbers |= {"initial": self.initial, "dense": self.dense}
+        numbers |= {"initial": self.initial, "dense": self.dense, "last_step": self.last_step}
         state: dict[str, Any] = numbers | {"monitor": self.monitor}
         state["buffers"] = {"best": self._buffers}
         if self._worse and module is not None:
@@ -143,6 +148,7 @@ class BestMask:
             for name in ("value", "last", "initial", "dense")
         )
         self.step = int(state["step"])
+        self.last_step = int(state.get("last_step", 0))
         self._buffers = dict(buffers.get("best", {}))
 
     def put_last_buffers(self, module: nn.Module) -> None:

@@ -290,6 +290,8 @@ class MaskProCallback(pl.Callback):
             # The fit was too short for a row, or ends between two.
             numbers = self._cheap_numbers() | self._costly_numbers()
             self._journal.training(trainer.global_step, numbers)
+        if self._best.is_behind(trainer.global_step) and trainer.enable_validation:
+            validation.validate(trainer)  # of the last mask, which may be the one to deploy
         self._best.tell()
         self._deploy()
         self._journal.close(self._optimizer, self._best.version, self._tracker)
