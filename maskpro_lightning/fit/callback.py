@@ -83,8 +83,9 @@ class MaskProCallback(pl.Callback):
             of the training step; costs one more forward pass per batch.
         monitor: The metric of validations by which an earlier mask is deployed instead of the last
             one. Before the first step the dense weights are validated, as a sanity check of the
-            whole validation set, and the initial mask. Where the module does not log it, or this
-            is None, the last mask is deployed.
+            whole validation set, and the initial mask; at the end the last mask, if no validation
+            was of it. Where the module does not log the metric, or this is None, the last mask is
+            deployed.
         monitor_mode: Whether a lower ("min") or a higher ("max") value is better.
         log_distributions: Hand the logits to the loggers that keep files at every checkpoint
             (4 bytes per weight).
