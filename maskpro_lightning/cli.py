@@ -93,7 +93,27 @@ class SaveTheEnd(Callback):
             saver._save_topk_checkpoint(trainer, saver._monitor_candidates(trainer))
 
 
-class _Command(LightningCLI):
+class _CLI(LightningCLI):
+    """Says in a line which model or tokenizer is neither at hand nor to be had."""
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (OSError, ValueError) as error:
+            if "couldn't connect to" not in str(error):
+                raise
+            config = self.config if self.subcommand is None else self.config[self.subcommand]
+            parts = [part["init_args"] for part in (config["model"], config["data"]) if part]
+            given = {part.get(name) for part in parts for name in ("model", "tokenizer")}
+            names = sorted(n for n in given if n is not None and not Path(resolve(n)).exists())
+            raise SystemExit(
+                f"The Hub cannot be reached, and something is not in the cache of "
+                f"{' or '.join(map(repr, names))}: fetch it once where there is a network "
+                f"(hf download NAME), or give a folder instead of the name."
+            ) from None
+
+
+class _Command(_CLI):
     """Gets MLflow ready before its loggers are made."""
 
     def before_instantiate_classes(self) -> None:
@@ -283,7 +303,7 @@ class _AfterFit(_WithCheckpoint):
         console.print(f"MLflow model: {uri}", soft_wrap=True)
 
 
-class _BeforeFit(LightningCLI):
+class _BeforeFit(_CLI):
     """Builds what a recipe describes without memory for its weights."""
 
     def __init__(self) -> None:

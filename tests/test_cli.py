@@ -57,6 +57,14 @@ def tiny_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["--config", "quickstart", f"--model.model={tmp_path / 'tiny'}", *SHORT]
 
 
+@pytest.mark.parametrize("command", ["fit", "plan", "compare"])
+def test_what_the_hub_would_have_is_named_where_it_cannot_be_reached(
+    command: str, tiny: list[str]
+) -> None:
+    with pytest.raises(SystemExit, match="cache of 'nobody/nothing': fetch it once"):
+        main([command, *tiny, "--data.tokenizer=nobody/nothing", "--trainer.logger=false"])
+
+
 def is_sparse(folder: Path) -> bool:
     model = AutoModelForCausalLM.from_pretrained(folder)
     pattern = NMPattern(2, 4)
