@@ -46,7 +46,7 @@ from maskpro_lightning.tracking.credentials import without_credentials
 from maskpro_lightning.tracking.database import make_database
 from maskpro_lightning.tracking.loggers import Tracking
 from maskpro_lightning.tracking.mlflow_model import log_model
-from maskpro_lightning.tracking.result import read_result
+from maskpro_lightning.tracking.result import duration, read_result
 from maskpro_lightning.tracking.runs import parameters_of, read_run
 from maskpro_lightning.weights.targets import find_targets
 
@@ -387,7 +387,7 @@ def _plan() -> None:
     if rows_seen is not None and steps > 0:
         time = hours(cli.model, rows_seen, found.forwards, steps, tflops)
         told.append(
-            f"The {steps} steps take about {time:.2g} hours at {tflops:g} TFLOP/s a device "
+            f"The {steps} steps take about {duration(3600 * time)} at {tflops:g} TFLOP/s a device "
             f"(--tflops), initial mask and validations aside."
         )
     console.print(*told, sep="\n")

@@ -101,7 +101,7 @@ class Result:
             ("zeros", f"{self.sparsity:.2%} of {self.masked_weights:,} masked weights"),
             ("changed", f"{self.changed:.1%} of the groups, from the initial mask"),
             ("deployed mask", self._which),
-            ("time", _time(self.seconds)),
+            ("time", duration(self.seconds)),
         ]
         found += [] if self.folder is None else [("files", self.folder)]
         return [*found, ("next", self.to_do)]
@@ -189,7 +189,8 @@ def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4g}"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in the units that suit its length."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
