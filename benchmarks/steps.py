@@ -6,8 +6,8 @@
 
 Straight-through with its defaults from SparseGPT's mask, 2:4. Each length is a fit of its own, as
 the rate falls over all of it. The loss is measured on every second held-out batch. Each fit is a
-line of ``steps.csv``, and fits that are in it are not made again. The figure and the table tell
-``c`` of the rule: c / sqrt(steps) of the gap is left.
+line of ``steps.csv``, and fits that are in it are not made again. The rule of thumb that figure and
+table compare with: steps^-0.4 of the gap is left.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from tqdm import trange
 
 from maskpro_lightning import NMPattern, StraightThrough
 
+#: Of the gap, steps to this power are left.
+POWER = -0.4
 SIGNALS = ("labels", "distilled")
 PATTERN = NMPattern(2, 4)
 
@@ -157,14 +159,10 @@ def add(fit: Fit, path: Path) -> None:
 
 def table(fits: Sequence[Fit]) -> Table:
     """What was found."""
-    shown = Table("model", "signal", "batch", "steps", "seed", "loss", "gap left", "c")
+    shown = Table("model", "signal", "batch", "steps", "seed", "loss", "gap left", "/ rule")
     for fit in fits:
-        shown.add_row(
-            *map(str, fit.key),
-            f"{fit.loss:.3f}",
-            f"{fit.left:.0%}",
-            f"{fit.left * fit.steps**0.5:.1f}",
-        )
+        numbers = f"{fit.loss:.3f}", f"{fit.left:.0%}", f"{fit.left / fit.steps**POWER:.1f}"
+        shown.add_row(*map(str, fit.key), *numbers)
     return shown
 
 
@@ -193,9 +191,8 @@ def draw(fits: Sequence[Fit], path: Path) -> None:
                     label=f"{model}, {signal}, batches of {sequences}",
                 )
         every = sorted({fit.steps for fit in fits})
-        for c in (1, 2):
-            axes.plot(every, [c / n**0.5 for n in every], color="grey", lw=0.8, ls="--", zorder=0)
-            axes.annotate(f"{c}/√steps", (every[-1], c / every[-1] ** 0.5), color="grey")
+        rule = [n**POWER for n in every]
+        axes.plot(every, rule, color="grey", lw=6, alpha=0.3, zorder=0, label=f"steps^{POWER:g}")
         axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="gap left")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.xaxis.set_major_formatter(ScalarFormatter())
