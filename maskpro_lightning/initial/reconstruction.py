@@ -52,7 +52,9 @@ class PairedStatistics:
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
         for name, (parts, columns) in inputs.shapes.items():
             shape = (parts, columns, columns)
-            hessian_CKK, cross_CKK = torch.zeros(2, *shape, device=inputs.devices[name])
+            hessian_CKK, cross_CKK = torch.zeros(
+                2, *shape, dtype=torch.float32, device=inputs.devices[name]
+            )
             self._moments[name] = hessian_CKK, cross_CKK
 
     @contextmanager

@@ -127,7 +127,7 @@ class InputStatistics:
         self._means: dict[str, Tensor] = {}  # of x^2, or of 2 x x^T
         for name, (parts, columns) in inputs.shapes.items():
             shape = (parts, columns, columns) if second_moments else (parts, columns)
-            self._means[name] = torch.zeros(shape, device=inputs.devices[name])
+            self._means[name] = torch.zeros(shape, dtype=torch.float32, device=inputs.devices[name])
             self._rows[name] = [0] * parts
 
     def __enter__(self) -> Self:
