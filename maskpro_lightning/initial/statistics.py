@@ -277,8 +277,6 @@ def _laid_out(module: Any, sample: Tensor, output_size: Any) -> tuple[Tensor, Se
     if isinstance(module, _CONVOLUTIONS):
         mode = module.padding_mode.replace("zeros", "constant")
         return pad(sample, module._reversed_padding_repeated_twice, mode), module.stride
-    how = module.stride, module.padding, module.kernel_size, dims, module.dilation
-    more = module._output_padding(sample, output_size, *how)
     sizes = [
         stride * (n - 1) + 1 for n, stride in zip(sample.shape[1:], module.stride, strict=True)
     ]
@@ -287,7 +285,10 @@ def _laid_out(module: Any, sample: Tensor, output_size: Any) -> tuple[Tensor, Se
     edges: list[int] = []
     for dim in reversed(range(dims)):
         reach = module.dilation[dim] * (module.kernel_size[dim] - 1)
-        edges += [reach - module.padding[dim], reach - module.padding[dim] + more[dim]]
+        before = reach - module.padding[dim]
+        least = sizes[dim] + reach - 2 * module.padding[dim]
+        more = module.output_padding[dim]
+        edges += [before, before + (output_size[dim - dims] - least if output_size else more)]
     return pad(apart, edges), [1] * dims
 
 
