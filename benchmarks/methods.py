@@ -31,7 +31,7 @@ from maskpro_lightning import (
 )
 from maskpro_lightning.initial.calibration import initial_masks
 from maskpro_lightning.initial.initializers import sparsegpt
-from maskpro_lightning.initial.statistics import InputStatistics
+from maskpro_lightning.initial.statistics import Inputs, InputStatistics
 from maskpro_lightning.optim.estimators import Estimator
 
 #: Calibration batches of every method, and how often each goes through them.
@@ -115,8 +115,8 @@ def sparsegpt_with_update(bench: Workbench) -> int:
     passes = 0
     for _, block in groupby(bench.targets, lambda target: re.findall(r"^\D*\d*", target.name)):
         some = {target.name: target for target in block}
-        modules = {name: target.module for name, target in some.items()}
-        with InputStatistics(modules, second_moments=True) as statistics:
+        inputs = Inputs(list(some.values()), {})
+        with InputStatistics(inputs, second_moments=True) as statistics:
             for run in bench.calibrate():
                 run()
         passes += len(bench.calibration)

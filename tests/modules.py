@@ -17,8 +17,10 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from maskpro_lightning import MaskProCallback, find_targets
+from maskpro_lightning.initial.statistics import Inputs
 from maskpro_lightning.optim.estimators import EstimatorName
 from maskpro_lightning.optim.masked_weight import Version
+from maskpro_lightning.weights.targets import Target
 
 ROWS, BATCH, WIDTH = 32, 8, 16
 # So large that a mask whose residuals are not all zero has moved after a few steps.
@@ -100,6 +102,15 @@ def dataset(rows: int = ROWS, width: int = WIDTH) -> TensorDataset:
 def loader(rows: int = ROWS, width: int = WIDTH, **kwargs: Any) -> DataLoader[Any]:
     """Four batches of eight rows, in order, unless told otherwise."""
     return DataLoader(dataset(rows, width), **{"batch_size": BATCH} | kwargs)
+
+
+def inputs_of(**layers: nn.Module) -> Inputs:
+    """The inputs of the weights of layers."""
+    targets = [
+        Target(name, layer, layer.weight, -1, layer.weight.shape)  # type: ignore[arg-type]
+        for name, layer in layers.items()
+    ]
+    return Inputs(targets, {})
 
 
 class ResumableLoader(DataLoader[Any]):

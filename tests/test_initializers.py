@@ -13,11 +13,12 @@ import initializer_oracle
 import oracle
 import pytest
 import torch
+from modules import inputs_of
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from maskpro_lightning.initial import initializers
-from maskpro_lightning.initial.statistics import InputStatistics, bytes_needed
+from maskpro_lightning.initial.statistics import InputStatistics, bytes_needed, layer_shape
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.masks.philox import key_of
 
@@ -73,7 +74,7 @@ def hessian_of(columns: int, parts: int = 1, seed: int = 0) -> Tensor:
 
 
 def collect(layer: nn.Module, inputs: Tensor, second_moments: bool = True) -> InputStatistics:
-    with InputStatistics({"layer": layer}, second_moments=second_moments) as statistics:
+    with InputStatistics(inputs_of(layer=layer), second_moments=second_moments) as statistics:
         layer(inputs)
     return statistics
 
@@ -245,7 +246,7 @@ def test_statistics_of_a_matrix_product_are_moments_of_its_inputs(
 @both_moments
 def test_statistics_are_float32_without_gradients_in_any_mode(second_moments: bool) -> None:
     layer, inputs = nn.Linear(8, 6), integers(3, 5, 8).requires_grad_()
-    with InputStatistics({"layer": layer}, second_moments=second_moments) as statistics:
+    with InputStatistics(inputs_of(layer=layer), second_moments=second_moments) as statistics:
         with torch.autocast("cpu", torch.bfloat16):
             layer(inputs[0])
         with torch.inference_mode():
@@ -268,7 +269,7 @@ def test_statistics_of_parts_join_to_those_of_the_whole(second_moments: bool) ->
     barrier, given = Barrier(2, timeout=60), {}
 
     def collected(**batches: Tensor) -> InputStatistics:
-        with InputStatistics(layers, second_moments=second_moments) as statistics:
+        with InputStatistics(inputs_of(**layers), second_moments=second_moments) as statistics:
             for name, batch in batches.items():
                 layers[name](batch)
         return statistics
@@ -299,16 +300,15 @@ def test_statistics_of_parts_join_to_those_of_the_whole(second_moments: bool) ->
 def test_layers_without_input_are_unseen() -> None:
     attention = nn.MultiheadAttention(8, 2)
     layers = {
-        "not understood": attention,
         "used in pieces": attention.out_proj,
-        "transposed": nn.ConvTranspose2d(8, 6, 1),
+        "transposed in groups": nn.ConvTranspose2d(8, 6, 1, groups=2),
         "never called": nn.Linear(8, 6),
         "empty": nn.Linear(8, 6),
         "seen": nn.Linear(8, 6),
     }
-    with InputStatistics(layers, second_moments=True) as statistics:
+    with InputStatistics(inputs_of(**layers), second_moments=True) as statistics:
         attention(*[torch.ones(3, 8)] * 3)
-        layers["transposed"](torch.ones(1, 8, 2, 2))
+        layers["transposed in groups"](torch.ones(1, 8, 2, 2))
         layers["empty"](torch.ones(0, 8))
         layers["seen"](torch.ones(3, 8))
     assert statistics.unseen == [name for name in layers if name != "seen"]
@@ -317,7 +317,7 @@ def test_layers_without_input_are_unseen() -> None:
 
 def test_hooks_are_removed_also_when_the_body_raises() -> None:
     layer = nn.Linear(8, 6)
-    statistics = InputStatistics({"layer": layer}, second_moments=False)
+    statistics = InputStatistics(inputs_of(layer=layer), second_moments=False)
     layer.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError, match="by zero"), statistics:
         layer(torch.ones(1, 8))
@@ -331,12 +331,15 @@ def test_hooks_are_removed_also_when_the_body_raises() -> None:
         (nn.Linear(8, 6), 1, 8),
         (Conv1D(6, 8), 1, 8),
         (nn.Conv2d(8, 6, (3, 2), groups=2), 2, 24),
-        (nn.ConvTranspose2d(8, 6, 3), 0, 0),
+        (nn.ConvTranspose2d(8, 6, 3), 1, 72),
+        (nn.ConvTranspose2d(8, 6, 3, groups=2), 0, 0),
+        (nn.Bilinear(4, 8, 6), 1, 32),
     ],
 )
 def test_bytes_needed_are_known_beforehand(layer: nn.Module, groups: int, columns: int) -> None:
-    assert bytes_needed(layer, second_moments=False) == 4 * groups * columns
-    assert bytes_needed(layer, second_moments=True) == 4 * groups * columns**2
+    shape = layer_shape(layer)
+    assert bytes_needed(shape, second_moments=False) == 4 * groups * columns
+    assert bytes_needed(shape, second_moments=True) == 4 * groups * columns**2
 
 
 # --- errors -------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def owners() -> Iterator[dict[str, Any]]:
     conv = nn.Conv1d(1, 1, 3, padding=1)
     yield {
         "torch": torch,
+        "torch's core": torch._C,
         "a tensor": torch.ones(1),
         "its storage": torch.ones(1).untyped_storage(),
         "a module": conv,
@@ -104,9 +105,11 @@ def owners() -> Iterator[dict[str, Any]]:
 #: Each private name, and which of the objects above have it.
 TABLE = {
     # PyTorch
+    "_C": "torch",
     "_buffers": "a module",
     "_can_decompose": "an operation",
     "_cdata": "its storage",
+    "_current_graph_task_id": "torch's core",
     "_foreach_copy_": "torch",
     "_inductor": "torch",
     "_iterator": "DataLoader",

@@ -7,6 +7,7 @@ from itertools import product
 import oracle
 import pytest
 import torch
+from modules import inputs_of
 from oracle import random
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -78,7 +79,7 @@ def test_the_layout_of_the_weight_does_not_matter(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layer", [nn.Linear(8, 6), Conv1D(6, 8)], ids=["Linear", "Conv1D"])
 def test_moments_pair_the_inputs_of_the_pruned_and_the_dense_network(layer: nn.Module) -> None:
-    statistics = PairedStatistics({"layer": layer})
+    statistics = PairedStatistics(inputs_of(layer=layer))
     dense, pruned = random(2, 5, 3, 8), random(2, 5, 3, 8, seed=1)
     for dense_inputs, pruned_inputs in zip(dense, pruned, strict=True):
         with statistics.dense():
@@ -95,7 +96,7 @@ def test_moments_pair_the_inputs_of_the_pruned_and_the_dense_network(layer: nn.M
 
 def test_an_input_of_another_shape_is_its_own_target() -> None:
     layer = nn.Linear(8, 6)
-    statistics = PairedStatistics({"layer": layer, "unseen": nn.Linear(8, 6)})
+    statistics = PairedStatistics(inputs_of(layer=layer, unseen=nn.Linear(8, 6)))
     with statistics.dense():
         layer(random(5, 8))
     with statistics.pruned():

@@ -393,9 +393,13 @@ class MaskProCallback(pl.Callback):
         if self._optimizer.begun:
             if self._learning.steps == 1:  # hooks may write, too
                 self._make_sure(trainer, pl_module)
+            elif not self._optimizer.sharded:
+                self._refuse_replaced(pl_module)
             return
         # Only now have all hooks run in which a module may load its weights. Reading calibration
         # batches takes random numbers, too.
+        if not self._optimizer.sharded:
+            start.refuse_replaced(pl_module, self._targets)
         self._optimizer.refuse_not_finite()
         start.refuse_sparse(self.init, self._targets, self._optimizer.layouts)
         run = partial(self._learning.passes.plain, self._optimizer)
@@ -485,6 +489,8 @@ class MaskProCallback(pl.Callback):
         """Refuse to go on with weights that somebody else has written."""
         if self._failed or self.optimizer is None:
             return
+        if not self.optimizer.sharded:
+            self._refuse_replaced(pl_module)
         try:
             names = self.optimizer.overwritten()
         except BaseException:
@@ -493,14 +499,24 @@ class MaskProCallback(pl.Callback):
         if names:
             self._failed = True
             self.optimizer.write("dense")
-            others = (type(each).__name__ for each in trainer.callbacks if each is not self)
+            others = [type(each).__name__ for each in trainer.callbacks if each is not self]
+            hooks = ", ".join([f"hooks of {type(pl_module).__name__}", *others])
             raise RuntimeError(
                 f"Somebody else has written into {names[0]!r} ({len(names)} of the masked weights) "
-                f"since its mask was: the values are not those of the mask. Look at training_step "
-                f"and hooks of {type(pl_module).__name__} and at {', '.join(others)}: leave out "
-                f"what changes weights for this fit, or leave the weights dense with "
+                f"since its mask was: the values are not those of the mask. Look at training_step, "
+                f"{hooks}: leave out what changes weights for this fit, or leave the weights dense "
+                f"with "
                 f'exclude=["{names[0].rpartition(".")[0] or names[0]}"].'
             )
+
+    def _refuse_replaced(self, pl_module: nn.Module) -> None:
+        """Refuse to go on where the module has other parameters than those that are masked."""
+        try:
+            start.refuse_replaced(pl_module, self._targets)
+        except ValueError:
+            self._failed = True
+            self._optimizer.write("dense")
+            raise
 
     def on_validation_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         if self._fitting:

@@ -67,9 +67,7 @@ class Passes:
                 # Written to, perhaps with the same value; or by way of ``data``, which counts none.
                 written = {id(parameter) for parameter in changed}
                 pairs = zip(unmasked, before_first, strict=True)
-                self._moving = [
-                    p for p, value in pairs if id(p) in written or not torch.equal(p, value)
-                ]
+                self._moving = [p for p, value in pairs if id(p) in written or not _same(p, value)]
         known = {id(parameter) for parameter in self._moving}
         if any(id(parameter) not in known for parameter in changed):
             raise RuntimeError(
@@ -157,3 +155,8 @@ def _loss_of(output: Any) -> Tensor | None:
         check_loss(output, "training_step returned")
     loss: Tensor | None = output
     return loss
+
+
+def _same(parameter: Tensor, value: Tensor) -> bool:
+    """Whether a parameter has a value; sparse ones, which count as they are written, do."""
+    return parameter.layout != torch.strided or torch.equal(parameter, value)

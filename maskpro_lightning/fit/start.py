@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskpro_lightning.files.maskfiles import load_maskllm, load_masks
 from maskpro_lightning.fit.traceless import fresh_batches
@@ -62,6 +62,24 @@ def refuse_sparse(
                 f"process, callback.restore_dense() gives them back), leave it out with "
                 f"exclude, or start from its zeros with init='nonzeros'."
             )
+
+
+def refuse_replaced(module: nn.Module, targets: Sequence[Target]) -> None:
+    """Refuse weights in whose place the module has other parameters since they were chosen.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    there = {id(parameter) for parameter in module.parameters()}
+    gone = [target.name for target in targets if id(target.parameter) not in there]
+    if gone:
+        raise ValueError(
+            f"{gone[0]!r} is no longer the parameter that was chosen when the fit began ("
+            f"{len(gone)} of the masked weights): {type(module).__name__} has put another one in "
+            f"its place, as load_state_dict(assign=True), parametrizations and exchanged layers "
+            f"do, and no mask reaches that. Do so in setup or before the fit, or leave the weight "
+            f'dense with exclude=["{gone[0].rpartition(".")[0] or gone[0]}"].'
+        )
 
 
 @contextmanager

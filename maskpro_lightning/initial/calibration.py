@@ -9,11 +9,18 @@ from functools import partial
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import broadcast
 
 from maskpro_lightning.initial import initializers, reconstruction
-from maskpro_lightning.initial.statistics import InputStatistics, bytes_needed
+from maskpro_lightning.initial.operands import Lying, lying
+from maskpro_lightning.initial.statistics import (
+    Inputs,
+    InputStatistics,
+    bytes_needed,
+    is_watched,
+    layer_shape,
+)
 from maskpro_lightning.masks import philox
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.targets import Target
@@ -25,7 +32,8 @@ Sum = Callable[[Tensor], Tensor]
 _log = logging.getLogger(__name__)
 # In the place of a mask that could not be found.
 _FAILED = 2
-# Statistics held at once; what needs more is collected in several passes over the batches.
+# Statistics held at once; what needs more is collected in several passes over the batches. A weight
+# of more than two dimensions that alone needs more, as the experts of a large layer, gets none.
 _STATISTICS_BYTES = 2**33
 # Each looks at the network that the masks of the round before leave.
 _RECONSTRUCTION_ROUNDS = 3
@@ -96,14 +104,23 @@ def initial_masks(
     if method in ("wanda", "sparsegpt", "reconstruction"):
         if batches is None:
             raise ValueError(f"init={method!r} needs batches to calibrate on.")
+        how = _lying(targets, batches, reduce)
         if method == "reconstruction":
-            masks = dict(_calibrated("sparsegpt", targets, pattern, batches, reduce, whole, ranks))
-            return iter(_reconstructed(masks, targets, pattern, batches, reduce).items())
-        return _calibrated(method, targets, pattern, batches, reduce, whole, ranks)
+            found = _calibrated("sparsegpt", targets, how, pattern, batches, reduce, whole, ranks)
+            return iter(_reconstructed(dict(found), targets, how, pattern, batches, reduce).items())
+        return _calibrated(method, targets, how, pattern, batches, reduce, whole, ranks)
     return (
         (target.name, _from_weight(method, target, whole(target.parameter), pattern, seed))
         for target in targets
     )
+
+
+def _lying(targets: Sequence[Target], batches: Batches, reduce: Sum | None) -> dict[str, Lying]:
+    """How those weights lie in their products that are not seen by calls of their layers."""
+    watched = [target for target in targets if is_watched(target)]
+    for run in batches() if watched else ():
+        return lying(watched, run, reduce)
+    return {}
 
 
 def _from_weight(
@@ -121,6 +138,7 @@ def _from_weight(
 def _calibrated(
     method: str,
     targets: Sequence[Target],
+    how: Mapping[str, Lying],
     pattern: NMPattern,
     batches: Batches,
     reduce: Sum | None,
@@ -128,9 +146,8 @@ def _calibrated(
     ranks: Ranks | None,
 ) -> Iterator[tuple[str, Tensor]]:
     second_moments = method == "sparsegpt"
-    for some in _passes(targets, second_moments):
-        modules = {target.name: target.module for target in some.values()}
-        with InputStatistics(modules, second_moments=second_moments) as statistics:
+    for some, inputs in _passes(targets, how, second_moments):
+        with InputStatistics(inputs, second_moments=second_moments) as statistics:
             for run in batches():
                 run()
         if reduce is not None:
@@ -153,6 +170,9 @@ def _from_inputs(
     if name in statistics.unseen:
         _log.warning("%s: no input seen (called by name?); masked by magnitude.", name)
         return initializers.magnitude(weight, pattern, input_dim)
+    if name in statistics.idle:
+        idle, parts = statistics.idle[name], len(statistics.norm[name])
+        _log.warning("%s: %d of %d parts saw no input; masked by magnitude.", name, idle, parts)
     if second_moments:
         return initializers.sparsegpt(weight, statistics.hessian[name], pattern, input_dim)[0]
     return initializers.wanda(weight, statistics.norm[name], pattern, input_dim)
@@ -197,6 +217,7 @@ def _shared(
 def _reconstructed(
     masks: dict[str, Tensor],
     targets: Sequence[Target],
+    how: Mapping[str, Lying],
     pattern: NMPattern,
     batches: Batches,
     reduce: Sum | None,
@@ -210,8 +231,8 @@ def _reconstructed(
 
     for _ in range(_RECONSTRUCTION_ROUNDS):
         # H and C for each layer, twice what SparseGPT collects.
-        for some in _passes(targets, second_moments=True, copies=2):
-            statistics = reconstruction.PairedStatistics({n: t.module for n, t in some.items()})
+        for some, inputs in _passes(targets, how, second_moments=True, copies=2):
+            statistics = reconstruction.PairedStatistics(inputs)
             try:
                 for run in batches():
                     write()
@@ -232,17 +253,26 @@ def _reconstructed(
 
 
 def _passes(
-    targets: Sequence[Target], second_moments: bool, copies: int = 1
-) -> Iterator[Mapping[str, Target]]:
+    targets: Sequence[Target], how: Mapping[str, Lying], second_moments: bool, copies: int = 1
+) -> Iterator[tuple[Mapping[str, Target], Inputs]]:
     """Cut the targets into runs whose statistics fit into memory together."""
+    needed, too_large = {}, []
+    for target in targets:
+        shape = how.get(target.name) or layer_shape(target.module)
+        needed[target.name] = copies * bytes_needed(shape, second_moments)
+        bounded = target.name in how or isinstance(target.module, nn.Bilinear)
+        if bounded and needed[target.name] > _STATISTICS_BYTES:
+            gigabytes = needed[target.name] / 2**30
+            needed[target.name] = 0
+            too_large.append(target.name)
+            _log.warning("%s: its inputs' moments need %.0f GiB.", target.name, gigabytes)
     some: dict[str, Target] = {}
     held = 0
     for target in targets:
-        needed = copies * bytes_needed(target.module, second_moments)
-        if some and held + needed > _STATISTICS_BYTES:
-            yield some
+        if some and held + needed[target.name] > _STATISTICS_BYTES:
+            yield some, Inputs(list(some.values()), how, too_large)
             some, held = {}, 0
         some[target.name] = target
-        held += needed
+        held += needed[target.name]
     if some:
-        yield some
+        yield some, Inputs(list(some.values()), how, too_large)

@@ -13,22 +13,20 @@ did wrong; the other half keeps masks from chasing what they cannot reach. No gr
 The search swaps a kept with a pruned weight of the same group wherever that helps most, until
 nothing does (for x as its own target that is SparseSwaps, arXiv 2512.10922).
 
-Shape suffixes: ``C`` parts of the outputs (1 but for grouped convolutions), ``R`` outputs of one,
-``K`` weights of one output, ``M`` group size, ``T`` rows of input.
+Shape suffixes: ``C`` parts of the outputs (1 but for grouped convolutions and experts), ``R``
+outputs of one, ``K`` weights of one output, ``M`` group size, ``T`` rows of input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskpro_lightning.initial.initializers import laid_out, rows_of
-from maskpro_lightning.initial.statistics import input_rows, mean_shape
+from maskpro_lightning.initial.statistics import Inputs, Rows, fill_idle
 from maskpro_lightning.masks.pattern import NMPattern
 
 # The search ends after so many visits of each group, or when fewer than this share still swap.
@@ -37,85 +35,73 @@ _FEW = 1e-3
 
 
 class PairedStatistics:
-    """Moments of layers' inputs in the pruned network, and of those with their dense targets.
+    """Moments of weights' inputs in the pruned network, and of those with their dense targets.
 
     For each batch, run the model once within :meth:`dense` and once within :meth:`pruned`, holding
-    the weights that these names say. Understands the layers that ``InputStatistics`` does.
+    the weights that these names say.
 
     Args:
-        modules: Layers by name, on the device that they run on.
+        inputs: Of which weights.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._modules = {
-            name: module for name, module in modules.items() if mean_shape(module, True) is not None
-        }
-        self._seen: dict[str, list[Tensor]] = {}  # inputs of the dense network, in their order
-        self._rows = dict.fromkeys(self._modules, 0)
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        # Inputs of the dense network, in their order, by the weight's name and its parts.
+        self._seen: dict[tuple[str, int | None], list[list[Tensor]]] = {}
+        self._rows = {name: [0] * parts for name, (parts, _) in inputs.shapes.items()}
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, module in self._modules.items():
-            shape = mean_shape(module, True)
-            assert shape is not None
-            device = module.get_parameter("weight").device
-            hessian_CKK, cross_CKK = torch.zeros(2, *shape, dtype=torch.float32, device=device)
+        for name, (parts, columns) in inputs.shapes.items():
+            shape = (parts, columns, columns)
+            hessian_CKK, cross_CKK = torch.zeros(
+                2, *shape, dtype=torch.float32, device=inputs.devices[name]
+            )
             self._moments[name] = hessian_CKK, cross_CKK
 
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Remember the inputs of the dense network."""
-        self._seen = {name: [] for name in self._modules}
-        with self._hooks(self._remember):
+        self._seen = {}
+        with self._inputs.seen(self._remember):
             yield
 
     @contextmanager
     def pruned(self) -> Iterator[None]:
         """Add up moments of the inputs of the pruned network, on the same batch."""
-        with self._hooks(self._add):
+        with self._inputs.seen(self._add):
             yield
         self._seen.clear()
 
     @property
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """H and C of each layer seen, float32 (C, K, K), in any unit."""
-        return {name: pair for name, pair in self._moments.items() if self._rows[name]}
+        """H and C of each weight seen, float32 (C, K, K), in any unit."""
+        seen = {name: pair for name, pair in self._moments.items() if any(self._rows[name])}
+        for name, pair in seen.items():
+            fill_idle(self._rows[name], *pair)
+        return seen
 
     def reduce(self, sum_: Callable[[Tensor], Tensor]) -> None:
-        """Join what several processes have seen, also of layers that this one has not."""
+        """Join what several processes have seen, also of weights that this one has not."""
         for name, (hessian_CKK, cross_CKK) in self._moments.items():
-            self._rows[name] = int(sum_(torch.tensor(self._rows[name], device=cross_CKK.device)))
+            rows_C = sum_(torch.tensor(self._rows[name], device=cross_CKK.device))
+            self._rows[name] = [int(rows) for rows in rows_C]
             self._moments[name] = sum_(hessian_CKK), sum_(cross_CKK)
 
-    @contextmanager
-    def _hooks(self, see: Any) -> Iterator[None]:
-        handles = [
-            module.register_forward_pre_hook(partial(see, name), with_kwargs=True)
-            for name, module in self._modules.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _remember(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self._seen[name].append(_input_of(args, kwargs).detach().clone())
+    def _remember(self, name: str, parts: slice, inputs: Sequence[Tensor], rows: Rows) -> None:
+        kept = [each.detach().clone() for each in inputs]
+        self._seen.setdefault((name, parts.start), []).append(kept)
 
     @torch.no_grad()
-    def _add(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        inputs = _input_of(args, kwargs)
-        dense = self._seen[name].pop(0) if self._seen[name] else inputs
-        if dense.shape != inputs.shape:  # another choice of experts: nothing to compare with
+    def _add(self, name: str, parts: slice, inputs: Sequence[Tensor], rows: Rows) -> None:
+        remembered = self._seen.get((name, parts.start))
+        dense = remembered.pop(0) if remembered else inputs
+        shapes = [[each.shape for each in some] for some in (dense, inputs)]
+        if shapes[0] != shapes[1]:  # another choice of experts: nothing to compare with
             dense = inputs
-        hessian_CKK, cross_CKK = self._moments[name]
-        product_CKK = torch.empty_like(hessian_CKK)
-        pairs = zip(input_rows(module, inputs), input_rows(module, dense), strict=True)
-        for rows_CTK, dense_CTK in pairs:
-            self._rows[name] += rows_CTK.shape[1]
+        hessian_CKK, cross_CKK = (moment[parts] for moment in self._moments[name])
+        for rows_CTK, dense_CTK in zip(rows(inputs), rows(dense), strict=True):
+            self._rows[name][parts] = [n + rows_CTK.shape[1] for n in self._rows[name][parts]]
             # With out=, and so beyond the reach of autocast.
+            product_CKK = hessian_CKK.new_empty(len(rows_CTK), *hessian_CKK.shape[1:])
             hessian_CKK += torch.bmm(rows_CTK.mT, rows_CTK, out=product_CKK)
             target_CTK = (rows_CTK + dense_CTK) / 2
             cross_CKK += torch.bmm(rows_CTK.mT, target_CTK, out=product_CKK)
@@ -193,8 +179,3 @@ def _sweep(
             - weight_RK[rows, leaves, None] * hessian_KK[leaves]
         )
     return swaps
-
-
-def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return inputs

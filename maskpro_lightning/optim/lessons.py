@@ -132,6 +132,7 @@ class Lessons:
             _Move(lesson, layout.completed(own, slabs, values))
             for lesson, (layout, own, slabs), values in zip(lessons, about, shared, strict=True)
         ]
+        _measure(moves)
         batches = list(_batches(moves))
         for batch in batches:
             batch.turn(self._fusion)
@@ -154,7 +155,7 @@ class _Move:
 
     def __init__(self, lesson: Lesson, gradient: Tensor) -> None:
         self.lesson, self.direction = lesson, gradient
-        self.unit = unit_of(_largest(gradient))
+        self.unit: Tensor
         self.square: Tensor
         self.scale: Tensor
 
@@ -246,12 +247,20 @@ def _batches(moves: Iterable[_Move]) -> Iterable[_Alone | _Joined]:
         yield _Joined(together) if len(together) > 1 else _Alone(together[0])
 
 
-def _largest(gradient: Tensor) -> Tensor:
-    """The largest absolute value, a float32 scalar."""
-    if not gradient.numel():
-        return torch.zeros((), device=gradient.device)
-    low, high = gradient.detach().aminmax()  # on a CPU a tenth of the time of an infinity norm
-    return torch.maximum(-low, high).float()
+def _measure(moves: Sequence[_Move]) -> None:
+    """Give every move a unit, by the largest absolute value of its gradient."""
+    ends: defaultdict[Hashable, list[tuple[_Move, Tensor, Tensor]]] = defaultdict(list)
+    for move in moves:
+        gradient = move.direction.detach()
+        if not gradient.numel():
+            gradient = gradient.new_zeros(1)
+        low, high = gradient.aminmax()  # on a CPU a tenth of the time of an infinity norm
+        ends[low.dtype, low.device].append((move, low, high))
+    for alike in ends.values():
+        of, lows, highs = zip(*alike, strict=True)
+        sizes_W = torch.maximum(-torch.stack(lows), torch.stack(highs)).float()
+        for move, unit in zip(of, unit_of(sizes_W).unbind(), strict=True):
+            move.unit = unit
 
 
 def _scale(moves: Sequence[_Move]) -> list[Tensor]:
@@ -262,11 +271,20 @@ def _scale(moves: Sequence[_Move]) -> list[Tensor]:
         move.square.double() * move.unit.double().square() if layout.across else move.square
         for layout, move in zip(layouts, moves, strict=True)
     ]
-    found = []
-    for layout, move, total in zip(layouts, moves, sums(layouts, common), strict=True):
-        size = (total / math.prod(layout.shape)).sqrt()
-        finite = size.isfinite()
-        scale = (move.lesson.bound / size).where(finite & (size > 0), 0)
-        move.scale = (scale * move.unit).float() if layout.across else scale
-        found.append(finite)
+    alike: defaultdict[Hashable, list[tuple[_Move, Tensor]]] = defaultdict(list)
+    for move, total in zip(moves, sums(layouts, common), strict=True):
+        alike[total.dtype, total.device].append((move, total))
+    found: list[Tensor] = []
+    for several in alike.values():
+        of, totals = zip(*several, strict=True)
+        totals_W = torch.stack(totals)
+        numbers_W = totals_W.new_tensor([math.prod(move.lesson.masked.layout.shape) for move in of])
+        sizes_W = (totals_W / numbers_W).sqrt()
+        finite_W = sizes_W.isfinite()
+        bounds_W = totals_W.new_tensor([move.lesson.bound for move in of])
+        scales_W = (sizes_W.reciprocal() * bounds_W).where(finite_W & (sizes_W > 0), 0)
+        for move, scale in zip(of, scales_W.unbind(), strict=True):
+            across = move.lesson.masked.layout.across
+            move.scale = (scale * move.unit).float() if across else scale
+        found += finite_W.unbind()
     return found

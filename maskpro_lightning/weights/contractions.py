@@ -9,7 +9,7 @@ is kept which parameter lies where, so that a view is understood by its strides,
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,7 +74,7 @@ def observe(model: nn.Module) -> Iterator[Observed]:
     Args:
         model: Its parameters are watched.
     """
-    watch = _Watch(model)
+    watch = Watch(model)
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes long
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -82,8 +82,15 @@ def observe(model: nn.Module) -> Iterator[Observed]:
         yield watch.observed
 
 
-class _Watch(TorchDispatchMode):
-    """Sees every operation on its way to the device."""
+class Watch(TorchDispatchMode):
+    """Sees every operation on its way to the device, and what products do with parameters.
+
+    Args:
+        model: Its parameters are watched.
+    """
+
+    #: Operations through which a parameter stays known as such.
+    keeps: Collection[str] = KEEPS_ZEROS
 
     supports_higher_order_operators = True
 
@@ -116,7 +123,7 @@ class _Watch(TorchDispatchMode):
         self.observed.hidden = bool(self._missing)
 
     def _watch(self, weight: Tensor, key: int) -> None:
-        storage = _storage(weight)
+        storage = storage_of(weight)
         if storage is not None:
             before = self._known.get(storage, [])
             if all(piece.parameter != key for piece in before):  # not under a second name
@@ -132,7 +139,7 @@ class _Watch(TorchDispatchMode):
                 self._watch(weight, key)
 
     def _learn(self, tensor: Tensor, pieces: list[Piece]) -> None:
-        storage = _storage(tensor)
+        storage = storage_of(tensor)
         if storage is None:
             return
         if storage not in self._known:
@@ -141,7 +148,7 @@ class _Watch(TorchDispatchMode):
 
     def _pieces(self, tensor: Tensor) -> list[Piece]:
         """What of parameters lies where a tensor looks."""
-        pieces = self._known.get(_storage(tensor) or 0, [])
+        pieces = self._known.get(storage_of(tensor) or 0, [])
         if not pieces:
             return pieces
         start, stop = extent(tensor)
@@ -161,7 +168,7 @@ class _Watch(TorchDispatchMode):
                 return result
         result = func(*args, **kwargs)
         if name in PRODUCTS and func.namespace == "aten":
-            self._see_product(name, PRODUCTS[name](args), result)
+            self.see_product(name, PRODUCTS[name](args), args, result)
         else:
             self._see_other(func, name, args, kwargs, result)
         return result
@@ -170,28 +177,35 @@ class _Watch(TorchDispatchMode):
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> None:
         inputs = [*tensors(args), *tensors(kwargs.values())]
-        if all(_storage(each) in self._known for each in inputs):
-            self._see_made(name, args, inputs, result)
+        if all(storage_of(each) in self._known for each in inputs):
+            self.see_made(name, args, inputs, result)
             return
         for each in inputs:
             for piece in self._pieces(each):
                 self.observed.used_by.setdefault(piece.parameter, set()).add(name)
         if name == "index" and self._pieces(args[0]) and args[0].dim() > 2:
-            self._see_picked(args, result)
+            self.see_picked(args, result)
         elif func._schema.is_mutable:
             # A buffer that something of the batch is written into; weights stay weights.
             for declared, each in zip(func._schema.arguments, args, strict=False):
                 if declared.is_out or (declared.alias_info and declared.alias_info.is_write):
                     for written in tensors(each):
-                        storage = _storage(written)
+                        storage = storage_of(written)
                         if storage is not None and storage not in self._parameters:
                             self._known.pop(storage, None)
 
-    def _see_product(self, name: str, operands: Operands, result: Any) -> None:
-        found = [self._pieces(operand) for operand, _ in operands]
-        if self._missing and not any(found):
-            self._gather()
-            found = [self._pieces(operand) for operand, _ in operands]
+    def see_product(
+        self, name: str, operands: Operands, args: tuple[Any, ...], result: Any
+    ) -> None:
+        """A product has been formed.
+
+        Args:
+            name: PyTorch's name of it.
+            operands: What was multiplied.
+            args: All of its arguments.
+            result: What it returned.
+        """
+        found = self.pieces_of(operands)
         for place, ((operand, dims), pieces) in enumerate(zip(operands, found, strict=True)):
             others = [each for other, each in enumerate(found) if other != place]
             for piece in pieces:
@@ -205,29 +219,37 @@ class _Watch(TorchDispatchMode):
             for each in tensors(result):
                 self._learn(each, [])
 
-    def _see_made(
+    def pieces_of(self, operands: Operands) -> list[list[Piece]]:
+        """What of parameters lies in each operand of a product."""
+        found = [self._pieces(operand) for operand, _ in operands]
+        if self._missing and not any(found):
+            self._gather()
+            found = [self._pieces(operand) for operand, _ in operands]
+        return found
+
+    def see_made(
         self, name: str, args: tuple[Any, ...], inputs: Sequence[Tensor], result: Any
     ) -> None:
         """Something was made of known tensors alone."""
         for made in tensors(result):
-            storage = _storage(made)
+            storage = storage_of(made)
             if storage is None or storage in self._parameters:
                 continue
             if name == "copy_":
                 start, stop = extent(made)
                 kept = [p for p in self._known[storage] if p.stop <= start or stop <= p.start]
                 self._learn(made, [*kept, *self._copied(args[1], made)])
-            elif any(_storage(each) == storage for each in inputs):  # a view, or in place
-                if name.endswith("_") and name not in KEEPS_ZEROS:
+            elif any(storage_of(each) == storage for each in inputs):  # a view, or in place
+                if name.endswith("_") and name not in self.keeps:
                     self._known[storage] = [p.changed(name) for p in self._known[storage]]
             elif not made.is_floating_point() or name.endswith(FORGETS):
                 self._learn(made, [])
             elif name in ("cat", "stack"):
                 self._see_joined(name, args, made)
             elif name == "index":
-                self._see_picked(args, made)
+                self.see_picked(args, made)
             else:
-                changed_by = None if name in KEEPS_ZEROS else name
+                changed_by = None if name in self.keeps else name
                 pieces = [piece for each in inputs for piece in self._copied(each, made)]
                 self._learn(made, [piece.changed(changed_by) for piece in pieces])
 
@@ -243,7 +265,7 @@ class _Watch(TorchDispatchMode):
                 first += part.shape[dim]
         self._learn(made, pieces)
 
-    def _see_picked(self, args: tuple[Any, ...], made: Tensor) -> None:
+    def see_picked(self, args: tuple[Any, ...], made: Tensor) -> None:
         """Slices of a weight were picked by their numbers, as those of some experts."""
         source, indices = args[:2]
         kept = source.dim() - len(indices)
@@ -265,7 +287,7 @@ def _is_mask(index: Tensor) -> bool:
     return index.dtype in (torch.bool, torch.uint8)
 
 
-def _storage(tensor: Tensor) -> int | None:
+def storage_of(tensor: Tensor) -> int | None:
     """What a tensor's storage is known by; None for one without, as a sparse one."""
     if isinstance(tensor, DTensor) or tensor.layout != torch.strided:
         return None

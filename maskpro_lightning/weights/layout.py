@@ -239,15 +239,21 @@ class Layout:
         """
         tensors = tuple(tensor.detach() for tensor in parts)
         padded = [self.padded(tensor) for tensor in tensors]
-        skip = int(once and self._before > 0)
-        along = 0 if self.flat else -2
         views = [self._grouped(t) for t in (*padded, *(tensor.detach() for tensor in state))]
-        views = [view.narrow(along, skip, view.shape[along] - skip) for view in views]
-        in_row = views[0].shape[1:-1].numel()
+        skip = int(once and self._before > 0)
+        if skip:
+            along = 0 if self.flat else -2
+            views = [view.narrow(along, skip, view.shape[along] - skip) for view in views]
+        shape = views[0].shape[:-1]
+        in_row = shape[1:].numel()
         rows = max(1, block_size(views[0].device) // share // max(1, in_row))
-        for first in range(0, len(views[0]) if in_row else 0, rows):
-            block = tuple(view[first : first + rows] for view in views)
-            yield self._numbers(first, block[0].shape[:-1], skip, views[0].device), block
+        if 0 < shape[0] <= rows and in_row:  # nothing to cut up
+            yield self._numbers(0, shape, skip, views[0].device), tuple(views)
+        else:
+            for first in range(0, shape[0] if in_row else 0, rows):
+                block = tuple(view[first : first + rows] for view in views)
+                numbers = self._numbers(first, block[0].shape[:-1], skip, views[0].device)
+                yield numbers, block
         for tensor, copy in zip(tensors, padded, strict=True):
             if copy is not tensor:
                 tensor.copy_(self.own(copy))
@@ -275,7 +281,9 @@ class Layout:
         units = self.padded_size[self._axis] // self._unit
         each = padded.shape[self._axis] // units if units else self._unit
         if not self.flat:
-            groups: Tensor = padded.movedim(self._axis, -1).unflatten(-1, (units, each))
+            last = self._axis == padded.dim() - 1
+            along = padded if last else padded.movedim(self._axis, -1)
+            groups: Tensor = along.unflatten(-1, (units, each))
             return groups
         in_slab = self._unit // self.pattern.m
         return padded.view(units, each // in_slab, in_slab).movedim(1, -1)

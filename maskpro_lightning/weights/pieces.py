@@ -11,11 +11,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of a parameter in a storage: ``size`` steps of ``stride`` bytes."""
+    """Steps along one dimension of a parameter in a storage.
+
+    Attributes:
+        stride: Bytes from one to the next.
+        size: How many there are.
+        dim: The dimension.
+        step: How far each goes along it.
+    """
 
     stride: int
     size: int
     dim: int
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Piece:
         stop: The byte behind its last.
         axes: How its dimensions lie, the shortest stride first.
         computed_by: The operation that put other values in the place of the parameter's.
+        origin: The place in the parameter of what lies at ``start``; None if that is not known.
     """
 
     parameter: int
@@ -35,6 +44,7 @@ class Piece:
     stop: int
     axes: tuple[Axis, ...]
     computed_by: str | None = None
+    origin: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, parameter: Tensor, key: int) -> Piece:
@@ -46,7 +56,7 @@ class Piece:
             for dim, (stride, size) in enumerate(sizes)
             if size > 1 and stride > 0
         ]
-        return cls(key, *extent(parameter), _in_order(axes))
+        return cls(key, *extent(parameter), _in_order(axes), origin=(0,) * parameter.dim())
 
     def along(self, stride: int, size: int) -> list[Axis] | None:
         """What ``size`` steps of ``stride`` bytes move along; None if that cannot be told."""
@@ -59,7 +69,7 @@ class Piece:
             if stride % axis.stride:
                 return None
             count = min(size, math.ceil(axis.size * axis.stride / stride))
-            found.append(Axis(stride, count, axis.dim))
+            found.append(Axis(stride, count, axis.dim, axis.step * (stride // axis.stride)))
             if count < size and (size % count or count * stride != axis.size * axis.stride):
                 break  # it goes on in what lies beside this piece
             size, stride = size // count, stride * count
@@ -85,10 +95,24 @@ class Piece:
                 return None
             stride = made.stride(dim + more) * made.element_size()
             for axis in found:
-                axes.append(Axis(stride, axis.size, axis.dim))
+                axes.append(Axis(stride, axis.size, axis.dim, axis.step))
                 stride *= axis.size
         start, stop = extent(made)
-        return replace(self, start=start, stop=stop, axes=_in_order(axes))
+        place = self.place(source)
+        return replace(self, start=start, stop=stop, axes=_in_order(axes), origin=place)
+
+    def place(self, view: Tensor) -> tuple[int, ...] | None:
+        """The place in the parameter of a view's first element; None if it is not of it."""
+        left = extent(view)[0] - self.start
+        if self.origin is None or left < 0:
+            return None
+        place = list(self.origin)
+        for axis in reversed(self.axes):
+            steps, left = divmod(left, axis.stride)
+            if steps >= axis.size:
+                return None
+            place[axis.dim] += steps * axis.step
+        return None if left else tuple(place)
 
     def changed(self, by: str | None) -> Piece:
         """The same with other values, by an operation; the first one counts."""

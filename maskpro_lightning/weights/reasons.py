@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.admission import is_maskable, kind_of
+from maskpro_lightning.weights.contractions import storage_of
 from maskpro_lightning.weights.names import clean_name
+from maskpro_lightning.weights.pieces import extent
 
 #: Of what may well be multiplied, but along a dimension that only the user can name.
 UNKNOWN = "is of a layer whose product is not known"
@@ -82,12 +87,49 @@ def unfit(
     """
     if not is_maskable(weight):
         return f"holds {kind_of(weight)} numbers, not dense floating-point ones of 16 bits or more"
+    if weight.is_inference():
+        return "was made in inference mode, so that nothing can be written into it"
+    if _is_expanded(weight):
+        return "holds the same numbers in several places (it was expanded): clone it"
     if not -len(shape) <= input_dim < len(shape) or not shape.numel():
         return f"has no groups along dimension {input_dim}, its shape being {tuple(shape)}"
     inputs = shape[input_dim] // products
     if inputs % pattern.m:
         return f"has {inputs} input{'s' * (inputs != 1)}, not a multiple of {pattern.m}"
     return None
+
+
+def sharing(weights: Iterable[Tensor]) -> set[int]:
+    """The ids of those weights that have memory in common, so that a mask would change several."""
+    by_storage: dict[int, list[Tensor]] = {}
+    for weight in weights:
+        if is_lazy(weight) or weight.is_meta or not is_maskable(weight) or _is_expanded(weight):
+            continue
+        storage = storage_of(weight)
+        if storage is not None and weight.untyped_storage().nbytes():  # else a shard's to come
+            by_storage.setdefault(storage, []).append(weight)
+    found: set[int] = set()
+    for several in by_storage.values():
+        ends = sorted((*extent(weight), id(weight)) for weight in several if weight.numel())
+        if all(one[1] <= other[0] for one, other in pairwise(ends)):
+            continue
+        # Lines of one may lie between those of another: only now count what is in each place.
+        count = torch.zeros(several[0].untyped_storage().nbytes(), dtype=torch.uint8)
+        for step in (1, 0):
+            for weight in several:
+                item = weight.element_size()
+                places = weight.shape, [item * each for each in weight.stride()]
+                own = count.as_strided(*places, item * int(weight.storage_offset()))
+                if step:
+                    own += 1
+                elif (own > 1).any():
+                    found.add(id(weight))
+    return found
+
+
+def _is_expanded(weight: Tensor) -> bool:
+    steps = zip(weight.shape, weight.stride(), strict=True)
+    return any(size > 1 and not stride for size, stride in steps)
 
 
 def _is_parametrised(module: nn.Module, name: str) -> bool:

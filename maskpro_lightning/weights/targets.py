@@ -129,6 +129,7 @@ def select(
     targets: list[Target] = []
     unfit: dict[str, str] = {}
     probed: dict[type[nn.Module], str | None] = {}
+    sharing = reasons.sharing(model.parameters())
     for weight, several in candidates.items():
         target, names = several[0].target, [one.target.name for one in several]
         by_name = any(_matches(named, name) for name in names)
@@ -138,6 +139,8 @@ def select(
             why[weight] = "is not included"
         elif by_name or weight not in why:
             reason = _unfit(several[0], pattern, probed)
+            if reason is None and weight in sharing:
+                reason = "shares its memory with another parameter: make both one, or clone it"
             if reason is None:
                 targets.append(target)
             else:
