@@ -25,6 +25,7 @@ _LINKS = {
     "](../recipes/README.md": "](recipes.md",
     "](../recipes/existing_training.py": "](existing_training.py",
     "](../benchmarks/README.md": "](benchmarks.md",
+    "](../benchmarks/results/": "](results/",
     "](../docs/": "](",
     "](../README.md": "](start.md",
     "](docs/": "](",
