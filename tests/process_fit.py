@@ -161,8 +161,25 @@ class ByHand(Net):
         optimizer.step()
 
 
+class Dies(Net):
+    """A rank is killed in the midst of a step, as by the kernel when memory is short."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_rank == self.rank and self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+
+
 def mlflow(
-    folder: Path, ranks: int, tracking_uri: str | None = None, strategy: str = "ddp"
+    folder: Path,
+    ranks: int,
+    tracking_uri: str | None = None,
+    strategy: str = "ddp",
+    module: Net | None = None,
 ) -> None:
     logger = MLFlowLogger("ranks", tracking_uri=tracking_uri or f"sqlite:///{folder}/mlflow.db")
     callback, save = mask_callback(lr=FAST), ModelCheckpoint()
@@ -175,7 +192,7 @@ def mlflow(
         log_every_n_steps=2,
         logger=logger,
     )
-    module = Net()
+    module = module or Net()
     trainer.fit(module, loader(), loader(16))
     if tracking_uri is not None:
         told = everything(trainer, module, callback) | {"saved": save.best_model_path}
@@ -194,7 +211,16 @@ def spawned(folder: Path, ranks: int) -> None:
     mlflow(folder, ranks, strategy="ddp_spawn")
 
 
-TASKS = {task.__name__: task for task in (resume, kills, mlflow, away, spawned)}
+def first_dies(folder: Path, ranks: int) -> None:
+    mlflow(folder, ranks, module=Dies(0))
+
+
+def second_dies(folder: Path, ranks: int) -> None:
+    mlflow(folder, ranks, module=Dies(1))
+
+
+_TASKS = (resume, kills, mlflow, away, spawned, first_dies, second_dies)
+TASKS = {task.__name__: task for task in _TASKS}
 
 if __name__ == "__main__":
     task = TASKS[sys.argv[1]]

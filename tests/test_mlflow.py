@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +192,26 @@ def test_two_ranks_log_one_run(store: Store) -> None:
     assert store.steps(run, "maskpro/entropy") == [1, 3]
     logits = {f"step={step}/distributions.safetensors" for step in (2, 4)}
     assert store.artifacts(run) == FILES | FIGURES | logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["first_dies", "second_dies"])
+def test_a_rank_that_is_killed_ends_the_other_and_fails_the_run(task: str, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    command = [sys.executable, process_fit.__file__, task, str(tmp_path), "2"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            # The output ends when all that write to it have ended.
+            told, _ = process.communicate(timeout=300)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    survivor = {"first_dies": 1, "second_dies": 0}[task]
+    assert f"[rank{survivor}]: RuntimeError: " in told
+    assert store.only_run("ranks").info.status == "FAILED"
 
 
 # --- loggers that fail --------------------------------------------------------------------------

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy i
 class MLFlowLogger:
     """Remembers what it is told, under the name that is looked for."""
 
-    run_id, experiment_id = "own", "7"
+    run_id, experiment_id, tracking_uri = "own", "7", ""
 
     def __init__(self) -> None:
         self.experiment = self
@@ -75,6 +75,11 @@ class Trainer:
     def __init__(self, datamodule: Any = None, rank: int = 0) -> None:
         self.loggers = [MLFlowLogger()]
         self.datamodule, self.is_global_zero = datamodule, rank == 0
+        self.strategy = self
+        self.told: Any = None
+
+    def broadcast(self, found: Any) -> Any:
+        return found if self.is_global_zero else self.told
 
 
 def begun(trainer: Trainer) -> MLFlowLogger:
@@ -157,6 +162,22 @@ def test_before_lightning_kills_this_process_the_run_has_failed(
     assert observer.seen[1:] == [observer.seen[0]], "one run fails once"
     observer.done.set()
     observer.join()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_does_not_log_ends_the_run_when_it_fails(rank: int, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    run_id = client.create_run("0").info.run_id
+    trainer = Trainer(rank=rank)
+    trainer.told = [(uri, run_id)]
+    (logger,) = trainer.loggers
+    vars(logger).update(run_id=run_id, tracking_uri=uri)
+    run = MLflowRun(trainer, Tracking(trainer, "raise"))
+    run.begin({})
+    run.fail()
+    assert client.get_run(run_id).info.status == ("FAILED" if rank else "RUNNING")
+    assert logger.ended == [], "the logger does so itself"
 
 
 def test_other_ranks_log_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

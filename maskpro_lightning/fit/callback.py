@@ -328,6 +328,8 @@ class MaskProCallback(pl.Callback):
     ) -> None:
         # A checkpoint on exception is written after this, and holds a mask as always.
         self._failed = True
+        if "_mlflow_run" in vars(self):
+            self._mlflow_run.fail()
         if self._fitting and self.optimizer is not None:
             with suppress(Exception):  # else Lightning would leave it at that; we leave twice
                 self.optimizer.write("dense")

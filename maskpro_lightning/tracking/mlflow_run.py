@@ -29,7 +29,8 @@ class MLflowRun:
     - The data set is logged, if the trainer's datamodule has a ``provenance()`` that returns name,
       digest, source_type and source, see :class:`mlflow.entities.Dataset`.
     - Its experiment opens as one that trains models, not as one of generative AI.
-    - If Lightning kills this process, since another rank has died, the run has failed.
+    - If Lightning kills this process, since another rank has died, the run has failed; so it has if
+      another rank ends with an error, such as that the rank that logs is no longer there.
     - The machine's use is logged where MLflow is told to: ``MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING``.
 
     Args:
@@ -39,17 +40,27 @@ class MLflowRun:
 
     def __init__(self, trainer: Any, tracking: Tracking) -> None:
         self._data: Any = getattr(trainer, "datamodule", None)
+        self._strategy: Any = trainer.strategy
+        self._logs: bool = trainer.is_global_zero
         self._tracking = tracking
         self._monitors: list[Any] = []
         self._observers: list[threading.Thread] = []
+        self._runs: list[tuple[str, str]] = []
 
     def begin(self, tags: Mapping[str, str]) -> None:
-        """Log tags and data, and start watching the machine."""
+        """Log tags and data, and start watching the machine; all ranks call it."""
         self._tracking.each("MLFlowLogger", lambda logger: self._tag(logger, tags))
         if hasattr(self._data, "provenance"):
             self._tracking.each("MLFlowLogger", self._log_data)
         self._tracking.each("MLFlowLogger", self._watch)
         self._tracking.each("MLFlowLogger", self._observe)
+        self._tracking.each("MLFlowLogger", self._remember)
+        self._runs = self._strategy.broadcast(self._runs)
+
+    def fail(self) -> None:
+        """End the runs as failed on the ranks that do not log: the one that does may be dead."""
+        for uri, run_id in () if self._logs else self._runs:
+            _end_as_failed(partial(_client, uri), run_id)
 
     def end(self) -> None:
         """Stop watching the machine and the ranks."""
@@ -74,6 +85,9 @@ class MLflowRun:
         tags = [InputTag("mlflow.data.context", "training")]
         logged = DatasetInput(Dataset(**self._data.provenance()), tags)
         logger.experiment.log_inputs(logger.run_id, datasets=[logged])
+
+    def _remember(self, logger: Any) -> None:
+        self._runs.append((logger.experiment.tracking_uri, logger.run_id))
 
     def _observe(self, logger: Any) -> None:
         """Let the thread that kills this process with SIGKILL first say that the run has failed."""
@@ -114,10 +128,19 @@ def parent_run() -> str | None:
 
 
 def _fail_and(kill: Callable[[], None], logger: Any) -> None:
-    """End a run as failed, with a server that may be away or slow, and go on to kill."""
-    end = threading.Thread(
-        target=lambda: logger.experiment.set_terminated(logger.run_id, "FAILED"), daemon=True
-    )
+    """End a run as failed and go on to kill."""
+    _end_as_failed(lambda: logger.experiment, logger.run_id)
+    kill()
+
+
+def _end_as_failed(client: Callable[[], Any], run_id: str) -> None:
+    """End a run as failed, with a server that may be away or slow."""
+    end = threading.Thread(target=lambda: client().set_terminated(run_id, "FAILED"), daemon=True)
     end.start()
     end.join(_PATIENCE)
-    kill()
+
+
+def _client(tracking_uri: str) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri)
