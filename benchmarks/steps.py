@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import cases
@@ -175,20 +176,31 @@ def draw(fits: Sequence[Fit], path: Path) -> None:
         colours = {
             model: f"C{number}" for number, model in enumerate(sorted({g[0] for g in groups}))
         }
+        named = set()
         for model, signal, sequences in groups:
             of_group = [
                 f for f in fits if (f.model, f.signal, f.sequences) == (model, signal, sequences)
             ]
             steps = sorted({fit.steps for fit in of_group})
-            left = [[fit.left for fit in of_group if fit.steps == each] for each in steps]
+            left = [mean(fit.left for fit in of_group if fit.steps == each) for each in steps]
             if len(steps) > 1:
+                label = f"{model}, {signal}"
                 axes.plot(
                     steps,
-                    [sum(each) / len(each) for each in left],
+                    left,
                     marker="o" if signal == "distilled" else "s",
                     linestyle="-" if signal == "distilled" else ":",
                     color=colours[model],
-                    label=f"{model}, {signal}, batches of {sequences}",
+                    label=None if label in named else label,
+                )
+                named.add(label)
+                axes.annotate(
+                    f"batches of {sequences}",
+                    (steps[-1], left[-1]),
+                    (8, -4),
+                    textcoords="offset points",
+                    color=colours[model],
+                    fontsize=8,
                 )
         every = sorted({fit.steps for fit in fits})
         rule = [n**POWER for n in every]
@@ -197,7 +209,9 @@ def draw(fits: Sequence[Fit], path: Path) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set_xticks(every)
+        axes.set_yticks([0.05, 0.1, 0.2, 0.4])
         axes.minorticks_off()
+        axes.margins(x=0.2)
         axes.set_title(
             "Share of the gap to the dense model that is left", loc="left", fontweight="bold"
         )
