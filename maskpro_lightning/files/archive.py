@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -43,15 +43,12 @@ def write(
         _sort_notes(partial)
 
 
-def read(
-    path: str | os.PathLike[str], kind: str, unsigned: Collection[str] = ()
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read what :func:`write` wrote; takes no more memory than the file is long.
 
     Args:
         path: The file.
         kind: What it must hold.
-        unsigned: What it may hold instead, without a digest.
 
     Returns:
         The tensors and the notes, with the kind as "format".
@@ -67,10 +64,10 @@ def read(
         # Dtypes that only safetensors knows, and sizes that only its header can hold.
         raise broken(path, f"not a whole safetensors file ({error})") from None
     found = metadata.get("format", "unnamed tensors")
-    if found != kind and found not in unsigned:
+    if found != kind:
         raise broken(path, f"not {kind!r}, it holds {found!r}")
     digest = metadata.pop(_DIGEST, None)
-    if found not in unsigned and digest != _digest(tensors, metadata):
+    if digest != _digest(tensors, metadata):
         raise broken(path, f"not as it was written, its {_DIGEST} is another one")
     return tensors, metadata
 

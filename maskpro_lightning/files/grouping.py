@@ -86,7 +86,7 @@ def from_text(text: str, pattern: NMPattern) -> dict[str, Grouping]:
     except (AttributeError, TypeError, ValueError, RecursionError):
         raise ValueError("its list of shapes cannot be read") from None
     for name, (shape, dim) in entries.items():
-        check_shape(name, shape)
+        _check_shape(name, shape)
         if type(dim) is not int or not 0 <= dim < len(shape) or shape[dim] % pattern.m:
             raise ValueError(f"{name!r} of shape {shape} has no {pattern} groups along {dim!r}")
     return {name: Grouping(shape, dim, pattern) for name, (shape, dim) in entries.items()}
@@ -132,7 +132,7 @@ def check_sparse(weight: Tensor, pattern: NMPattern, input_dim: int, name: str) 
         )
 
 
-def check_shape(name: str, shape: tuple[Any, ...]) -> None:
+def _check_shape(name: str, shape: tuple[Any, ...]) -> None:
     """Refuse what is not a shape, or one of more numbers than a tensor could ever hold.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import zlib
@@ -20,7 +19,7 @@ from maskpro_lightning.files.atomic import atomic
 from maskpro_lightning.files.packing import pack
 from maskpro_lightning.masks.pattern import NMPattern
 
-_MASKS, _MASKS_1 = "maskpro masks 2", "maskpro masks 1"
+_MASKS = "maskpro masks 2"
 _LARGEST_NPY_HEADER = 2**14
 # What a zip file can raise while it is read; LZMA's and BZIP2's memory is up to the file.
 _ZIP_ERRORS = (ValueError, KeyError, OSError, EOFError, RuntimeError, BadZipFile, zlib.error)
@@ -54,12 +53,10 @@ def load_masks(path: str | os.PathLike[str], pattern: str | NMPattern) -> dict[s
         ValueError: not such a file, changed since, or masks of another pattern.
     """
     pattern = NMPattern.parse(pattern)
-    packed, notes = archive.read(path, _MASKS, unsigned=(_MASKS_1,))
+    packed, notes = archive.read(path, _MASKS)
     grouping.check_pattern(path, notes, pattern)
     try:
-        if notes["format"] == _MASKS_1:
-            return _masks_of_version_1(packed, notes.get("shapes", ""), pattern)
-        return _masks_of_version_2(packed, notes.get("layouts", ""), pattern)
+        return _unpacked(packed, notes.get("layouts", ""), pattern)
     except ValueError as error:
         raise archive.broken(path, f"no file of masks ({error})") from None
 
@@ -154,31 +151,8 @@ def _mask_in(npz: Any, key: str, shape: Sequence[int]) -> Tensor:
     return mask[:size].view(*shape)
 
 
-def _masks_of_version_2(
-    packed: Mapping[str, Tensor], text: str, pattern: NMPattern
-) -> dict[str, Tensor]:
+def _unpacked(packed: Mapping[str, Tensor], text: str, pattern: NMPattern) -> dict[str, Tensor]:
     layouts = grouping.from_text(text, pattern)
     if layouts.keys() != packed.keys():
         raise ValueError("its masks and its list of shapes have different names")
     return {name: found.lay_out(found.unpack(packed[name])) for name, found in layouts.items()}
-
-
-def _masks_of_version_1(
-    packed: Mapping[str, Tensor], text: str, pattern: NMPattern
-) -> dict[str, Tensor]:
-    """A bit per weight, row by row, and shapes."""
-    try:
-        shapes = {name: tuple(shape) for name, shape in json.loads(text).items()}
-    except (AttributeError, TypeError, ValueError, RecursionError):
-        raise ValueError("its list of shapes cannot be read") from None
-    masks = {}
-    for name, bits in packed.items():
-        shape = shapes.get(name, ())
-        grouping.check_shape(name, shape)
-        size = math.prod(shape)
-        if bits.dtype != torch.uint8 or bits.shape != (-(-size // 8),):
-            raise ValueError(f"the mask of {name!r} does not have the size of its shape {shape}")
-        unpacked = torch.from_numpy(np.unpackbits(bits.numpy(), count=size))
-        masks[name] = unpacked.bool().view(shape)
-        grouping.find(masks[name], pattern, name)
-    return masks
