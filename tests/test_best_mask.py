@@ -132,8 +132,13 @@ def test_a_fit_that_ends_with_a_validation_has_no_other(tmp_path: Path) -> None:
     assert module.told == []
 
 
-def test_a_higher_value_can_be_the_better_one(tmp_path: Path) -> None:
+def test_a_higher_value_can_be_the_better_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     module, callback, masks = told_fit(tmp_path, 1, 4, 3, 2, dense=5, monitor_mode="max")
+    assert (
+        "was 4, that of the last validation 2, and by monitor_mode higher is better" in caplog.text
+    )
     assert equal(held(module), masks[1])
     assert callback.result is not None
     assert callback.result.gap_closed == 0.75

@@ -760,6 +760,15 @@ def test_dense_weights_of_another_model_are_refused(shape: tuple[int, int], tmp_
         fit(pruned(Trained()), callback, folder=tmp_path, max_steps=1)
 
 
+@pytest.mark.parametrize("kind", ["module", "state"])
+def test_sparse_weights_are_not_learned_from_as_dense_ones(kind: str, tmp_path: Path) -> None:
+    sparse = pruned(Trained())
+    dense = sparse.net if kind == "module" else sparse.state_dict()
+    callback = SparseFinetuning(distillation=Distillation("net"), dense=dense)
+    with pytest.raises(ValueError, match=r"'0\.weight' of the dense weights to learn from is 2:4"):
+        fit(pruned(Trained()), callback, folder=tmp_path, max_steps=1)
+
+
 def test_a_distillation_that_cannot_be_is_refused(tmp_path: Path) -> None:
     net = Distillation("net")
     with pytest.raises(ValueError, match="no dense one to learn from"):

@@ -262,6 +262,15 @@ def test_a_fit_without_a_step_ends_with_an_error(limits: dict[str, Any], tmp_pat
     assert same_weights(module, Net())
 
 
+def test_a_trainer_that_is_through_is_told_so_and_the_masks_stay(tmp_path: Path) -> None:
+    module, callback = Net(), masks()
+    trainer = fit(module, callback, folder=tmp_path, max_steps=2)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"is as it was: .* counts on from step 2: make a new"):
+        trainer.fit(module, loader())
+    assert equal(module.state_dict(), before)
+
+
 # --- gradients ----------------------------------------------------------------------------------
 
 

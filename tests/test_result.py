@@ -81,7 +81,10 @@ def test_the_gap_is_that_between_the_initial_mask_and_the_dense_weights(
     assert ("maskpro/gap_closed" in result.metrics()) == (closed is not None)
     shown = dict(result.rows())["share of the gap closed"]
     measured = None not in (result.dense, result.initial) and math.isfinite(result.initial or 0)
-    no_gap = "none: the dense weights are not better than the initial mask"
+    no_gap = (
+        "none: the dense weights are not better than the initial mask (by monitor_mode "
+        f"{'lower' if result.mode == 'min' else 'higher'} is better)"
+    )
     assert shown == (f"{closed:.0%}" if closed is not None else no_gap if measured else "unknown")
 
 

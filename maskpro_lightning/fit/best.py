@@ -118,7 +118,8 @@ class BestMask:
             which = "the initial mask" if self.step == 0 else f"the mask of step {self.step}"
             _log.warning(
                 f"{which.capitalize()} is deployed: its {self.monitor} was {self.value:.4g}, that "
-                f"of the last validation {self._last:.4g}."
+                f"of the last validation {self._last:.4g}, and by monitor_mode "
+                f"{'lower' if self._sign > 0 else 'higher'} is better."
             )
         elif self._logged and self.value is None and self.monitor is not None:
             _log.warning(

@@ -375,8 +375,9 @@ class MaskProCallback(pl.Callback):
         if not self._optimizer.begun and not self._failed:
             raise RuntimeError(
                 f"This fit made no step, so no mask was found and {type(self._module).__name__} is "
-                f"dense: let max_steps, max_epochs and limit_train_batches allow for one, and "
-                f"training_step return a loss."
+                f"as it was: let max_steps, max_epochs and limit_train_batches allow for one (a "
+                f"Trainer that has fitted before counts on from step {self._trainer.global_step}: "
+                f"make a new one), and training_step return a loss."
             )
 
     def teardown(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -21,6 +21,7 @@ from maskpro_lightning.fit.quiet import be_heard, quiet
 from maskpro_lightning.fit.traceless import traceless
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.adapters import adapted_layers
+from maskpro_lightning.weights.admission import is_sparse
 from maskpro_lightning.weights.kept import Masks, SparseWeights, pack_bits, unpack_bits
 from maskpro_lightning.weights.layout import Layout, local
 from maskpro_lightning.weights.sharding import layouts
@@ -133,6 +134,7 @@ class SparseFinetuning(pl.Callback):
                     "are gone: give them (dense=...) to go on."
                 )
             dense = dense_part(self.distillation, pl_module, self.dense)
+            self._refuse_sparse(dense, self.distillation.part_of(pl_module), targets)
             self._teacher = DenseTeacher(
                 self.distillation, pl_module, dense.to(trainer.strategy.root_device)
             )
@@ -271,6 +273,21 @@ class SparseFinetuning(pl.Callback):
                 whole=lambda weight: where[weight].whole(local(weight.detach())),
             )
             return dict(masks)
+
+    def _refuse_sparse(self, dense: nn.Module, part: nn.Module, targets: Sequence[Target]) -> None:
+        """Refuse to learn from a sparse copy of the part, which would be to learn from itself."""
+        masked = {target.parameter: target for target in targets}
+        weights = dict(dense.named_parameters())
+        for name, parameter in part.named_parameters():
+            target, weight = masked.get(parameter), weights.get(name)
+            if target is None or weight is None or weight.shape != parameter.shape:
+                continue
+            (layout,) = layouts(None, [(weight, self.pattern, target.input_dim)])
+            if is_sparse(layout, weight):
+                raise ValueError(
+                    f"{name!r} of the dense weights to learn from is {self.pattern} already: give "
+                    f"a copy from before the mask was learned, or the file of the dense model."
+                )
 
     def _refuse_unsupported(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         strategies.refuse_untested(trainer.strategy)

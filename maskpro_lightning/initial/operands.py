@@ -31,7 +31,6 @@ _COPIES = {
     *("_to_copy", "clone", "copy_", "contiguous", "to", "alias", "detach", "lift_fresh"),
     *("expand_copy", "view_copy"),
 }
-_Columns = tuple[frozenset[int], int, Tensor | slice]
 
 
 class Lying(NamedTuple):

@@ -92,7 +92,11 @@ class Result:
         """Names and values for a reader."""
         closed = "unknown" if self.gap_closed is None else f"{self.gap_closed:.0%}"
         if self.gap_closed is None and self._measured is not None:
-            closed = "none: the dense weights are not better than the initial mask"
+            which = "lower" if self.mode == "min" else "higher"
+            closed = (
+                f"none: the dense weights are not better than the initial mask (by monitor_mode "
+                f"{which} is better)"
+            )
         found = [
             (f"{self.metric}, dense", _number(self.dense)),
             (f"{self.metric}, initial mask", _number(self.initial)),
