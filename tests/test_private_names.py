@@ -111,6 +111,8 @@ TABLE = {
     "_cdata": "its storage",
     "_current_graph_task_id": "torch's core",
     "_foreach_copy_": "torch",
+    "_foreach_div": "torch",
+    "_foreach_mul": "torch",
     "_inductor": "torch",
     "_iterator": "DataLoader",
     "_modules": "a module",

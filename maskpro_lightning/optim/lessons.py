@@ -277,13 +277,13 @@ def _scale(moves: Sequence[_Move]) -> list[Tensor]:
     found: list[Tensor] = []
     for several in alike.values():
         of, totals = zip(*several, strict=True)
-        totals_W = torch.stack(totals)
-        numbers_W = totals_W.new_tensor([math.prod(move.lesson.masked.layout.shape) for move in of])
-        sizes_W = (totals_W / numbers_W).sqrt()
+        # Numbers go along with the calls: copies of them would wait for the device.
+        numbers = [math.prod(move.lesson.masked.layout.shape) for move in of]
+        sizes_W = torch.stack(torch._foreach_div(totals, numbers)).sqrt()
         finite_W = sizes_W.isfinite()
-        bounds_W = totals_W.new_tensor([move.lesson.bound for move in of])
-        scales_W = (sizes_W.reciprocal() * bounds_W).where(finite_W & (sizes_W > 0), 0)
-        for move, scale in zip(of, scales_W.unbind(), strict=True):
+        ways_W = sizes_W.reciprocal().where(finite_W & (sizes_W > 0), 0)
+        scales = torch._foreach_mul(ways_W.unbind(), [move.lesson.bound for move in of])
+        for move, scale in zip(of, scales, strict=True):
             across = move.lesson.masked.layout.across
             move.scale = (scale * move.unit).float() if across else scale
         found += finite_W.unbind()
