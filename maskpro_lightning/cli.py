@@ -109,6 +109,17 @@ class _Command(LightningCLI):
                 row = "finetuned" if trains else "maskpro"
                 _prepare(logger["init_args"], command, config.get("ckpt_path"), row)
 
+    def instantiate_classes(self) -> None:
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        strategy = getattr(config["trainer"]["strategy"], "class_path", "")
+        if self.subcommand is None or not strategy.endswith(".ModelParallelStrategy"):
+            super().instantiate_classes()
+            return
+        from maskpro_lightning.modules.loading import loading_late
+
+        with loading_late():
+            super().instantiate_classes()
+
     #: The command, where it is not one of Lightning's.
     name = ""
 
