@@ -139,6 +139,17 @@ class _Command(_CLI):
             command = _typed("export", [*given, f"--ckpt_path={_nearby(path)}"])
             Console().print(f"To export it: {command}", soft_wrap=True, highlight=False)
 
+    def instantiate_classes(self) -> None:
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        strategy = getattr(config["trainer"]["strategy"], "class_path", "")
+        if self.subcommand is None or not strategy.endswith(".ModelParallelStrategy"):
+            super().instantiate_classes()
+            return
+        from maskpro_lightning.modules.loading import loading_late
+
+        with loading_late():
+            super().instantiate_classes()
+
     #: The command, where it is not one of Lightning's.
     name = ""
 
@@ -235,6 +246,20 @@ class _AfterFit(_WithCheckpoint):
             ("private", bool, False),
         ):
             parser.add_argument(f"--{name}", type=type_, default=default, help=told[name])
+
+    def instantiate_classes(self) -> None:
+        # What is written tensor by tensor from a folder needs no memory for the model.
+        with torch.device("meta") if self.is_streamed() else nullcontext():
+            super().instantiate_classes()
+
+    def is_streamed(self) -> bool:
+        """Whether an export takes a checkpoint in parts, and nothing but its tensors."""
+        given = self.config
+        by_tensor = given["format"] in ("auto", "huggingface", "safetensors")
+        mlflow = given["log_model"] or given["registered_name"]
+        if self.name != "export" or not by_tensor or mlflow or given["ckpt_path"] is None:
+            return False
+        return is_distributed(given["ckpt_path"])
 
     def refuse_own_input(self) -> None:
         """Refuse to write over the model that was read: the next run would start from another."""
@@ -479,10 +504,8 @@ def _evaluate() -> None:
 
 
 def _export() -> None:
-    # What is written tensor by tensor from a folder needs no memory for the model.
-    streams = _is_streamed(sys.argv[1:])
-    with torch.device("meta") if streams else nullcontext():
-        cli = _AfterFit("export")
+    cli = _AfterFit("export")
+    streams = cli.is_streamed()
     path, load = cli.config["ckpt_path"], cli.checkpoint()
     if load is None:
         raise SystemExit("maskpro export needs --ckpt_path, a checkpoint of the fit.")
@@ -495,17 +518,6 @@ def _export() -> None:
     folder = cli.export(path if streams else None)
     cli.publish(folder, console, run, "" if found is None else found.markdown())
     cli.log_model(console)
-
-
-def _is_streamed(arguments: Sequence[str]) -> bool:
-    """Whether an export takes a checkpoint in parts, and nothing but its tensors."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ckpt_path")
-    parser.add_argument("--format", default="auto")
-    known, others = parser.parse_known_args(arguments)
-    mlflow = any(word.startswith(("--log_model", "--registered_name")) for word in others)
-    whole = known.format in ("auto", "huggingface", "safetensors") and not mlflow
-    return whole and known.ckpt_path is not None and is_distributed(known.ckpt_path)
 
 
 def _run_of(checkpoint: str | None) -> Path | None:

@@ -11,12 +11,15 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from modules import (
     BATCH,
     FAST,
@@ -28,11 +31,16 @@ from modules import (
     quiet_trainer,
 )
 from rules import mask_callback
+from tiny_models import VOCABULARY
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from maskpro_lightning import MaskProCallback
+from maskpro_lightning.modules.language import CausalLM
+from maskpro_lightning.modules.loading import loading_late
 from maskpro_lightning.optim.estimators import EstimatorName
 
 LR: dict[EstimatorName, float] = {"policy": FAST, "straight_through": 0.1}
@@ -219,7 +227,47 @@ def second_dies(folder: Path, ranks: int) -> None:
     mlflow(folder, ranks, module=Dies(1))
 
 
-_TASKS = (resume, kills, mlflow, away, spawned, first_dies, second_dies)
+def local(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """This rank's parts."""
+    return {
+        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def loads(folder: Path, ranks: int) -> None:
+    """Fits of sharded models whose weights came at once, and late."""
+    tokens = torch.randint(VOCABULARY, (8, 8), generator=torch.Generator().manual_seed(0))
+    data = DataLoader(TensorDataset(tokens), batch_size=4)
+    told: dict[str, Any] = {}
+    for dtype in ("auto", "bfloat16"):
+        for late in (False, True):
+            callback = mask_callback(lr=FAST)
+            trainer = quiet_trainer(
+                folder,
+                callback,
+                devices=ranks,
+                strategy=ModelParallelStrategy(ranks, 1),
+                max_steps=2,
+            )
+            with loading_late() if late else nullcontext():
+                module = CausalLM(str(folder / "model"), dtype=dtype)
+            assert next(module.parameters()).is_meta == late
+            trainer.fit(module, data)
+            assert isinstance(module.model, FSDPModule)
+            assert callback.optimizer is not None
+            told[f"{dtype} {'late' if late else 'at once'}"] = {
+                "training": [part.training for part in module.modules()],
+                "tied": module.model.lm_head.weight is module.model.model.embed_tokens.weight,
+                "shards": local(dict(module.named_parameters())),
+                "buffers": dict(module.named_buffers()),
+                "logits": local(callback.optimizer.logits()),
+                "masks": local(callback.optimizer.masks()),
+            }
+    torch.save(told, folder / f"{trainer.global_rank}.pt")
+
+
+_TASKS = (resume, kills, mlflow, away, spawned, first_dies, second_dies, loads)
 TASKS = {task.__name__: task for task in _TASKS}
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,56 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path: Path) -> None:
     (parts / ".metadata").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"is no whole checkpoint in parts"):
         loader_of(parts)
+
+
+@pytest.mark.parametrize(
+    ("options", "streams"),
+    [
+        ({}, True),
+        ({"format": "safetensors"}, True),
+        ({"log_model": False}, True),
+        ({"log_model": True}, False),
+        ({"registered_name": "name"}, False),
+        ({"format": "compressed"}, False),
+    ],
+)
+@pytest.mark.parametrize("given", ["line", "file"])
+def test_an_export_of_a_folder_makes_no_weights_wherever_its_path_is_given(
+    given: str,
+    options: dict[str, Any],
+    streams: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("transformers")
+    from test_cli import main, tiny_options
+
+    monkeypatch.setattr("sys.argv", ["maskpro"])
+    words = [*tiny_options(tmp_path, monkeypatch), "--trainer.logger=false"]
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / ".metadata").touch()
+    options = {"ckpt_path": str(folder)} | options
+    if given == "file":
+        (tmp_path / "export.yaml").write_text(json.dumps(options))
+        words += ["--config", "export.yaml"]
+    else:
+        words += [f"--{name}={json.dumps(value).strip(chr(34))}" for name, value in options.items()]
+    seen: list[Any] = []
+
+    def export(module: Any, *_: Any, checkpoint: str | None, **__: Any) -> Path:
+        seen.append(({parameter.is_meta for parameter in module.parameters()}, checkpoint))
+        raise ExportedError
+
+    monkeypatch.setattr("maskpro_lightning.cli.loader_of", lambda path: lambda module: None)
+    monkeypatch.setattr("maskpro_lightning.cli.export_sparse", export)
+    with pytest.raises(ExportedError):
+        main(["export", *words])
+    assert seen == [({streams}, str(folder) if streams else None)]
+
+
+class ExportedError(Exception):
+    """That is enough."""
 
 
 @pytest.mark.slow

@@ -164,6 +164,8 @@ TABLE = {
     "_experiment_id": "MLFlowLogger",
     "_experiment_name": "MLFlowLogger",
     "_forward_cache": "metric",
+    "_keep_in_fp32_modules": "transformers",
+    "_keep_in_fp32_modules_strict": "transformers",
     "_keys_to_ignore_on_save": "transformers",
     "_no_split_modules": "transformers",
     "_run_id": "MLFlowLogger",

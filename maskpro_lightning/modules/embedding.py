@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel
 
-from maskpro_lightning.modules.language import TextData, pretrained
+from maskpro_lightning.modules.language import TextData
+from maskpro_lightning.modules.loading import pretrained
 from maskpro_lightning.progress import progress
 
 

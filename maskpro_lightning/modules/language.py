@@ -5,22 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchmetrics.text import Perplexity
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from maskpro_lightning.catalog import resolve
+from maskpro_lightning.modules.loading import loads_late, mapped, pretrained
 from maskpro_lightning.modules.python_docs import python_docs
 from maskpro_lightning.modules.written import written
 from maskpro_lightning.progress import progress
@@ -31,7 +33,8 @@ class CausalLM(pl.LightningModule):
 
     Logs ``train_loss``, ``val_loss`` and ``val_perplexity``. It stays in evaluation mode, so that
     dropout does not blur the comparison of two masks. ``ModelParallelStrategy`` shards it block by
-    block (FSDP2).
+    block (FSDP2). Made on the meta device (``trainer.init_module(empty_init=True)``), it loads its
+    weights in ``configure_model``: there each rank holds no more than its shards and a block.
 
     Args:
         model: Path or Hub name of a Hugging Face model, or a path inside ``recipes/``.
@@ -42,10 +45,18 @@ class CausalLM(pl.LightningModule):
     def __init__(self, model: str, dtype: str = "auto", lr: float = 1e-4) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = pretrained(AutoModelForCausalLM, model, dtype)
-        self.perplexity = Perplexity(ignore_index=-100)
+        late = loads_late() and type(self).configure_model is CausalLM.configure_model
+        with torch.device("meta") if late else nullcontext():
+            self.model = pretrained(AutoModelForCausalLM, model, dtype)
+        with torch.device("cpu"):
+            self.perplexity = Perplexity(ignore_index=-100)
 
     def configure_model(self) -> None:
+        late = any(parameter.is_meta for parameter in self.model.parameters())
+        kind, given = AutoModelForCausalLM, (self.hparams["model"], self.hparams["dtype"])
+        if self.device_mesh is None and late:
+            with torch.device("cpu"):
+                self.model = pretrained(kind, *given)
         if self.device_mesh is None or isinstance(self.model, FSDPModule):
             return
         tensor_parallel = self.device_mesh["tensor_parallel"].size()
@@ -57,9 +68,15 @@ class CausalLM(pl.LightningModule):
                 f"configure_model of a module of your own."
             )
         mesh = self.device_mesh["data_parallel"]
+        convert: Callable[[nn.Module], None] = lambda part: None  # noqa: E731
+        if late:
+            with torch.device("cpu"):
+                self.model, convert = mapped(kind, *given, self.model)
         kinds = self.model._no_split_modules or ()
         for block in [part for part in self.model.modules() if type(part).__name__ in kinds]:
+            convert(block)
             fully_shard(block, mesh=mesh)
+        convert(self.model)
         fully_shard(self.model, mesh=mesh)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -257,20 +274,6 @@ def adamw(module: pl.LightningModule, lr: float) -> OptimizerLRScheduler:
     fall = 1 / steps if 0 < steps < math.inf else 0.0
     scheduler = LambdaLR(optimizer, lambda step: max(0.0, 1 - fall * step))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def pretrained(kind: Any, model: str, dtype: str) -> Any:
-    """A Hugging Face model; on the meta device only its shapes, without its weights.
-
-    Args:
-        kind: One of transformers' classes ``AutoModel…``.
-        model: Path or Hub name of the model, or a path inside ``recipes/``.
-        dtype: The weights' dtype, or "auto".
-    """
-    if torch.get_default_device().type != "meta":
-        return kind.from_pretrained(resolve(model), dtype=dtype)
-    config = AutoConfig.from_pretrained(resolve(model))
-    return kind.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
 
 
 def pack(

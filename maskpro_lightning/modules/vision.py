@@ -15,7 +15,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from maskpro_lightning.catalog import resolve
-from maskpro_lightning.modules.language import ResumableLoader, adamw, pretrained
+from maskpro_lightning.modules.language import ResumableLoader, adamw
+from maskpro_lightning.modules.loading import pretrained
 from maskpro_lightning.progress import progress
 
 
