@@ -61,7 +61,7 @@ from maskpro_lightning import (
     parameter_groups,
 )
 from maskpro_lightning.files import streaming
-from maskpro_lightning.initial import initializers
+from maskpro_lightning.initial import initializers, reconstruction
 from maskpro_lightning.optim.estimators import EstimatorName
 from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.weights import layout
@@ -450,7 +450,11 @@ FITS: dict[str, tuple[Callable[[int], Any], Any, Callable[[int], int]]] = {
 FOLDERS = ("fsdp1 sharded", "fsdp2 sharded")
 MOVES = (("ddp", "fsdp1 full"), ("fsdp1 full", "fsdp2 full"), ("fsdp2 full", "ddp"))
 LOGGED = (("fsdp1 sharded", 2), ("fsdp2 sharded", 4))
-STARTS = ("ddp", "fsdp1 sharded", "fsdp2 sharded", "tp and fsdp2 sharded")
+STARTS = (
+    *("ddp", "fsdp1 sharded", "hybrid sharded", "fsdp2 sharded"),
+    *("tp sharded", "tp and fsdp2 sharded"),
+)
+INITS = ("wanda", "sparsegpt", "reconstruction", "random")
 FIT_STEPS, SAVED_STEP = 6, 3
 
 
@@ -529,12 +533,16 @@ def fit(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
         if fits_on(name, ranks):
             yield name, fit_masks(name, ranks, folder / f"{name}-{ranks}")
     for name in STARTS:
-        for init in ("wanda", "sparsegpt", "random") if fits_on(name, ranks) else ():
+        for init in INITS if fits_on(name, ranks) else ():
             found = mock.Mock(wraps=initializers.sparsegpt)
-            with mock.patch.object(initializers, "sparsegpt", found):
+            improved = mock.Mock(wraps=reconstruction.reconstruct)
+            with (
+                mock.patch.object(initializers, "sparsegpt", found),
+                mock.patch.object(reconstruction, "reconstruct", improved),
+            ):
                 told = fit_masks(name, ranks, folder / "start", init=init, calibration_batches=2)
-            yield f"{name} from {init}", told["initial"]
-            yield f"found for {name} from {init}", found.call_count
+            yield f"{name} from {init}", told
+            yield f"found for {name} from {init}", (found.call_count, improved.call_count)
 
 
 def _finds_none_on_rank_one(weight: Tensor, hessian: Tensor, *args: Any) -> Any:

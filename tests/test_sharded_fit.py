@@ -13,6 +13,7 @@ from process_shards import (
     FIT_STEPS,
     FITS,
     FOLDERS,
+    INITS,
     LOGGED,
     LR,
     MOVES,
@@ -125,21 +126,27 @@ def later_half(fits: dict[str, Told]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init", ["wanda", "sparsegpt", "random"])
+@pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("ranks", RANKS)
 def test_initial_masks_do_not_depend_on_the_strategy(
     fits: dict[str, Told], init: str, ranks: int
 ) -> None:
     one = fits["fit"][1][0]
     expected = one[f"ddp from {init}"]
-    assert not equal(expected, one["ddp"]["initial"])
+    other = "sparsegpt" if init == "reconstruction" else "magnitude"
+    before = one["ddp"] if other == "magnitude" else one[f"ddp from {other}"]
+    assert not equal(expected["initial"], before["initial"])
     for told in fits["fit"][ranks]:
         for name in STARTS:
             if fits_on(name, ranks):
-                assert equal(told[f"{name} from {init}"], expected), name
-                # Each of four weights on one rank.
-                share = 4 // ranks if init == "sparsegpt" else 0
-                assert told[f"found for {name} from {init}"] == share
+                found = told[f"{name} from {init}"]
+                assert equal(found["initial"], expected["initial"]), name
+                # The drawn mask's, the first step being made from the initial one.
+                assert found["losses"] == pytest.approx(expected["losses"], rel=2**-20)
+                # Each of four weights on one rank, improved in three rounds.
+                share = 4 // ranks if init in ("sparsegpt", "reconstruction") else 0
+                improved = 3 * share if init == "reconstruction" else 0
+                assert told[f"found for {name} from {init}"] == (share, improved)
 
 
 @pytest.mark.slow

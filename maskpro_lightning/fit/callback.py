@@ -427,7 +427,7 @@ class MaskProCallback(pl.Callback):
                 first=batch,
                 batches=self.calibration_batches,
                 run=run,
-                whole=self._optimizer.whole,
+                model=strategies.sharded_model(trainer.strategy),
             )
             self._optimizer.begin(masks)
         if self._best.expected and trainer.enable_validation:
@@ -686,12 +686,6 @@ class MaskProCallback(pl.Callback):
     def _refuse_unsupported(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
         module = type(pl_module).__name__
         strategies.refuse_untested(trainer.strategy)
-        if self.init == "reconstruction" and strategies.shards(trainer.strategy):
-            raise ValueError(
-                f"init='reconstruction' keeps a second copy of whole weights, which "
-                f"{type(trainer.strategy).__name__} shards: choose init='sparsegpt', or find the "
-                f"masks on one device and give their file."
-            )
         if not pl_module.automatic_optimization:
             self._refuse_with_manual(trainer, module)
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):

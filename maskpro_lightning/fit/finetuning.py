@@ -23,7 +23,6 @@ from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.adapters import adapted_layers
 from maskpro_lightning.weights.admission import is_sparse
 from maskpro_lightning.weights.kept import Masks, SparseWeights, pack_bits, unpack_bits
-from maskpro_lightning.weights.layout import Layout, local
 from maskpro_lightning.weights.sharding import layouts
 from maskpro_lightning.weights.targets import Target, count, find_targets
 
@@ -126,7 +125,7 @@ class SparseFinetuning(pl.Callback):
         sharded = strategies.sharded_model(trainer.strategy)
         model = pl_module if sharded is None else sharded
         targets = find_targets(model, self.pattern, self.include, self.exclude)
-        masks = self._masks(trainer, pl_module, batch, targets, sharded)
+        teacher = None
         if self.distillation is not None:
             if self._resumed is not None and self.dense is None:
                 raise ValueError(
@@ -135,10 +134,13 @@ class SparseFinetuning(pl.Callback):
                 )
             dense = dense_part(self.distillation, pl_module, self.dense)
             self._refuse_sparse(dense, self.distillation.part_of(pl_module), targets)
-            self._teacher = DenseTeacher(
+            teacher = DenseTeacher(
                 self.distillation, pl_module, dense.to(trainer.strategy.root_device)
             )
-        self.sparse = SparseWeights(targets, self.pattern, masks, model=sharded)
+        with ExitStack() as calibrating:  # each mask is found when it is asked for
+            masks = self._masks(trainer, pl_module, batch, targets, sharded, calibrating)
+            self.sparse = SparseWeights(targets, self.pattern, masks, model=sharded)
+        self._teacher = teacher
         for optimizer in trainer.strategy.optimizers:
             self.sparse.follow(optimizer)
         for average in _averages(trainer):
@@ -243,6 +245,7 @@ class SparseFinetuning(pl.Callback):
         first: Any,
         targets: Sequence[Target],
         sharded: nn.Module | None,
+        calibrating: ExitStack,
     ) -> Masks | None:
         """The masks to keep to, whole; None for the zeros that the weights have."""
         if self._resumed is not None:
@@ -252,27 +255,24 @@ class SparseFinetuning(pl.Callback):
             return self.init.deployed_masks()
         if self.init == "nonzeros":
             return None
-        parts = [(t.parameter, self.pattern, t.input_dim) for t in targets]
-        found = zip([t.parameter for t in targets], layouts(sharded, parts), strict=True)
-        where: dict[Tensor, Layout] = dict(found)
 
         def run(*args: Any) -> None:
             with traceless(trainer, pl_module):
                 trainer.strategy.training_step(*args)
 
-        with traceless(trainer, pl_module), torch.no_grad():
-            masks = start.initial_masks(
-                self.init,
-                targets,
-                self.pattern,
-                seed=0,
-                trainer=trainer,
-                first=first,
-                batches=self.calibration_batches,
-                run=run,
-                whole=lambda weight: where[weight].whole(local(weight.detach())),
-            )
-            return dict(masks)
+        calibrating.enter_context(traceless(trainer, pl_module))
+        calibrating.enter_context(torch.no_grad())
+        return start.initial_masks(
+            self.init,
+            targets,
+            self.pattern,
+            seed=0,
+            trainer=trainer,
+            first=first,
+            batches=self.calibration_batches,
+            run=run,
+            model=sharded,
+        )
 
     def _refuse_sparse(self, dense: nn.Module, part: nn.Module, targets: Sequence[Target]) -> None:
         """Refuse to learn from a sparse copy of the part, which would be to learn from itself."""
@@ -323,11 +323,6 @@ class SparseFinetuning(pl.Callback):
                 f"init={self.init!r} runs training steps to look at their inputs, and those of "
                 f"{type(pl_module).__name__} train (automatic_optimization=False): choose "
                 f"init='magnitude', or give masks."
-            )
-        if self.init == "reconstruction" and strategies.shards(trainer.strategy):
-            raise ValueError(
-                f"init='reconstruction' keeps a second copy of whole weights, which "
-                f"{type(trainer.strategy).__name__} shards: choose init='sparsegpt'."
             )
 
 

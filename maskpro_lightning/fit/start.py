@@ -134,7 +134,7 @@ def initial_masks(
     first: Any,
     batches: int,
     run: Callable[..., None],
-    whole: Callable[[Tensor], Tensor],
+    model: nn.Module | None,
 ) -> Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]:
     """Find the masks that a fit starts from.
 
@@ -147,7 +147,7 @@ def initial_masks(
         first: The batch that training is about to begin with.
         batches: Number of training batches to calibrate on.
         run: Runs a training step with what Lightning would give it, without a trace.
-        whole: Gathers a weight of which each rank has a part.
+        model: What FSDP has wrapped, if it has.
     """
     if isinstance(init, Mapping):
         return init
@@ -168,7 +168,7 @@ def initial_masks(
         seed=seed,
         batches=calls,
         reduce=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"),
-        whole=whole,
+        model=model,
         ranks=calibration.Ranks(trainer.global_rank, trainer.world_size)
         if trainer.world_size > 1
         else None,

@@ -23,6 +23,7 @@ from maskpro_lightning.initial.statistics import (
 )
 from maskpro_lightning.masks import philox
 from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.weights.parts import Parts
 from maskpro_lightning.weights.targets import Target
 
 Method = Literal["magnitude", "wanda", "sparsegpt", "reconstruction", "random", "nonzeros"]
@@ -73,7 +74,7 @@ def initial_masks(
     seed: int = 0,
     batches: Batches | None = None,
     reduce: Sum | None = None,
-    whole: Callable[[Tensor], Tensor] = Tensor.detach,
+    model: nn.Module | None = None,
     ranks: Ranks | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Masks of the targets, bool, shaped like the whole weights, each made when it is asked for.
@@ -90,8 +91,8 @@ def initial_masks(
         batches: Goes through the calibration batches, for "wanda", "sparsegpt" and
             "reconstruction"; each item runs the model on one, as often as it is called.
         reduce: Sums a tensor over the data-parallel ranks, so that all find the same masks.
-        whole: Gathers a weight of which each rank has a part.
-        ranks: Those that find masks by Wanda and SparseGPT together, each its share of them.
+        model: What FSDP has wrapped, if it has.
+        ranks: Those that find masks on batches together, each its share of them.
 
     Yields:
         The target's name and its mask.
@@ -101,16 +102,18 @@ def initial_masks(
         RuntimeError: another rank could not find a mask.
     """
     check_method(method)
+    parts = Parts(targets, pattern, model)
     if method in ("wanda", "sparsegpt", "reconstruction"):
         if batches is None:
             raise ValueError(f"init={method!r} needs batches to calibrate on.")
         how = _lying(targets, batches, reduce)
+        one_shot = "sparsegpt" if method == "reconstruction" else method
+        found = _calibrated(one_shot, targets, how, pattern, batches, reduce, parts, ranks)
         if method == "reconstruction":
-            found = _calibrated("sparsegpt", targets, how, pattern, batches, reduce, whole, ranks)
-            return iter(_reconstructed(dict(found), targets, how, pattern, batches, reduce).items())
-        return _calibrated(method, targets, how, pattern, batches, reduce, whole, ranks)
+            return _reconstructed(found, targets, how, pattern, batches, reduce, parts, ranks)
+        return found
     return (
-        (target.name, _from_weight(method, target, whole(target.parameter), pattern, seed))
+        (target.name, _from_weight(method, target, parts.whole(target.name), pattern, seed))
         for target in targets
     )
 
@@ -142,9 +145,12 @@ def _calibrated(
     pattern: NMPattern,
     batches: Batches,
     reduce: Sum | None,
-    whole: Callable[[Tensor], Tensor],
+    parts: Parts,
     ranks: Ranks | None,
 ) -> Iterator[tuple[str, Tensor]]:
+    def gather(name: str) -> tuple[Tensor]:
+        return (parts.whole(name),)
+
     second_moments = method == "sparsegpt"
     for some, inputs in _passes(targets, how, second_moments):
         with InputStatistics(inputs, second_moments=second_moments) as statistics:
@@ -153,10 +159,7 @@ def _calibrated(
         if reduce is not None:
             statistics.reduce(reduce)
         find = partial(_from_inputs, statistics, second_moments, pattern)
-        if ranks is None:
-            yield from ((name, find(t, whole(t.parameter))) for name, t in some.items())
-        else:
-            yield from _shared(list(some.values()), find, whole, ranks)
+        yield from _shared(list(some.values()), find, gather, ranks)
 
 
 def _from_inputs(
@@ -180,26 +183,36 @@ def _from_inputs(
 
 def _shared(
     targets: Sequence[Target],
-    find: Callable[[Target, Tensor], Tensor],
-    whole: Callable[[Tensor], Tensor],
-    ranks: Ranks,
+    find: Callable[..., Tensor],
+    gather: Callable[[str], tuple[Tensor, ...]],
+    ranks: Ranks | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Let each rank find its share of the masks, and send them to the others."""
+    """Let each rank find its share of the masks, and send them to the others.
+
+    Args:
+        targets: The weights.
+        find: Makes a mask of a target and of what was gathered for it.
+        gather: Gathers that, the weight first; a collective.
+        ranks: Those that find masks together; None for this process alone.
+    """
+    if ranks is None:
+        yield from ((target.name, find(target, *gather(target.name))) for target in targets)
+        return
     for first in range(0, len(targets), ranks.number):
         some, own, failure = targets[first : first + ranks.number], None, None
         for place, target in enumerate(some):
-            weight = whole(target.parameter)
+            gathered = gather(target.name)
             if place == ranks.own:
-                own = target, weight
-            device = weight.device
-            del weight  # which others need not keep
+                own = target, gathered
+            device = gathered[0].device
+            del gathered  # which others need not keep
         if own is not None:
-            target, weight = own
+            target, gathered = own
             try:
-                mask = find(target, weight).to(torch.uint8)
+                mask = find(target, *gathered).to(torch.uint8)
             except Exception as error:  # noqa: BLE001, raised when the others know
-                failure, mask = error, torch.full(weight.shape, _FAILED, device=device)
-            del weight, own
+                failure, mask = error, torch.full(target.shape, _FAILED, device=device)
+            del gathered, own
         for place, target in enumerate(some):
             sent = mask if place == ranks.own else torch.empty(target.shape, device=device)
             sent = sent.to(torch.uint8).contiguous()
@@ -215,19 +228,27 @@ def _shared(
 
 @torch.no_grad()
 def _reconstructed(
-    masks: dict[str, Tensor],
+    found: Iterable[tuple[str, Tensor]],
     targets: Sequence[Target],
     how: Mapping[str, Lying],
     pattern: NMPattern,
     batches: Batches,
     reduce: Sum | None,
-) -> dict[str, Tensor]:
-    dense = {target.name: target.parameter.detach().clone() for target in targets}
+    parts: Parts,
+    ranks: Ranks | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Improve masks; a rank keeps its parts of them and of the dense weights."""
+    kept = {name: parts.take(name, mask) for name, mask in found}
+    parts.reshard()
+    dense = {target.name: parts.own(target.name).clone() for target in targets}
 
-    def write(kept: Mapping[str, Tensor] | None = None) -> None:
-        for target in targets:
-            weight = dense[target.name]
-            target.parameter.copy_(weight if kept is None else weight.where(kept[target.name], 0))
+    def write(masks: Mapping[str, Tensor] | None = None) -> None:
+        parts.reshard()
+        for name, weight in dense.items():
+            parts.own(name).copy_(weight if masks is None else weight.where(masks[name], 0))
+
+    def gather(name: str) -> tuple[Tensor, Tensor]:
+        return parts.join(name, dense[name]), parts.join(name, kept[name])
 
     for _ in range(_RECONSTRUCTION_ROUNDS):
         # H and C for each layer, twice what SparseGPT collects.
@@ -238,18 +259,31 @@ def _reconstructed(
                     write()
                     with statistics.dense():
                         run()
-                    write(masks)
+                    write(kept)
                     with statistics.pruned():
                         run()
             finally:
                 write()
             if reduce is not None:
                 statistics.reduce(reduce)
-            for name, (hessian, cross) in statistics.moments.items():
-                masks[name] = reconstruction.reconstruct(
-                    dense[name], hessian, cross, masks[name], pattern, some[name].input_dim
-                )
-    return masks
+            moments = statistics.moments
+            find = partial(_from_moments, moments, pattern)
+            seen = [some[name] for name in moments]
+            for name, mask in _shared(seen, find, gather, ranks):
+                kept[name] = parts.take(name, mask)
+    return ((target.name, parts.join(target.name, kept[target.name])) for target in targets)
+
+
+def _from_moments(
+    moments: Mapping[str, tuple[Tensor, Tensor]],
+    pattern: NMPattern,
+    target: Target,
+    weight: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    return reconstruction.reconstruct(
+        weight, *moments[target.name], mask, pattern, target.input_dim
+    )
 
 
 def _passes(
