@@ -61,10 +61,11 @@ from maskpro_lightning import (
     parameter_groups,
 )
 from maskpro_lightning.files import streaming
-from maskpro_lightning.initial import initializers, reconstruction
+from maskpro_lightning.initial import calibration, initializers, reconstruction
 from maskpro_lightning.optim.estimators import EstimatorName
 from maskpro_lightning.tracking.metrics import mask_metrics
 from maskpro_lightning.weights import layout
+from maskpro_lightning.weights.sharding import reshard
 
 STEPS, LR = 8, 20.0
 
@@ -149,7 +150,9 @@ def fsdp2_by_inputs(model: nn.Module, ranks: int) -> nn.Module:
     return fsdp2(model, ranks, shard_placement_fn=lambda p: Shard(min(1, p.dim() - 1)))
 
 
-def fsdp1(model: nn.Module, ranks: int, kind: str = "FULL_SHARD", **kwargs: Any) -> nn.Module:
+def fsdp1(
+    model: nn.Module, ranks: int, kind: str = "FULL_SHARD", units: int = 2, **kwargs: Any
+) -> nn.Module:
     wrapped = partial(
         FullyShardedDataParallel,
         sharding_strategy=ShardingStrategy[kind],
@@ -157,7 +160,7 @@ def fsdp1(model: nn.Module, ranks: int, kind: str = "FULL_SHARD", **kwargs: Any)
         device_id=torch.device("cpu"),
         **kwargs,
     )
-    for name, layer in list(model.named_children())[-2:]:
+    for name, layer in list(model.named_children())[-units:]:
         setattr(model, name, wrapped(layer))
     return wrapped(model)
 
@@ -371,6 +374,8 @@ class OnCPU(FSDPStrategy):
 class Fitted(pl.LightningModule):
     """The model, its losses, and what its strategy asks it to do to itself."""
 
+    callback: Any = None
+
     def __init__(self, wrap: Callable[[nn.Module, Any], None] | None = None) -> None:
         super().__init__()
         self._wrap = wrap
@@ -455,7 +460,9 @@ STARTS = (
     *("tp sharded", "tp and fsdp2 sharded"),
 )
 INITS = ("wanda", "sparsegpt", "reconstruction", "random")
+GRADIENTS: dict[str, Any] = {"estimator": "straight_through", "lr": 0.1}
 FIT_STEPS, SAVED_STEP = 6, 3
+LAYERS, WIDTH = (4, 8), 32
 
 
 def fits_on(name: str, ranks: int) -> bool:
@@ -540,7 +547,8 @@ def fit(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
                 mock.patch.object(initializers, "sparsegpt", found),
                 mock.patch.object(reconstruction, "reconstruct", improved),
             ):
-                told = fit_masks(name, ranks, folder / "start", init=init, calibration_batches=2)
+                rule = GRADIENTS | {"init": init, "calibration_batches": 2}
+                told = fit_masks(name, ranks, folder / "start", **rule)
             yield f"{name} from {init}", told
             yield f"found for {name} from {init}", (found.call_count, improved.call_count)
 
@@ -562,6 +570,41 @@ def lost(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
             yield name, f"{type(error).__name__}: {error}"
 
 
+def calibrate(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """What a rank holds at most while it improves masks of few layers and of many."""
+    one_weight = mock.patch.object(calibration, "_STATISTICS_BYTES", 1)
+    for name, wrap in (("fsdp1", partial(fsdp1, units=LAYERS[-1])), ("fsdp2", fsdp2)):
+        for layers in LAYERS:
+            model = wrap(_large(layers, WIDTH), ranks)
+            targets, x = find_targets(model, "2:4"), oracle.random(2, WIDTH)
+            run = partial(model, x)
+            with torch.no_grad():
+                run()  # makes what FSDP fills again and again
+            reshard(model)
+            with (
+                LiveBytes() as live,
+                one_weight,
+                mock.patch.object(layout, "all_reduce", _on_a_copy),
+            ):
+                masks = calibration.initial_masks(
+                    "reconstruction",
+                    targets,
+                    NMPattern(2, 4),
+                    batches=lambda run=run: [run],
+                    reduce=_summed,
+                    model=model,
+                    ranks=calibration.Ranks(dist.get_rank(), ranks),
+                )
+                for _ in masks:
+                    pass
+            yield f"{name} {layers}", live.peak
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    _on_a_copy(tensor)
+    return tensor
+
+
 def resume(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
     """Goes on with what ``fit`` has saved on other numbers of ranks."""
     for name in FITS:
@@ -578,7 +621,6 @@ def resume(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
         yield f"{before} to {after}", fit_masks(after, ranks, folder / "resumed", path)
 
 
-GRADIENTS: dict[str, Any] = {"estimator": "straight_through", "lr": 0.1}
 #: By name: what else than the policy there is to learn by.
 LESSONS: dict[str, dict[str, Any]] = {
     "gradients": GRADIENTS,
@@ -605,11 +647,11 @@ def learn(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
 
 # --- training under masks -------------------------------------------------------------------------
 
+CALIBRATED = ("sparsegpt", "reconstruction")
+
 
 class Pruned(Fitted):
     """The model under the masks of its largest weights, and an optimizer that has moments."""
-
-    callback: Any = None
 
     def configure_model(self) -> None:
         if self.model is None:
@@ -648,7 +690,12 @@ class WritesOnOneRank(pl.Callback):
 
 
 def train_sparse(
-    name: str, ranks: int, folder: Path, *others: pl.Callback, ckpt_path: Path | None = None
+    name: str,
+    ranks: int,
+    folder: Path,
+    *others: pl.Callback,
+    ckpt_path: Path | None = None,
+    init: str = "nonzeros",
 ) -> dict[str, Any]:
     """A training whose every step sees the eight rows that one rank would see."""
     make, wrap, copies = FITS[name]
@@ -658,7 +705,8 @@ def train_sparse(
         for i in range(SAVED_STEP)
     ]
     own = [tuple(tensor.chunk(parts)[part] for tensor in batch) for batch in batches]
-    callback, module = SparseFinetuning(), Pruned(wrap)
+    callback = SparseFinetuning(init=init, calibration_batches=2)
+    module = Pruned(wrap) if init == "nonzeros" else Fitted(wrap)
     module.callback = [callback]
     save = ModelCheckpoint(folder, "{step}", every_n_train_steps=SAVED_STEP, save_top_k=-1)
     trainer = quiet_trainer(
@@ -681,7 +729,7 @@ def train_sparse(
             for n, w in sparse._weights.items()
         },
         "masks": dict(sparse.masks()),
-        "gradients": module.losses,
+        "gradients": module.losses if init == "nonzeros" else [],
         "bytes": sparse.bytes,
     }
 
@@ -695,6 +743,10 @@ def train(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
         yield name, train_sparse(name, ranks, path)
         saved = path / f"step={SAVED_STEP}.ckpt"
         yield f"{name} resumed", train_sparse(name, ranks, folder / "resumed", ckpt_path=saved)
+    for name in STARTS:
+        for init in CALIBRATED if fits_on(name, ranks) else ():
+            path = folder / f"{name}-{ranks} {init}"
+            yield f"{name} from {init}", train_sparse(name, ranks, path, init=init)
     for name in ("ddp", "fsdp1 full", "fsdp2 full"):
         try:
             train_sparse(name, ranks, folder / "written", WritesOnOneRank())
@@ -710,11 +762,11 @@ def train(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
 # --- exports --------------------------------------------------------------------------------------
 
 
-def _large(_: int) -> nn.Module:
-    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4)))
+def _large(layers: int, width: int) -> nn.Module:
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
     with torch.no_grad():
         for seed, layer in enumerate(model):
-            layer.weight.copy_(oracle.random(256, 256, seed=seed))
+            layer.weight.copy_(oracle.random(width, width, seed=seed))
     return model
 
 
@@ -746,9 +798,9 @@ EXPORTS: dict[str, tuple[Callable[[int], nn.Module], Wrap, str]] = {
     "llama fsdp1": (_llama, fsdp1, "3KB"),
     "llama fsdp2": (_llama, _llama_fsdp2, "3KB"),
     "llama tp": (_llama, _llama_tp, "3KB"),
-    "large ddp": (_large, ddp, "1MB"),
-    "large fsdp1": (_large, fsdp1, "1MB"),
-    "large fsdp2": (_large, fsdp2, "1MB"),
+    "large ddp": (lambda _: _large(4, 256), ddp, "1MB"),
+    "large fsdp1": (lambda _: _large(4, 256), fsdp1, "1MB"),
+    "large fsdp2": (lambda _: _large(4, 256), fsdp2, "1MB"),
 }
 
 
@@ -813,6 +865,7 @@ TASKS = {
     "export": export,
     "learn": learn,
     "lost": lost,
+    "calibrate": calibrate,
     "traffic": traffic,
     "train": train,
 }

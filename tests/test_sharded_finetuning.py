@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from modules import identical
-from process_shards import FIT_STEPS, SAVED_STEP, Model, largest, weights
+from process_shards import (
+    CALIBRATED,
+    FIT_STEPS,
+    SAVED_STEP,
+    STARTS,
+    Model,
+    fits_on,
+    largest,
+    weights,
+)
 from test_sharded_fit import FITTED, weights_in
 from test_sharding import RANKS, Told, run
 from torch import Tensor
@@ -47,6 +56,25 @@ def test_weights_are_trained_under_their_masks_alike_on_any_ranks(
             weight = found["weights"][name]
             assert identical(weight[~mask], torch.zeros_like(weight[~mask])), name
             torch.testing.assert_close(weight, one[name], rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", CALIBRATED)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_masks_found_on_batches_are_trained_under_alike_on_any_ranks(
+    trained: Told, init: str, ranks: int
+) -> None:
+    one, others = (trained[1][0][f"ddp from {each}"] for each in (init, *set(CALIBRATED) - {init}))
+    assert not identical(one["masks"], others["masks"])
+    for told in trained[ranks]:
+        for strategy in STARTS:
+            if not fits_on(strategy, ranks):
+                continue
+            found = told[f"{strategy} from {init}"]
+            assert identical(found["masks"], one["masks"]), strategy
+            for name, weight in found["weights"].items():
+                assert not weight[~found["masks"][name]].any(), name
+                torch.testing.assert_close(weight, one["weights"][name], rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.slow

@@ -14,11 +14,13 @@ from process_shards import (
     FITS,
     FOLDERS,
     INITS,
+    LAYERS,
     LOGGED,
     LR,
     MOVES,
     SAVED_STEP,
     STARTS,
+    WIDTH,
     Fitted,
     Model,
     fits_on,
@@ -195,3 +197,18 @@ def test_a_checkpoint_holds_the_most_likely_masks_for_those_without_the_callback
         assert torch.equal(weight, dense[name] * masks[f"model.{name}"]), name
         assert oracle.keeps_exactly(2, 4, weight != 0, group["input_dim"]), name
     assert torch.equal(model.first.bias, dense["first.bias"])
+
+
+@pytest.mark.slow
+def test_a_rank_that_improves_masks_holds_no_more_of_the_model_than_its_share(
+    tmp_path: Path,
+) -> None:
+    told = run(tmp_path, "calibrate")["calibrate"]
+    few, many = LAYERS
+    # Of each weight its part of the dense values and of the mask.
+    growth = (many - few) * WIDTH**2 * (4 + 1)
+    for ranks in RANKS:
+        for name in ("fsdp1", "fsdp2"):
+            for peaks in told[ranks]:
+                found = peaks[f"{name} {many}"] - peaks[f"{name} {few}"]
+                assert growth / ranks <= found < 1.5 * growth / ranks
