@@ -6,7 +6,7 @@
 Straight-through with its defaults from SparseGPT's mask, 2:4. A step of block-local learning runs
 the dense model once, which says what goes into each block and what comes out; under the drawn masks
 each block then learns from how far it comes out elsewhere, and no gradient leaves it. That takes
-four forward-equivalents. Each run is a line of ``blockwise.csv``, and runs in it are not made again.
+four forward-equivalents. Each run is a line of ``blockwise.csv``, and is not made again.
 """
 
 from __future__ import annotations
@@ -102,9 +102,7 @@ def learned(
 class Learner(methods.MaskProLearner):
     """Learns from labels, from the dense model's logits or from its blocks, as is said."""
 
-    def __init__(
-        self, bench: methods.Workbench, masks: Mapping[str, Tensor], steps: int
-    ) -> None:
+    def __init__(self, bench: methods.Workbench, masks: Mapping[str, Tensor], steps: int) -> None:
         super().__init__(bench, masks, steps, StraightThrough())
         self._blocks = blocks_of(bench.case.model)
         self._signal = "labels"
@@ -135,8 +133,8 @@ class Learner(methods.MaskProLearner):
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The modules of the longest list: the transformer's blocks."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len))
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len)
 
 
 @contextmanager
