@@ -24,6 +24,7 @@ import methods
 import report
 import torch
 from ledger import Key, Ledger, Result, share_closed
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -46,6 +47,8 @@ ROWS = {
     "sparsegpt_updated_trained": "SparseGPT with weight update, trained",
     "learned_trained": "**learned mask, then trained**",
 }
+#: How the names of those rows end that are worth a dot: one-shot masks are far off.
+_SHOWN = ("_trained", "straight_through", "sr_ste")
 COLUMNS = ("method", "seeds", "held-out loss", "gap closed", "other kind of data", "spent")
 
 
@@ -61,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if key not in ledger.results:
                 ledger.add(run(key, models[name](), args.forwards))
         (args.output / "finetuning.md").write_text(markdown(ledger), encoding="utf-8")
+        draw(ledger, args.output / "finetuning.png")
     print(markdown(ledger).replace("**", ""))
 
 
@@ -237,12 +241,11 @@ METHODS: Mapping[str, Callable[..., int]] = {
 }
 
 
-# --- the table ------------------------------------------------------------------------------------
+# --- tables and figure ----------------------------------------------------------------------------
 
 
-def markdown(ledger: Ledger) -> str:
-    """All tables for a page."""
-    parts = []
+def tables(ledger: Ledger) -> Iterator[tuple[str, str, dict[str, list[Result]]]]:
+    """By model and pattern: the results of each method's best setting, one a seed."""
     for model, pattern in dict.fromkeys(key[:2] for key in ledger.results):
         rows: dict[str, list[Result]] = {}
         for method in ROWS:
@@ -250,6 +253,13 @@ def markdown(ledger: Ledger) -> str:
             if runs:
                 best = ledger.best_setting(model, pattern, method, min(r.seed for r in runs))
                 rows[method] = [r for r in runs if r.setting == best]
+        yield model, pattern, rows
+
+
+def markdown(ledger: Ledger) -> str:
+    """All tables for a page."""
+    parts = []
+    for model, pattern, rows in tables(ledger):
         align = ["---", *["---:"] * (len(COLUMNS) - 1), "---"]
         cells = [[*COLUMNS, "setting"], align, *(_line(rows, method) for method in rows)]
         body = "\n".join(f"| {' | '.join(line)} |" for line in cells)
@@ -271,6 +281,40 @@ def _line(rows: Mapping[str, list[Result]], method: str) -> list[str]:
         f"{runs[0].forwards:,}",
         runs[0].setting,
     ]
+
+
+def draw(ledger: Ledger, path: Path) -> None:
+    """Draw each method's losses, a dot a seed, on both kinds of data."""
+    found = list(tables(ledger))
+    figure = Figure(figsize=(8, 0.6 + 2.6 * len(found)), dpi=150, layout="constrained")
+    grid = figure.subplots(len(found), 2, squeeze=False)
+    kinds = (("loss", "held out"), ("elsewhere", "other kind of data"))
+    for line, (model, pattern, rows) in zip(grid, found, strict=True):
+        learned = {method: runs for method, runs in rows.items() if method.endswith(_SHOWN)}
+        for axes, (value, told) in zip(line, kinds, strict=True):
+            for height, (method, runs) in enumerate(learned.items()):
+                colour = "#b5489c" if "**" in ROWS[method] else "#555555"
+                losses = [getattr(run, value) for run in runs]
+                axes.plot(losses, [height] * len(losses), "o", color=colour, alpha=0.7)
+            dense = getattr(rows["dense"][0], value)
+            axes.axvline(dense, color="#555555", linestyle="--", linewidth=1)
+            axes.annotate(
+                "dense",
+                (dense, 1.01),
+                (3, 0),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                fontsize=7,
+                color="#555555",
+            )
+            axes.set_title(f"{model}, {pattern}: {told}", loc="left", fontsize=9, pad=12)
+            axes.set_yticks(range(len(learned)), [ROWS[m].replace("**", "") for m in learned])
+            axes.tick_params(labelsize=8, labelleft=value == "loss")
+            axes.invert_yaxis()
+            axes.grid(axis="x", alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_xlabel("loss (nats)", fontsize=8)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from maskpro_lightning.fit import neighbours, start, strategies, validation
+from maskpro_lightning.fit import neighbours, refusals, start, strategies, validation
 from maskpro_lightning.fit.baseline import BaselineCache
 from maskpro_lightning.fit.best import BestMask, MonitorMode
 from maskpro_lightning.fit.distillation import Distillation
@@ -220,7 +219,7 @@ class MaskProCallback(pl.Callback):
             self._read_folders(trainer.strategy)
             return
         be_heard()
-        self._refuse_unsupported(trainer, pl_module)
+        refusals.refuse_untested(trainer, pl_module, self.distillation)
         self._forget()
         self.optimizer = None
         self._tracking = Tracking(trainer, self.on_logger_error)
@@ -345,7 +344,8 @@ class MaskProCallback(pl.Callback):
         self._mlflow_run.end()
         try:
             if self.optimizer is not None:
-                self._refuse_without_step()
+                if not self.optimizer.begun and not self._failed:
+                    refusals.refuse_without_step(self._trainer, self._module)
                 self._make_sure(self._trainer, self._module)
                 self.optimizer.write("dense" if self._failed else self._best.version)
         except BaseException:
@@ -369,16 +369,6 @@ class MaskProCallback(pl.Callback):
             for name in [name for name in vars(self) if name.endswith("_inside")]:
                 del vars(self)[name]
             teardown()
-
-    def _refuse_without_step(self) -> None:
-        """Refuse to leave a dense module behind as if it were done."""
-        if not self._optimizer.begun and not self._failed:
-            raise RuntimeError(
-                f"This fit made no step, so no mask was found and {type(self._module).__name__} is "
-                f"as it was: let max_steps, max_epochs and limit_train_batches allow for one (a "
-                f"Trainer that has fitted before counts on from step {self._trainer.global_step}: "
-                f"make a new one), and training_step return a loss."
-            )
 
     def teardown(self, trainer: Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # After all hooks of the fit but those of callbacks behind this one.
@@ -502,15 +492,8 @@ class MaskProCallback(pl.Callback):
         if names:
             self._failed = True
             self.optimizer.write("dense")
-            others = [type(each).__name__ for each in trainer.callbacks if each is not self]
-            hooks = ", ".join([f"hooks of {type(pl_module).__name__}", *others])
-            raise RuntimeError(
-                f"Somebody else has written into {names[0]!r} ({len(names)} of the masked weights) "
-                f"since its mask was: the values are not those of the mask. Look at training_step, "
-                f"{hooks}: leave out what changes weights for this fit, or leave the weights dense "
-                f"with "
-                f'exclude=["{names[0].rpartition(".")[0] or names[0]}"].'
-            )
+            others = [each for each in trainer.callbacks if each is not self]
+            refusals.refuse_overwritten(names, pl_module, others)
 
     def _refuse_replaced(self, pl_module: nn.Module) -> None:
         """Refuse to go on where the module has other parameters than those that are masked."""
@@ -572,7 +555,7 @@ class MaskProCallback(pl.Callback):
         """Stands in for the module's hook: refuse a checkpoint before its weights are loaded."""
         ours = checkpoint.get("callbacks", {}).get(self.state_key)
         if ours is not None:
-            _refuse_newer(ours.get("format"))
+            refusals.refuse_newer(ours.get("format"), _FORMAT)
             if not strategies.shards(self._trainer.strategy):
                 groups = parameter_groups(self._select().targets)
                 trial = self._new_optimizer(groups, self.estimator, fused=False)
@@ -592,7 +575,7 @@ class MaskProCallback(pl.Callback):
                 f"What this checkpoint holds of MaskProCallback is damaged ({error!r}): resume "
                 f"from another one."
             ) from error
-        _refuse_newer(number)
+        refusals.refuse_newer(number, _FORMAT)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -682,36 +665,3 @@ class MaskProCallback(pl.Callback):
             "masked_weights": masked,
             "masked_share": round(masked / total, 4),
         }
-
-    def _refuse_unsupported(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
-        module = type(pl_module).__name__
-        strategies.refuse_untested(trainer.strategy)
-        if not pl_module.automatic_optimization:
-            self._refuse_with_manual(trainer, module)
-        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-            raise ValueError(
-                f"{module}.training_step takes a dataloader_iter, which cannot be read twice, but "
-                f"MaskProCallback evaluates each batch under two masks: take a batch instead."
-            )
-
-    def _refuse_with_manual(self, trainer: Trainer, module: str) -> None:
-        """What a module cannot have that optimizes manually."""
-        by_hand = f"{module} optimizes manually (automatic_optimization=False)"
-        if strategies.shards(trainer.strategy):
-            raise ValueError(
-                f"{by_hand}, which masks are tested with on one device and with DDP, not with "
-                f'{type(trainer.strategy).__name__}: choose devices=1 or strategy="ddp".'
-            )
-        if self.distillation is not None:
-            raise ValueError(
-                f"{by_hand}, so that its own losses are learned from, and distillation has no "
-                f"place: leave distillation=None."
-            )
-
-
-def _refuse_newer(number: Any) -> None:
-    if isinstance(number, int) and number > _FORMAT:
-        raise ValueError(
-            f"This checkpoint holds format {number} of MaskProCallback, and this version reads "
-            f"up to {_FORMAT}: pip install --upgrade maskpro-lightning."
-        )
