@@ -7,8 +7,8 @@ import os
 import shlex
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,17 +97,28 @@ class _CLI(LightningCLI):
     """Says in a line which model or tokenizer is neither at hand nor to be had."""
 
     def instantiate_classes(self) -> None:
-        try:
+        with self._naming():
             super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with self._naming():  # weights that are loaded once their model is sharded
+            super()._run_subcommand(subcommand)
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError) as error:
-            if "couldn't connect to" not in str(error):
-                raise
             config = self.config if self.subcommand is None else self.config[self.subcommand]
             parts = [part["init_args"] for part in (config["model"], config["data"]) if part]
             given = {part.get(name) for part in parts for name in ("model", "tokenizer")}
             names = sorted(n for n in given if n is not None and not Path(resolve(n)).exists())
+            if "couldn't connect to" not in str(error):  # which is never said of weights
+                names = [n for n in names if f"{n} does not appear to have a file" in str(error)]
+            if not names:
+                raise
             raise SystemExit(
-                f"The Hub cannot be reached, and something is not in the cache of "
+                f"The Hub cannot be reached, or lacks a file, and something is not in the cache of "
                 f"{' or '.join(map(repr, names))}: fetch it once where there is a network "
                 f"(hf download NAME), or give a folder instead of the name."
             ) from None

@@ -1,6 +1,7 @@
 """The command line, run as a user runs it, on a model of a few thousand weights."""
 
 import csv
+import os
 import shlex
 import subprocess
 import sys
@@ -63,6 +64,32 @@ def test_what_the_hub_would_have_is_named_where_it_cannot_be_reached(
 ) -> None:
     with pytest.raises(SystemExit, match="cache of 'nobody/nothing': fetch it once"):
         main([command, *tiny, "--data.tokenizer=nobody/nothing", "--trainer.logger=false"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [False, True])
+def test_weights_that_the_hub_would_have_are_named_whenever_they_are_loaded(
+    late: bool, tiny: list[str], tmp_path: Path
+) -> None:
+    kept = tmp_path / "models--nobody--nothing"
+    for folder in ("refs", "snapshots/0"):
+        (kept / folder).mkdir(parents=True)
+    (kept / "refs" / "main").write_text("0")
+    (tmp_path / "tiny" / "config.json").rename(kept / "snapshots" / "0" / "config.json")
+    given = [*tiny, "--model.model=nobody/nothing", "--trainer.logger=false"]
+    shards = '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'
+    given += [f"--trainer.strategy={shards}"] if late else []
+    # In a process of its own, which a strategy may leave with a process group.
+    done = subprocess.run(
+        [sys.executable, "-m", "maskpro_lightning", "fit", *given],
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "cache of 'nobody/nothing': fetch it once" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def is_sparse(folder: Path) -> bool:

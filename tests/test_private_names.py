@@ -20,6 +20,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, WeightAveraging
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
@@ -83,6 +84,7 @@ def owners() -> Iterator[dict[str, Any]]:
         "trainer": trainer,
         "its loop": trainer.fit_loop,
         "its connector": trainer._logger_connector,
+        "LightningCLI": LightningCLI,
         "LightningModule": pl.LightningModule(),
         "bar": RichProgressBar(),
         "ModelCheckpoint": ModelCheckpoint(),
@@ -149,6 +151,7 @@ TABLE = {
     "_lightning_optimizers": "DDPStrategy",
     "_on_after_step": "LightningOptimizer",
     "_on_before_step": "LightningOptimizer",
+    "_run_subcommand": "LightningCLI",
     "_to_lightning_optimizer": "LightningOptimizer",
     "_last_global_step_saved": "ModelCheckpoint",
     "_logger_connector": "trainer",
