@@ -1,7 +1,8 @@
-"""Tables of sharding: is what was learned the same, what does each rank keep, what resumes.
+"""Tables of sharding: is what was learned the same, what do ranks keep and send, what resumes.
 
 ``python benchmarks/sharding.py`` runs on 1, 2 and 4 processes of this machine, with gloo, and
-prints three tables in Markdown. The runs are those of the tests (``tests/process_shards.py``).
+prints tables in Markdown. The runs are those of the tests (``tests/process_shards.py``): of the
+policy by the strategy's name, of gradients after what else is special about them ("4:8 fsdp1").
 """
 
 from __future__ import annotations
@@ -43,6 +44,21 @@ def compared(found: dict[str, Any], expected: dict[str, Any]) -> str:
     return f"equal, {off:.0e}" if not wrong else f"{wrong} differ, {off:.0e}"
 
 
+def alone(name: str, one: dict[str, Any]) -> dict[str, Any]:
+    """What the same run has learned on one device."""
+    names = [each for each in one if each.endswith("ddp") and name.startswith(each[:-3])]
+    run: dict[str, Any] = one[max(names, key=len)]
+    return run
+
+
+def messages(run: dict[str, Any]) -> str:
+    """Messages of a step beyond the strategy's, numbers in them, and how many they once were."""
+    steps, found = len(run["losses"]), run["sent"]
+    if not found:
+        return "none"
+    return f"{len(found) / steps:g} of {sum(found) / steps:g}, not {run['split']}"
+
+
 def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
     """Print a table in Markdown."""
     print(f"\n{title}\n")
@@ -57,18 +73,41 @@ def main() -> None:
         command = [sys.executable, "-W", "ignore", str(_RUNS), temporary]
         subprocess.run([*command, "core", "fit", "resume"], check=True, capture_output=True)
         core, fit, resume = (read(folder, task) for task in ("core", "fit", "resume"))
-    one = core[1][0]["ddp"]["end"]
-    names = [name for name in core[4][0] if "end" in core[4][0][name] and " through" not in name]
-    names = [name for name in names if not name.startswith("straight_through")]
+    one = core[1][0]
+    names = [name for name, run in core[4][0].items() if isinstance(run, dict)]
+    starts = [name for name in fit[4][0] if " from " in name and not name.startswith("found ")]
 
     def of(told: dict[str, Any], name: str) -> str:
-        return compared(told[name]["end"], one) if name in told else "-"
+        return compared(told[name]["end"], alone(name, one)["end"]) if name in told else "-"
+
+    def start(told: dict[str, Any], name: str) -> str:
+        _, _, init = name.partition(" from ")
+        return compared(told[name], fit[1][0][f"ddp from {init}"]) if name in told else "-"
 
     head = [f"{ranks} rank{'s' * (ranks > 1)}" for ranks in RANKS]
     print_table(
         "Masks against one rank's after 8 steps, largest difference of a logit",
         ["strategy", *head],
         [[name, *(of(core[ranks][0], name) for ranks in RANKS)] for name in names],
+    )
+    print_table(
+        "Initial masks, and those after a step, against one rank's",
+        ["strategy and method", *head],
+        [[name, *(start(fit[ranks][0], name) for ranks in RANKS)] for name in starts],
+    )
+    print_table(
+        "Messages of a step beyond the strategy's, of numbers, not one for each split weight",
+        ["strategy", *head],
+        [
+            [
+                name,
+                *(
+                    messages(core[ranks][0][name]["end"]) if name in core[ranks][0] else "-"
+                    for ranks in RANKS
+                ),
+            ]
+            for name in names
+        ],
     )
     print_table(
         "Bytes of dense weights, logits and masks on the rank that keeps most",

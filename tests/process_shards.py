@@ -284,6 +284,7 @@ class Run:
             **{version: dict(self.optimizer.whole_masks(version)) for version in versions},
             "losses": self.losses,
             "sent": self.sent,
+            "split": sum(len(layout.across) for layout in self.optimizer.layouts.values()),
             "weight_bytes": sum(layout.local(p).nbytes for p in self.model.parameters()),
             "bytes": sum(value.untyped_storage().nbytes() for value in kept),
         }
@@ -404,6 +405,20 @@ class Fitted(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class ByHand(Fitted):
+    """Optimizes manually."""
+
+    def __init__(self, wrap: Callable[[nn.Module, Any], None] | None = None) -> None:
+        super().__init__(wrap)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
 class Losses(pl.Callback):
     def __init__(self, masks: MaskProCallback) -> None:
         self.masks = masks
@@ -481,7 +496,7 @@ def fit_masks(
     ]
     own = [tuple(tensor.chunk(parts)[part] for tensor in batch) for batch in batches]
     rule = {"lr": LR, "published": True, "logit_scale": 1.0, "baseline_cache": 0} | rule
-    accumulated = rule.pop("accumulated", 1)
+    accumulated, kind = rule.pop("accumulated", 1), rule.pop("module", Fitted)
     masks = mask_callback(**rule)
     save = ModelCheckpoint(folder, "{step}", every_n_train_steps=SAVED_STEP, save_top_k=-1)
     trainer = quiet_trainer(
@@ -502,7 +517,7 @@ def fit_masks(
         if (name, ranks) in LOGGED and ckpt_path is None
         else False,
     )
-    module = Fitted(wrap)
+    module = kind(wrap)
     data = DataLoader(own, batch_size=None)
     # Lightning's own context for whole state dicts makes PyTorch crash without a GPU.
     with mock.patch.object(lightning_fsdp, "_get_full_state_dict_context", _whole_on_cpu):
@@ -628,13 +643,19 @@ LESSONS: dict[str, dict[str, Any]] = {
     "both": GRADIENTS | {"distillation": Distillation("model")},
     "accumulated": GRADIENTS | {"accumulated": 3},
 }
+BY_HAND: dict[str, dict[str, Any]] = {
+    "gradients by hand": GRADIENTS | {"module": ByHand},
+    "policy by hand": {"module": ByHand},
+}
+PUPILS_BY_HAND = ("fsdp2 sharded", "tp sharded", "tp and fsdp2 sharded")
 PUPILS = ("fsdp1 sharded", "hybrid full", "fsdp2 sharded", "tp and fsdp2 sharded")
 
 
 def learn(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
     """What is learned from gradients and from a teacher, and with a compiler."""
-    for lesson, rule in LESSONS.items():
-        for name in ("ddp",) if ranks == 1 else PUPILS:
+    for lesson, rule in (LESSONS | BY_HAND).items():
+        pupils = PUPILS_BY_HAND if lesson in BY_HAND else PUPILS
+        for name in ("ddp",) if ranks == 1 else pupils:
             if fits_on(name, ranks):
                 path = folder / f"{lesson}-{name}-{ranks}"
                 yield f"{lesson} {name}", fit_masks(name, ranks, path, **rule)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from modules import (
     FAST,
     Net,
@@ -196,11 +197,13 @@ def test_what_cannot_be_learned_from_is_refused(
     assert same_weights(module, Adversaries())
 
 
-def test_a_strategy_that_shards_weights_is_refused(
+def test_a_strategy_that_takes_no_backward_pass_within_a_step_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strategies, "shards", lambda _: True)
-    message = "Manual optimizes manually .* devices=1 or strategy=.ddp."
+    assert strategies.wraps_steps(FSDPStrategy())
+    assert not strategies.wraps_steps(ModelParallelStrategy())
+    monkeypatch.setattr(strategies, "wraps_steps", lambda _: True)
+    message = "Manual optimizes manually .*, and FSDP1 takes no .* or strategy=.ddp."
     with pytest.raises(ValueError, match=message):
         fit(Manual(), mask_callback(), folder=tmp_path, max_steps=1)
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 from modules import ROUNDING, equal
-from process_shards import FIT_STEPS, LESSONS, LR, PUPILS, STEPS, fits_on
+from process_shards import (
+    BY_HAND,
+    FIT_STEPS,
+    LESSONS,
+    LR,
+    PUPILS,
+    PUPILS_BY_HAND,
+    STEPS,
+    fits_on,
+)
 from test_sharding import Told, assert_alike, run
 
 
@@ -13,18 +22,24 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Told:
     return run(tmp_path_factory.mktemp("learn"), "learn")["learn"]
 
 
-TAUGHT = [(name, ranks) for name in PUPILS for ranks in (2, 4) if fits_on(name, ranks)]
+TAUGHT = [
+    (lesson, name, ranks)
+    for lessons, pupils in ((LESSONS, PUPILS), (BY_HAND, PUPILS_BY_HAND))
+    for lesson in lessons
+    for name in pupils
+    for ranks in (2, 4)
+    if fits_on(name, ranks)
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "ranks"), TAUGHT)
-@pytest.mark.parametrize("lesson", LESSONS)
+@pytest.mark.parametrize(("lesson", "strategy", "ranks"), TAUGHT)
 def test_a_fit_learns_what_one_device_does(
     learned: Told, lesson: str, strategy: str, ranks: int
 ) -> None:
-    one = learned[1][0][f"{lesson} ddp"]
-    estimator = LESSONS[lesson].get("estimator", "policy")
-    rounding = FIT_STEPS * LESSONS[lesson].get("lr", LR) * ROUNDING[estimator]
+    one, rule = learned[1][0][f"{lesson} ddp"], (LESSONS | BY_HAND)[lesson]
+    estimator = rule.get("estimator", "policy")
+    rounding = FIT_STEPS * rule.get("lr", LR) * ROUNDING[estimator]
     for told in learned[ranks]:
         found = told[f"{lesson} {strategy}"]
         # A divergence is a small difference of terms near 1, which are what is rounded.
@@ -38,6 +53,12 @@ def test_a_lesson_is_not_that_of_another(learned: Told) -> None:
     one = learned[1][0]
     modes = [one[f"{lesson} ddp"]["mode"] for lesson in LESSONS]
     assert not any(equal(a, b) for n, a in enumerate(modes) for b in modes[:n])
+
+
+@pytest.mark.slow
+def test_one_device_learns_by_hand_what_it_learns_automatically(learned: Told) -> None:
+    one = learned[1][0]
+    assert_alike(one["gradients by hand ddp"], one["gradients ddp"], 0.0)
 
 
 @pytest.mark.slow

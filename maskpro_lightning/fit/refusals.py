@@ -17,14 +17,14 @@ def refuse_untested(trainer: Any, module: Any, distillation: Distillation | None
     Raises:
         ValueError: says which of them, and what to change.
     """
-    name, strategy = type(module).__name__, type(trainer.strategy).__name__
+    name = type(module).__name__
     strategies.refuse_untested(trainer.strategy)
     if not module.automatic_optimization:
         by_hand = f"{name} optimizes manually (automatic_optimization=False)"
-        if strategies.shards(trainer.strategy):
+        if strategies.wraps_steps(trainer.strategy):
             raise ValueError(
-                f"{by_hand}, which masks are tested with on one device and with DDP, not with "
-                f'{strategy}: choose devices=1 or strategy="ddp".'
+                f"{by_hand}, and FSDP1 takes no backward pass within a training step, masks or "
+                f'not: choose ModelParallelStrategy with fully_shard, or strategy="ddp".'
             )
         if distillation is not None:
             raise ValueError(

@@ -65,6 +65,11 @@ def shards(strategy: Any) -> bool:
     return _kind(strategy) in _SHARDED
 
 
+def wraps_steps(strategy: Any) -> bool:
+    """Whether a training step is one forward pass to a strategy, with no backward pass in it."""
+    return _kind(strategy) == "FSDPStrategy"
+
+
 def sharded_model(strategy: Any) -> nn.Module | None:
     """The model as FSDP has wrapped it, or None where no weight is sharded."""
     model: nn.Module | None = strategy.model if shards(strategy) else None
