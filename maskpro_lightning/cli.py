@@ -266,7 +266,7 @@ class _AfterFit(_WithCheckpoint):
     def is_streamed(self) -> bool:
         """Whether an export takes a checkpoint in parts, and nothing but its tensors."""
         given = self.config
-        by_tensor = given["format"] in ("auto", "huggingface", "safetensors")
+        by_tensor = given["format"] != "compressed"
         mlflow = given["log_model"] or given["registered_name"]
         if self.name != "export" or not by_tensor or mlflow or given["ckpt_path"] is None:
             return False

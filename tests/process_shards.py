@@ -833,6 +833,7 @@ def export(ranks: int, folder: Path) -> Iterator[tuple[str, Any]]:
             _mask(model)
             with LiveBytes() as live, mock.patch.object(layout, "all_reduce", _on_a_copy):
                 export_sparse(model, folder / f"{name}-{ranks}", max_shard_size=limit)
+            export_sparse(model, folder / f"masks {name}-{ranks}", file_format="maskllm")
             yield name, live.peak
     try:
         export_sparse(fsdp1(Model(), ranks).module, folder / "inside")
@@ -863,7 +864,7 @@ def _refusals(wrap: Wrap, ranks: int, folder: Path) -> Iterator[tuple[str, list[
     cases: list[tuple[nn.Module, dict[str, Any]]] = [
         (dense, {}),
         (model, {"file_format": "compressed"}),
-        (model, {"file_format": "maskllm"}),
+        (dense, {"file_format": "maskllm"}),
         (model, {"file_format": "safetensors"}),  # to a disk that is full
     ]
     for exported, options in cases:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -94,6 +95,12 @@ def test_a_folder_loads_and_exports_as_a_file(
         assert [path.name for path in (tmp_path / name).iterdir()] == ["model.safetensors"]
     whole, streamed = (tmp_path / n / "model.safetensors" for n in ("whole", "streamed"))
     assert whole.read_bytes() == streamed.read_bytes()
+    kind: dict[str, Any] = {"file_format": "maskllm"}
+    export_sparse(modules[0], tmp_path / "whole", **kind)
+    export_sparse(Net().to("meta"), tmp_path / "streamed", checkpoint=parts, **kind)
+    masks, found = (np.load(tmp_path / n / "masks.npz") for n in ("whole", "streamed"))
+    assert masks.files == found.files
+    assert all((masks[key] == found[key]).all() for key in masks.files)
 
 
 def large() -> nn.Module:
@@ -135,8 +142,12 @@ def test_an_export_of_a_dense_folder_is_refused_and_leaves_nothing(tmp_path: Pat
     with pytest.raises(ValueError, match=r"is not 2:4: group 0 has"):
         export_sparse(Net().to("meta"), tmp_path / "out", checkpoint=parts)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match=r"'maskllm' needs the weights in the model"):
-        export_sparse(Net().to("meta"), tmp_path / "out", file_format="maskllm", checkpoint=parts)
+    given: dict[str, Any] = {"file_format": "compressed", "checkpoint": parts}
+    with pytest.raises(ValueError, match=r"'compressed' needs the weights in the model"):
+        export_sparse(Net().to("meta"), tmp_path / "out", **given)
+    with pytest.raises(ValueError, match=r"is not 2:4: group 0 has"):
+        export_sparse(Net().to("meta"), tmp_path / "out", **given | {"file_format": "maskllm"})
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_folder_is_refused_by_name(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import process_shards
 import pytest
 import torch
@@ -40,6 +41,17 @@ def test_the_files_of_a_sharded_model_are_those_of_one_device(
     assert contents(folder / f"{name}-{ranks}") == one
 
 
+@pytest.mark.parametrize(("name", "ranks"), EXPORTED)
+def test_the_masks_of_a_sharded_model_are_those_of_one_device(
+    exports: Told, folder: Path, name: str, ranks: int
+) -> None:
+    kind = next((kind for kind in ("llama ", "large ") if kind in name), "")
+    one = np.load(folder / f"masks {kind}ddp-1" / "masks.npz")
+    found = np.load(folder / f"masks {name}-{ranks}" / "masks.npz")
+    assert found.files == one.files
+    assert all((found[key] == one[key]).all() for key in one.files)
+
+
 def test_what_sharded_ranks_wrote_together_loads_anywhere(exports: Told, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -69,13 +81,13 @@ def test_what_cannot_be_written_is_refused_on_all_ranks(
         )
         refused: list[tuple[str, Any]] = told[f"refused {strategy}"]
         assert [left for _, left in refused] == [[]] * 4
-        dense, compressed, maskllm, full = (message for message, _ in refused)
-        assert dense.startswith("ValueError: 'conv.weight' is not 2:4: group 0 has 4 nonzeros")
-        for name, message in (("compressed", compressed), ("maskllm", maskllm)):
-            assert message == (
-                f"ValueError: The model is split over ranks, which file_format='{name}' cannot "
-                'write: choose "safetensors", load that on one device, and export again from there.'
-            )
+        dense, compressed, masks, full = (message for message, _ in refused)
+        for message in (dense, masks):
+            assert message.startswith("ValueError: 'conv.weight' is not 2:4: group 0 has 4 nonz")
+        assert compressed == (
+            "ValueError: The model is split over ranks, which file_format='compressed' cannot "
+            'write: choose "safetensors", load that on one device, and export again from there.'
+        )
         assert full == (
             "RuntimeError: The model was not written: see the error of another rank."
             if rank

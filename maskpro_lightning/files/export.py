@@ -63,8 +63,9 @@ def export_sparse(
         exclude: Which layers are not.
         file_format: One of the formats.
         max_shard_size: The size of a file at most, in bytes or such as "5GB".
-        checkpoint: The folder of a distributed checkpoint of the fit, from which the first two
-            formats take each tensor when they write it. The model may then be on the meta device.
+        checkpoint: The folder of a distributed checkpoint of the fit, from which all formats but
+            "compressed" take each tensor when they write it. The model may then be on the meta
+            device.
 
     Returns:
         The folder.
@@ -89,21 +90,19 @@ def export_sparse(
     if file_format in ("huggingface", "safetensors"):
         _write(model, state, folder, file_format, limit)
         return folder
+    if file_format == "maskllm":
+        _write_masks(model, state, folder, targets, pattern)
+        return folder
     if stored is not None:
         raise ValueError(
             f"file_format={file_format!r} needs the weights in the model: load the checkpoint into "
             f"it, and leave out checkpoint."
         )
     _refuse_sharded(state, file_format)
-    if file_format == "compressed":
-        folder.mkdir(parents=True, exist_ok=True)
-        save_compressed(
-            model, folder / "compressed.safetensors", pattern, include=include, exclude=exclude
-        )
-    else:
-        masks = _masks(model, targets, pattern)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_maskllm(masks, folder / "masks.npz")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_compressed(
+        model, folder / "compressed.safetensors", pattern, include=include, exclude=exclude
+    )
     return folder
 
 
@@ -192,13 +191,23 @@ def _refuse_sharded(state: WholeState, file_format: str) -> None:
         )
 
 
-def _masks(model: nn.Module, targets: Sequence[Target], pattern: NMPattern) -> dict[str, Tensor]:
-    """The masks that nonzeros show, named as in the one Hugging Face model, if there is one."""
+def _write_masks(
+    model: nn.Module,
+    state: WholeState,
+    folder: Path,
+    targets: Sequence[Target],
+    pattern: NMPattern,
+) -> None:
+    """Write the masks that nonzeros show, named as in the one Hugging Face model, if any."""
     found = pretrained.find(model)
     prefix = f"{next(iter(found))}." if len(found) == 1 and "" not in found else ""
-    return {
-        target.name.removeprefix(prefix): initializers.nonzeros(
-            target.parameter.detach(), pattern, target.input_dim, name=target.name
+    dims = {target.name: target.input_dim for target in targets}
+
+    def write(tensors: Named) -> None:
+        masks = (
+            (name.removeprefix(prefix), initializers.nonzeros(w, pattern, dims[name], name=name))
+            for name, w in tensors
         )
-        for target in targets
-    }
+        save_maskllm(masks, folder / "masks.npz")
+
+    state.hand_over(((name, state.whole(name)) for name in dims), write)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile
@@ -61,14 +61,19 @@ def load_masks(path: str | os.PathLike[str], pattern: str | NMPattern) -> dict[s
         raise archive.broken(path, f"no file of masks ({error})") from None
 
 
-def save_maskllm(masks: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def save_maskllm(
+    masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], path: str | os.PathLike[str]
+) -> None:
     """Write masks as MaskLLM does: a bit per weight, row by row, without shapes.
 
     Args:
-        masks: Bool masks by parameter name.
-        path: The file, a numpy archive.
+        masks: Bool masks by parameter name; or pairs of them, of which each is dropped before the
+            next is asked for.
+        path: The file, a numpy archive; its folder is made if it does not exist.
     """
-    bits = {f"{name}.mask": np.packbits(mask.cpu().numpy()) for name, mask in masks.items()}
+    pairs = masks.items() if isinstance(masks, Mapping) else masks
+    bits = {f"{name}.mask": np.packbits(mask.cpu().numpy()) for name, mask in pairs}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **bits)  # type: ignore[arg-type]
 
