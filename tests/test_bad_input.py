@@ -510,7 +510,7 @@ for name, edit, reason in [
     ("logits", lambda s: state(s)["logits"].fill_(NAN), NOT_FINITE),
     ("dtypes", lambda s: state(s).update(masks=torch.zeros(16, 16)), NUMBERS),
     ("state", lambda s: state(s).pop("dense"), PARTS),
-    ("half", lambda s: states(s).pop(0), "it holds masks of 1 weights, not of its 2"),
+    ("half", lambda s: states(s).pop(0), "it holds masks of 1 weights instead of 2"),
     ("lr", lambda s: group(s).update(lr=NAN), "lr is nan"),
     ("step", lambda s: group(s).update(step=-1), "step is -1"),
     ("tracker", lambda s: group(s).update(delta=torch.tensor(NAN)), "delta is tensor(nan)"),
