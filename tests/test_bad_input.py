@@ -353,7 +353,10 @@ EXTRA = (
     "There are masks of unknown weights, ['other']: those of this model are named like "
     "'net.0.weight'."
 )
-SHAPE = "The mask of 'net.0.weight' has shape (8, 16), the weight (16, 16)."
+SHAPE = (
+    "The mask of 'net.0.weight' has shape (8, 16), but the weight has shape (16, 16): give a mask "
+    "in the shape of the whole weight."
+)
 FULL = (
     "the mask of 'net.0.weight' is not 2:4: group 0 keeps 4 of 4 weights (4 of 64 groups are "
     "wrong)."
