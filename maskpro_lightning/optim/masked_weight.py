@@ -42,7 +42,7 @@ from maskpro_lightning.optim.words import (
     one_by_one,
     words_of,
 )
-from maskpro_lightning.weights.layout import Layout, block_size
+from maskpro_lightning.weights.layout import INTEGERS, Layout, block_size
 
 Version = Literal["dense", "initial", "drawn", "mode", "best"]
 
@@ -491,8 +491,7 @@ def bits_in(tensor: Tensor) -> Tensor:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.view(integer)
+    return tensor.view(INTEGERS[tensor.element_size()])
 
 
 def columns_of(block: Tensor) -> Tensor:

@@ -272,6 +272,28 @@ class MaskPro(Optimizer):
         self.learn(loss, baseline)
         return loss
 
+    @contextmanager
+    def taking_gradients(
+        self, backward_passes: int = 1, reduce: Callable[[Tensor], object] | None = None
+    ) -> Iterator[None]:
+        """Within a ``with`` block, learn from each gradient during the backward pass, and free it.
+
+        For "straight_through". The gradients of only a few weights are in memory at once; with
+        FSDP1, which shows gradients when the backward pass is over, those of all. The parameters
+        hold the drawn mask within the block.
+
+        Args:
+            backward_passes: The number of backward passes that one step learns from. Each moves the
+                logits by its share of ``lr``, along its own gradient divided by its own size.
+            reduce: Averages a gradient over ranks in place, if nothing else does.
+        """
+        if not self.begun:
+            self.begin()
+        self._check_rates()
+        self.write("drawn")
+        with self._gradients.taken(self._with_states, backward_passes, reduce):
+            yield
+
     @torch.no_grad()
     def learn(self, loss: Tensor, baseline: Tensor | None = None) -> None:
         """Move the logits by a loss that was computed already, and draw the next mask.
@@ -302,28 +324,6 @@ class MaskPro(Optimizer):
             group["step"] += 1
         self._draw(self._fusion, change)
         self._opt_called = True  # learning rate schedulers look for this
-
-    @contextmanager
-    def taking_gradients(
-        self, backward_passes: int = 1, reduce: Callable[[Tensor], object] | None = None
-    ) -> Iterator[None]:
-        """Within a ``with`` block, learn from each gradient during the backward pass, and free it.
-
-        For "straight_through". The gradients of only a few weights are in memory at once; with
-        FSDP1, which shows gradients when the backward pass is over, those of all. The parameters
-        hold the drawn mask within the block.
-
-        Args:
-            backward_passes: The number of backward passes that one step learns from. Each moves the
-                logits by its share of ``lr``, along its own gradient divided by its own size.
-            reduce: Averages a gradient over ranks in place, if nothing else does.
-        """
-        if not self.begun:
-            self.begin()
-        self._check_rates()
-        self.write("drawn")
-        with self._gradients.taken(self._with_states, backward_passes, reduce):
-            yield
 
     def _judge(self, loss: Tensor, baseline: Tensor) -> Tensor:
         """The advantage: how much worse than expected the drawn mask was. Updates the tracker."""

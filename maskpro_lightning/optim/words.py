@@ -12,7 +12,7 @@ from operator import or_
 import torch
 from torch import Tensor
 
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from maskpro_lightning.weights.layout import INTEGERS
 
 
 def integers_of(block: Tensor, *alike: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def integers_of(block: Tensor, *alike: Tensor) -> Tensor:
     """
     each, blocks = block.element_size(), (block, *alike)
     fitting = (size for size in (8, 4) if size > each and all(_holds(b, size) for b in blocks))
-    return block.view(_INTEGER[next(fitting, each)])
+    return block.view(INTEGERS[next(fitting, each)])
 
 
 def _holds(block: Tensor, size: int) -> bool:
@@ -67,7 +67,7 @@ def columns_in(words: Tensor, m: int) -> list[Tensor]:
         return list(words.unbind(-1))
     width = 8 * words.element_size() // number
     if not torch.compiler.is_compiling():  # a view takes fewer passes, but breaks a compiled loop
-        return [value.int() for value in words.view(_INTEGER[width // 8]).unbind(-1)]
+        return [value.int() for value in words.view(INTEGERS[width // 8]).unbind(-1)]
     return [(word >> width * k).int() for word in words.unbind(-1) for k in range(number)]
 
 
@@ -78,7 +78,7 @@ def in_words(bits_M: Sequence[Tensor], like: Tensor) -> Tensor:
         return torch.stack(list(bits_M), dim=-1)
     width = 8 * like.element_size() // number
     if not torch.compiler.is_compiling():
-        narrow = [bits.to(_INTEGER[width // 8]) for bits in bits_M]
+        narrow = [bits.to(INTEGERS[width // 8]) for bits in bits_M]
         return torch.stack(narrow, dim=-1).view(like.dtype)
     low = 2**width - 1
     parts = [(bits.to(like.dtype) & low) << width * (j % number) for j, bits in enumerate(bits_M)]
