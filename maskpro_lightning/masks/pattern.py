@@ -1,4 +1,4 @@
-"""What N:M means: N weights are kept in every group of M consecutive ones.
+"""N:M patterns: N weights are kept in every group of M consecutive ones.
 
 Shape suffixes: ``G`` groups, ``M`` group size, ``N`` kept per group. Groups lie in the last
 dimension; all leading dimensions count groups.

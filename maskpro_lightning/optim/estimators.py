@@ -79,7 +79,7 @@ class StraightThrough:
     def initial_logits(
         self, weight: Tensor, mask: Tensor, pattern: NMPattern, input_dim: int, scale: float
     ) -> Tensor:
-        """Where the logits of a whole weight start, float32, in its shape."""
+        """The initial logits of a whole weight, float32, in its shape."""
         return graded(weight, mask, pattern, input_dim, scale)
 
 
@@ -143,7 +143,7 @@ class Policy:
     def initial_logits(
         self, weight: Tensor, mask: Tensor, pattern: NMPattern, input_dim: int, scale: float
     ) -> Tensor:
-        """Where the logits of a whole weight start, float32, in its shape."""
+        """The initial logits of a whole weight, float32, in its shape."""
         if self.published:
             return mask.float().mul_(scale)
         return graded(weight, mask, pattern, input_dim, scale)

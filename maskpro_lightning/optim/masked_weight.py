@@ -56,7 +56,9 @@ BITS: dict[Version, int] = {"initial": 1, "drawn": 2, "best": 8}
 
 @dataclass(frozen=True)
 class Draw:
-    """What a draw depends on, beside the logits, the weight's name and the group's number.
+    """The seed and the number of a draw.
+
+    A draw depends on these, the logits, the weight's name and the group's number alone.
 
     Attributes:
         seed: Seed of all draws.
@@ -98,7 +100,7 @@ class Lines:
 
 @dataclass
 class Held:
-    """Which version a weight holds, and how far it is on its way to another.
+    """The version that a weight holds, and the write of another one that is under way, if any.
 
     Attributes:
         version: What the weight holds.

@@ -157,7 +157,7 @@ def _check_weight(name: str, layout: Layout, state: Any) -> None:
 
 
 def _where(saved: Tensor, layout: Layout) -> Layout:
-    """Which part of a weight is saved: all of it, a DTensor's own part, or this rank's run."""
+    """The layout of a saved tensor: the whole weight, a DTensor's own part, or this rank's run."""
     if isinstance(saved, DTensor) or tuple(saved.shape) == layout.shape:
         return Layout.of(saved, layout.pattern, layout.input_dim)
     return layout

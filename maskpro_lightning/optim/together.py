@@ -24,7 +24,7 @@ SMALL = 2**14
 
 @dataclass(frozen=True)
 class Block:
-    """What :func:`transition` takes for a block, and where its results go.
+    """A block's arguments for :func:`transition`, and the places of the results.
 
     Attributes:
         pattern: The pattern.
@@ -124,7 +124,7 @@ class Together:
 
 
 def _counts(blocks: Sequence[Block], changed: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """How many groups of each block have changed."""
+    """The number of groups of each block whose mask has changed."""
     if len(blocks) == 1:
         return [blocks[0].seen(changed).sum()]
     lengths = torch.tensor(sizes, device=changed.device)

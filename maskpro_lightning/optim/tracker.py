@@ -36,7 +36,7 @@ def new() -> Tracker:
 def judge(
     tracker: Tracker, residual: Tensor, momentum: float, *, published: bool
 ) -> tuple[Tensor, Tracker]:
-    """How much worse than expected a drawn mask was, and the tracker after it.
+    """Compute the advantage, how much worse than expected a drawn mask was; update the tracker.
 
     The expectation comes from the tracker *before* this residual enters it, so it does not depend
     on the mask that it judges. An advantage divided by its spread is at most

@@ -51,7 +51,7 @@ class Product:
 
 @dataclass
 class Observed:
-    """What :func:`observe` saw, by the parameter's id.
+    """The findings of :func:`observe`, by the parameter's id.
 
     Attributes:
         products: The products that a parameter took part in.

@@ -231,7 +231,7 @@ class SparseWeights:
             )
 
     def _excess(self, name: str, kept: Tensor) -> str | None:
-        """Which groups keep more than N, for a message; None if none does."""
+        """The first group that keeps more than N, for a message; None if there is none."""
         layout = self._layouts[name]
         count_G = self.pattern.group(kept, layout.input_dim).sum(-1, dtype=torch.int32).flatten()
         wrong_G = count_G > self.pattern.n

@@ -129,7 +129,7 @@ def remarks(
         yield f"Large weights that are multiplied without a mask: {_named(told, _TOLD, '; ')}."
     fitting = [f'"{each.name}:{dim}"' for each, dim in large if _can_be_masked(each, dim, pattern)]
     if fitting:
-        yield f"A mask on them, too: include=[{', '.join(fitting[:_TOLD])}]."
+        yield f"To mask them, too: include=[{', '.join(fitting[:_TOLD])}]."
     if verdict.idle:
         names = _named([target.name for target in verdict.idle], _TOLD)
         yield f"Masked, but in no product of the first batch: {names}."

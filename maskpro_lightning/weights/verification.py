@@ -10,7 +10,7 @@ from maskpro_lightning.weights.targets import LeftOut, Selection, Target
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a forward pass says of a selection.
+    """The result of comparing a selection with a forward pass.
 
     Attributes:
         unmasked: Weights without a mask that were multiplied with data, the largest first, each
