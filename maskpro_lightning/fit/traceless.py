@@ -69,7 +69,7 @@ def traceless(trainer: Any, module: nn.Module, parameters: Iterable[Tensor] = ()
         for put_back in attributes:
             put_back()
         for owner, name, buffer, value in buffers:
-            setattr(owner, name, buffer)
+            _hold(owner, name, buffer)
             buffer.copy_(value)
         with torch.no_grad():
             for parameter, value in values:
@@ -81,6 +81,13 @@ def traceless(trainer: Any, module: nn.Module, parameters: Iterable[Tensor] = ()
 def copied(batch: Any) -> Any:
     """A copy of a batch, for a pass that may change it, as ``batch.pop("labels")`` does."""
     return copy.deepcopy(batch)
+
+
+def _hold(module: nn.Module, name: str, buffer: Tensor) -> None:
+    """Give a module a buffer again that may have been replaced or deleted."""
+    if not hasattr(module, name):
+        module.register_buffer(name, buffer)
+    setattr(module, name, buffer)
 
 
 def _is_plain(module: nn.Module) -> bool:
