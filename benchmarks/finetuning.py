@@ -1,6 +1,8 @@
-"""Held-out loss of sparse models whose kept weights are trained, beside a learned mask's alone.
+r"""Held-out loss of sparse models whose kept weights are trained, beside a learned mask's alone.
 
     python benchmarks/finetuning.py --model llama vision --output benchmarks/results
+    python benchmarks/finetuning.py --model smollm2 --wikitext FOLDER --forwards 196 --seeds 0 \
+        --rows dense sparsegpt sparsegpt_trained learned_trained
 
 Every row gets the same forward-equivalents and has to end exactly N:M. Beside data of the kind that
 was trained on, the loss is measured on data of another kind. Each finished run is added to
@@ -32,7 +34,12 @@ from tqdm import trange
 
 from maskpro_lightning import NMPattern, keep_sparse
 
-RATES = (3e-4, 1e-3, 3e-3)
+#: Learning rates to choose among; SmolLM2, a hundred times as large, wants smaller ones.
+RATES = {
+    "llama": (3e-4, 1e-3, 3e-3),
+    "vision": (3e-4, 1e-3, 3e-3),
+    "smollm2": (3e-5, 1e-4, 3e-4),
+}
 SHARES = (0.25, 0.5, 0.75)
 #: What pulls pruned weights to zero in SR-STE (arXiv 2102.04010, equation 9 and its appendix).
 DECAY = 2e-4
@@ -57,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
-    models = cases.loaders(args.output, None)
+    models = cases.loaders(args.output, args.wikitext)
     ledger = Ledger(args.output / "finetuning.csv")
     for name, pattern in product(args.model, args.pattern):
         for key in wanted(ledger, name, pattern, args.rows, args.seeds):
@@ -73,7 +80,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", nargs="+", choices=("llama", "vision"), default=["llama"])
+    parser.add_argument("--model", nargs="+", choices=tuple(RATES), default=["llama"])
+    parser.add_argument("--wikitext", type=Path, help="valid.txt and test.txt, for SmolLM2")
     parser.add_argument("--pattern", nargs="+", type=NMPattern.parse, default=["2:4"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
@@ -91,7 +99,7 @@ def wanted(
             continue  # the same for all seeds
         settings = [""]
         if method == "sr_ste" or method.endswith("_trained"):
-            settings = [f"lr={rate:g}" for rate in RATES]
+            settings = [f"lr={rate:g}" for rate in RATES[model]]
         if method == "learned_trained":
             # At the rate that was best for the mask it starts from; else the grid would be larger.
             rate = ledger.best_setting(model, str(pattern), "sparsegpt_trained", seeds[0])

@@ -353,7 +353,10 @@ EXTRA = (
     "There are masks of unknown weights, ['other']: those of this model are named like "
     "'net.0.weight'."
 )
-SHAPE = "The mask of 'net.0.weight' has shape (8, 16), the weight (16, 16)."
+SHAPE = (
+    "The mask of 'net.0.weight' has shape (8, 16), but the weight has shape (16, 16): give a mask "
+    "in the shape of the whole weight."
+)
 FULL = (
     "the mask of 'net.0.weight' is not 2:4: group 0 keeps 4 of 4 weights (4 of 64 groups are "
     "wrong)."
@@ -510,7 +513,7 @@ for name, edit, reason in [
     ("logits", lambda s: state(s)["logits"].fill_(NAN), NOT_FINITE),
     ("dtypes", lambda s: state(s).update(masks=torch.zeros(16, 16)), NUMBERS),
     ("state", lambda s: state(s).pop("dense"), PARTS),
-    ("half", lambda s: states(s).pop(0), "it holds masks of 1 weights, not of its 2"),
+    ("half", lambda s: states(s).pop(0), "it holds masks of 1 weights instead of 2"),
     ("lr", lambda s: group(s).update(lr=NAN), "lr is nan"),
     ("step", lambda s: group(s).update(step=-1), "step is -1"),
     ("tracker", lambda s: group(s).update(delta=torch.tensor(NAN)), "delta is tensor(nan)"),

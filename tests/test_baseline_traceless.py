@@ -180,6 +180,13 @@ def test_a_buffer_that_is_replaced_is_put_back(module: Everything) -> None:
     assert differences(before, observed(module)) == set()
 
 
+def test_a_buffer_that_is_deleted_is_put_back(module: Everything) -> None:
+    before = observed(module)
+    with traceless(module.trainer, module):
+        del module.counter
+    assert differences(before, observed(module)) == set()
+
+
 # --- random numbers -----------------------------------------------------------------------------
 
 

@@ -215,7 +215,10 @@ TWO_OF_FOUR = torch.tensor([True, False, True, False])
         (
             {"w": TWO_OF_FOUR.repeat(4, 1)},
             ValueError,
-            "The mask of 'w' has shape (4, 4), the weight (4, 8).",
+            (
+                "The mask of 'w' has shape (4, 4), but the weight has shape (4, 8): give a mask in "
+                "the shape of the whole weight."
+            ),
         ),
         (
             {"w": torch.ones(4, 8, dtype=torch.bool)},

@@ -78,7 +78,7 @@ def test_the_table_tells_what_multiplies_unmasked_and_how_to_mask_it(
         f"{'left out: has 1 input, not a multiple of 4':52}      3       48   3.6%  " + prescalers,
         f"{'vectors':52}      5       68   5.1%  biases, norms",
         f"{large} w (19.2%) is of a layer whose product is not known.",
-        'A mask on them, too: include=["w:0"].',
+        'To mask them, too: include=["w:0"].',
         "Masked, but in no product of the first batch: idle.weight.",
     ]
 

@@ -1,6 +1,6 @@
-"""Files of tensors: safetensors with a name for what they hold, and a digest.
+"""Files of tensors: safetensors with the kind of their content, and a digest.
 
-Nothing that is read here is executed, and a tensor's name is a name, never a path.
+Reading executes nothing, and never takes a tensor's name for a path.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def write(
     kind: str,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors with a digest of everything that :func:`read` gives back.
+    """Write tensors with a digest of all that :func:`read` returns.
 
     Args:
         tensors: The tensors by name.
         path: The file.
-        kind: What the file holds, such as "maskpro masks 2".
-        notes: More about it.
+        kind: The kind of content, such as "maskpro masks 2".
+        notes: Further metadata.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {**(notes or {}), "format": kind}
@@ -44,24 +44,24 @@ def write(
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what :func:`write` wrote; takes no more memory than the file is long.
+    """Read what :func:`write` wrote; takes no more memory than the file's size.
 
     Args:
         path: The file.
-        kind: What it must hold.
+        kind: The kind of content that it must hold.
 
     Returns:
         The tensors and the notes, with the kind as "format".
 
     Raises:
-        ValueError: cut off, changed, or of another kind; the message names the file.
+        ValueError: the file is cut off, changed, or of another kind; the message names it.
     """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, AttributeError, RuntimeError, TypeError) as error:
-        # Dtypes that only safetensors knows, and sizes that only its header can hold.
+        # Also for dtypes that only safetensors has, and for impossible sizes in its header.
         raise broken(path, f"not a whole safetensors file ({error})") from None
     found = metadata.get("format", "unnamed tensors")
     if found != kind:
@@ -89,9 +89,9 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 def _sort_notes(path: Path) -> None:
     """Put the metadata of a safetensors file into alphabetical order, in place.
 
-    safetensors writes them in any order, and the same tensors and notes shall make the same file.
-    Its header is eight bytes that hold its length, then JSON padded with spaces; in another order
-    it is as long as before.
+    safetensors writes them in any order, but equal tensors and notes are to make equal files. A
+    file begins with the header's length in eight bytes. The header is JSON padded with spaces, as
+    long in any order.
     """
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, of the mode that the user's umask gives."""
+"""Writes files so that they are whole or not there, with the mode of the user's umask."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from uuid import uuid4
 
 @contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write under a temporary name, renamed when the block ends, removed when it raises.
+    """Write under a temporary name; the file is renamed when the block ends, removed if it raises.
 
-    No two writers share a temporary name: of two fits in one folder the last one's file stays.
+    No two writers share a temporary name. If two fits write into one folder, the last file stays.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
@@ -21,7 +21,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         with partial.open("wb") as file:
             mode = os.fstat(file.fileno()).st_mode
         yield partial
-        partial.chmod(mode)  # safetensors makes files that none but their owner reads
+        partial.chmod(mode)  # safetensors makes files that only their owner may read
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

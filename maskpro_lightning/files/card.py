@@ -1,4 +1,4 @@
-"""A model card for a sparse model: what it is, what it reaches, how to load it, how it was made."""
+"""Writes the model card of a sparse model: its results, how to load it, and how it was made."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ module.load_state_dict(load_file("{name}/model.safetensors"))
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card tells; what is empty is left out.
+    """The content of a model card; empty parts are left out.
 
     Attributes:
-        name: The model's name, such as that on the Hub.
-        pattern: Such as "2:4".
+        name: The model's name, such as its name on the Hub.
+        pattern: The pattern, such as "2:4".
         base_model: The dense model's name or path.
-        data: What the mask was learned on.
+        data: The data that the mask was learned on.
         results: A table in Markdown.
         method: Parameters of the fit.
-        command: What made it.
+        command: The command that made the model.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Card:
     command: str = ""
 
     def text(self, files: Sequence[str]) -> str:
-        """The card, for a folder that holds these files."""
+        """The card in Markdown, for a folder that holds these files."""
         kept, group = self.pattern.split(":")
         about = (
             f"A model of which {kept} of every {group} consecutive weights along the inputs of its "
@@ -80,7 +80,7 @@ class Card:
         tags = json.dumps(["sparsity", self.pattern, "maskpro"])
         lines = ["---", f"tags: {tags}"]
         lines += ["library_name: transformers"] if "config.json" in files else []
-        # A path, or one inside the recipes, is a name that others cannot load.
+        # Others cannot load a path on this machine, or one inside the recipes.
         on_hub = self.base_model.count("/") == 1 and not Path(resolve(self.base_model)).exists()
         lines += [f"base_model: {self.base_model}"] if on_hub else []
         return "\n".join([*lines, "---"])
@@ -107,13 +107,13 @@ def push(folder: Path, name: str, *, private: bool = False) -> str:
     Args:
         folder: The folder.
         name: Such as "me/small-llama-2-4".
-        private: Whether a repository that is made is private.
+        private: Whether a new repository is private.
 
     Returns:
-        The URL.
+        The repository's URL.
 
     Raises:
-        ValueError: the Hub does not take it; the message tells why and what to do.
+        ValueError: the upload failed; the message says why and what to do.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled

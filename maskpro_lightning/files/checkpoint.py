@@ -1,4 +1,4 @@
-"""The weights that a checkpoint of Lightning holds, or why it holds none; nothing in it is run."""
+"""Reads the weights in a checkpoint of Lightning without running anything in it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from maskpro_lightning.files.distributed import Stored, is_distributed
 
 
 def loader_of(path: str | os.PathLike[str]) -> Callable[[nn.Module], object]:
-    """What loads a checkpoint's weights into a module: of a file, or of a folder in parts.
+    """A function that loads a checkpoint's weights into a module.
 
     Args:
-        path: What Lightning wrote.
+        path: What Lightning wrote: a file, or the folder of a distributed checkpoint.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`weights_in`; or, when loading, it is of another
-            module.
+        FileNotFoundError, ValueError: as for :func:`weights_in`. The function itself raises if the
+            checkpoint is of another module.
     """
     if is_distributed(path):
         return Stored(path).load_into
@@ -39,9 +39,9 @@ def weights_in(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         path: The file that Lightning wrote.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a folder (see :func:`loader_of`), no checkpoint, or one whose contents would
-            have to be run.
+        FileNotFoundError: there is no such file.
+        ValueError: it is a folder (see :func:`loader_of`) or no checkpoint, or to read it would run
+            code in it.
     """
     path = Path(path)
     if path.is_dir():
@@ -65,7 +65,7 @@ def _loaded(path: Path) -> Any:
             mapped = file.read(2) == b"PK"
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UnpicklingError as error:
-        # PyTorch advises to run it; an object that a user trusts can be named instead.
+        # PyTorch's message advises to run it; instead, a user can allow one class by name.
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         if name is None:
             raise broken(path, "no whole checkpoint") from None

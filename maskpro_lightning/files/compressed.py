@@ -1,4 +1,4 @@
-"""Checkpoints without the zeros: kept values and packed masks, 54 % of a bfloat16 model at 2:4."""
+"""Checkpoints without zeros: kept values and packed masks, 54 % of the bytes at 2:4, bfloat16."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from maskpro_lightning.files.gathering import state_of
 from maskpro_lightning.files.grouping import Grouping
 from maskpro_lightning.files.packing import pack
 from maskpro_lightning.masks.pattern import NMPattern
+from maskpro_lightning.weights.layout import INTEGERS
 from maskpro_lightning.weights.targets import find_targets
 
 _COMPRESSED = "maskpro compressed 1"
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def save_compressed(
@@ -33,14 +33,14 @@ def save_compressed(
     Args:
         model: The model after the fit.
         path: The file, of safetensors.
-        pattern: What every masked weight satisfies.
+        pattern: The pattern of the masks.
         include: Which layers are masked, as in :func:`find_targets`.
         exclude: Which layers are not.
 
     Raises:
-        ValueError: a group has more than N weights other than zero (a negative zero is one, since
-            it could not be restored).
-        TypeError: the state holds more than tensors.
+        ValueError: a group has more than N weights other than +0 (-0 counts, since it could not be
+            restored).
+        TypeError: the state holds something other than tensors.
     """
     pattern = NMPattern.parse(pattern)
     targets = {id(t.parameter): t for t in find_targets(model, pattern, include, exclude)}
@@ -77,10 +77,10 @@ def load_compressed(
         pattern: The pattern of its masks.
 
     Returns:
-        The model's ``state_dict``, on the CPU; tensors that were shared are shared.
+        The model's ``state_dict``, on the CPU; tensors that were shared are shared again.
 
     Raises:
-        ValueError: not such a file, changed since, or masks of another pattern.
+        ValueError: it is no such file, was changed since, or holds masks of another pattern.
     """
     pattern = NMPattern.parse(pattern)
     tensors, notes = archive.read(path, _COMPRESSED)
@@ -92,8 +92,8 @@ def load_compressed(
 
 
 def _compressed(weight: Tensor, where: Grouping, name: str) -> tuple[Tensor, Tensor]:
-    """The kept values, flat, and the packed mask, which covers all that is not plain zero."""
-    bits_GM = where.groups(weight).view(_INTEGERS[weight.element_size()])
+    """The kept values, flat, and the packed mask, which keeps all values other than +0."""
+    bits_GM = where.groups(weight).view(INTEGERS[weight.element_size()])
     taken_GM = bits_GM != 0
     if (taken_GM.sum(-1) > where.pattern.n).any():
         raise ValueError(
@@ -126,7 +126,7 @@ def _restored(tensors: Mapping[str, Tensor], name: str, where: Grouping) -> Tens
     mask_GM = where.unpack(mask)
     if kept.shape != (len(mask_GM) * where.pattern.n,):
         raise ValueError(f"the kept values of {name!r} are not as many as its mask keeps")
-    integer = _INTEGERS[kept.element_size()]
+    integer = INTEGERS[kept.element_size()]
     bits_GM = torch.zeros(mask_GM.shape, dtype=integer).masked_scatter_(mask_GM, kept.view(integer))
     return where.lay_out(bits_GM).view(kept.dtype)
 

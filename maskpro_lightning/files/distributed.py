@@ -1,4 +1,4 @@
-"""A checkpoint in parts, which ranks wrote together, read on one device: a tensor at a time."""
+"""Reads distributed checkpoints, which ranks wrote together, on one device, a tensor at a time."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ def is_distributed(path: str | os.PathLike[str]) -> bool:
 
 
 class Stored(Mapping[str, Tensor]):
-    """Tensors of a distributed checkpoint by name, each read, whole, when it is asked for.
+    """The tensors of a distributed checkpoint by name; each is read, whole, when it is looked up.
 
     Args:
         path: The folder.
-        prefix: What keys begin with; names are the rest of them. By default a module's weights.
+        prefix: The prefix of the keys to read; names are keys without it. By default the prefix of
+            a module's weights.
 
     Raises:
         ValueError: the folder is damaged.
@@ -75,7 +76,7 @@ class Stored(Mapping[str, Tensor]):
         return len(self._stored)
 
     def load_into(self, module: nn.Module) -> None:
-        """Copy all into a module's tensors, one after the other.
+        """Copy all tensors into a module's, one after the other.
 
         Raises:
             ValueError: a name is missing on either side, or a shape differs; nothing is copied.
@@ -97,7 +98,11 @@ class Stored(Mapping[str, Tensor]):
                 value.copy_(self[name])
 
     def check_shape(self, name: str, value: Tensor) -> None:
-        """Refuse a tensor of another shape than the stored one, or one that is not there."""
+        """Refuse a tensor that is not stored, or whose stored shape is another.
+
+        Raises:
+            ValueError: names the tensor and both shapes.
+        """
         size = self._stored[name][1].size if name in self._stored else None
         if size != value.shape:
             what = "no such tensor" if size is None else str(tuple(size))
@@ -108,7 +113,7 @@ class Stored(Mapping[str, Tensor]):
 
 
 class _Reader(FileSystemReader):
-    """Reads what is where once, however many tensors are asked for."""
+    """Reads the checkpoint's metadata only once."""
 
     _known: Metadata | None = None
 

@@ -1,4 +1,4 @@
-"""A sparse model for others to load, in the format that they read."""
+"""Exports a sparse model in formats that others load."""
 
 from __future__ import annotations
 
@@ -44,37 +44,36 @@ def export_sparse(
     The formats:
 
     - "huggingface": the one Hugging Face model that this is or holds, zeros included, as
-      ``save_pretrained`` would; loads with ``from_pretrained`` where this package is not installed.
+      ``save_pretrained`` writes it; ``from_pretrained`` loads it without this package.
     - "safetensors": ``model.safetensors``, the ``state_dict``, zeros included.
     - "compressed": ``compressed.safetensors``, the ``state_dict`` without the zeros; loads with
       :func:`load_compressed`.
     - "maskllm": ``masks.npz``, the masks alone, as MaskLLM writes them.
     - "auto": "huggingface" where there is one such model, else "safetensors".
 
-    The first two write tensor by tensor, several files and an index if one would be too large, and
-    take a model that FSDP or tensor parallelism splits over ranks, too: all ranks have to call
-    this, each tensor is gathered, and rank 0 writes it.
+    The first two write tensor by tensor, into several files and an index if one would be too large.
+    They also take a model that FSDP or tensor parallelism splits over ranks. Then all ranks have to
+    call this; each tensor is gathered, and rank 0 writes it.
 
     Args:
         model: The model after the fit; under FSDP1 the outermost wrapper.
         folder: Where to write; made if it does not exist.
-        pattern: What every masked weight must satisfy.
+        pattern: The pattern that every masked weight must have.
         include: Which layers are masked, as in :func:`find_targets`.
         exclude: Which layers are not.
         file_format: One of the formats.
-        max_shard_size: The size of a file at most, in bytes or such as "5GB".
-        checkpoint: The folder of a distributed checkpoint of the fit, from which all formats but
-            "compressed" take each tensor when they write it. The model may then be on the meta
-            device.
+        max_shard_size: The largest size of a file, in bytes or such as "5GB".
+        checkpoint: The folder of a distributed checkpoint of the fit. All formats but "compressed"
+            read each tensor from it when they write it; the model may then be on the meta device.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: a weight has a group with more than N nonzeros; the format would lose a part of
-            the model, or cannot be written where it is sharded.
-        TypeError: the state holds more than tensors.
-        RuntimeError: another rank could not write. In each of these cases nothing is written.
+            the model, or does not take a sharded one; an argument is out of range.
+        TypeError: the state holds something other than tensors.
+        RuntimeError: another rank could not write. After any of these errors nothing is written.
     """
     pattern = NMPattern.parse(pattern)
     limit = streaming.bytes_of(max_shard_size)
@@ -156,9 +155,9 @@ def _write_files(
 
 @contextmanager
 def _files_of(folder: Path) -> Iterator[Path]:
-    """Where to write a model, whose files are moved into place when all are written.
+    """A temporary folder to write a model into; its files move into ``folder`` when the block ends.
 
-    Those of an older model go then, all others stay. When the block raises, nothing has changed.
+    Files of an older model are then deleted, all others stay. If the block raises, nothing changes.
     """
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +177,7 @@ def _files_of(folder: Path) -> Iterator[Path]:
     if any(path.name.startswith("model") for path in written):
         ours = {path.name for path in written}
         for kind in ("model.safetensors", "model-?????-of-?????.safetensors", streaming.INDEX):
-            for stale in folder.glob(kind):  # would be loaded instead of new ones
+            for stale in folder.glob(kind):  # it would be loaded instead of a new one
                 if stale.name not in ours:
                     stale.unlink(missing_ok=True)
 
@@ -198,7 +197,7 @@ def _write_masks(
     targets: Sequence[Target],
     pattern: NMPattern,
 ) -> None:
-    """Write the masks that nonzeros show, named as in the one Hugging Face model, if any."""
+    """Write the masks of the nonzeros, named as in the one Hugging Face model, if there is one."""
     found = pretrained.find(model)
     prefix = f"{next(iter(found))}." if len(found) == 1 and "" not in found else ""
     dims = {target.name: target.input_dim for target in targets}

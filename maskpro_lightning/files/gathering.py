@@ -1,4 +1,4 @@
-"""A model's state whole, one tensor at a time, however it is split over ranks."""
+"""Gathers a model's state one whole tensor at a time, however it is split over ranks."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Named = Iterator[tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class WholeState:
-    """The state of a model, of which this rank may have parts only.
+    """The state of a model, of which this rank may have only parts.
 
     Attributes:
-        values: What lies here, by name; the model's own tensors.
-        layouts: Which parts of the whole these are.
-        targets: Those of them that have to be N:M.
-        stored: Where the tensors are instead, if not in the model.
+        values: The model's own tensors, or this rank's parts, by name.
+        layouts: Where these parts lie in the whole tensors.
+        targets: The weights that have to be N:M, by name.
+        stored: The checkpoint that holds the values, if the model does not.
     """
 
     values: Mapping[str, Tensor]
@@ -46,11 +46,11 @@ class WholeState:
         targets: Sequence[Target],
         stored: Stored | None = None,
     ) -> WholeState:
-        """The state of a model, from what :func:`state_of` found.
+        """The state of a model, from what :func:`state_of` returned.
 
         Raises:
-            ValueError: a whole weight is not N:M; sharded and stored ones are looked at as they are
-                asked for. What is stored is of another model.
+            ValueError: a whole weight is not N:M (sharded and stored ones are checked when they are
+                gathered); or the checkpoint is of another model.
         """
         masked = {id(target.parameter): target for target in targets}
         found = {name: masked[id(value)] for name, value in values.items() if id(value) in masked}
@@ -70,7 +70,7 @@ class WholeState:
 
     @property
     def sharded(self) -> bool:
-        """Whether a tensor is split over ranks, so that all of them have to gather."""
+        """Whether a tensor is split over ranks, so that all ranks have to gather."""
         return any(layout.across for layout in self.layouts.values())
 
     def shape(self, name: str) -> Tensor:
@@ -80,7 +80,7 @@ class WholeState:
 
     @torch.no_grad()
     def whole(self, name: str) -> Tensor:
-        """A whole tensor; every rank has to ask for it.
+        """A whole tensor; a collective if it is sharded.
 
         Raises:
             ValueError: a weight that should be N:M is not.
@@ -95,11 +95,11 @@ class WholeState:
         return found
 
     def hand_over(self, tensors: Named, write: Callable[[Named], None]) -> None:
-        """Let one rank write what all ranks gather; an error of one is an error of all.
+        """Let rank 0 write what all ranks gather; an error on one rank is an error on all.
 
         Args:
             tensors: Names and tensors from :meth:`whole`.
-            write: What the rank does with them.
+            write: Writes them.
 
         Raises:
             RuntimeError: another rank has failed.
@@ -116,7 +116,7 @@ class WholeState:
                 _drop(tensors)
             failed.zero_()
         finally:
-            _drop(tensors)  # with the others, who do not know
+            _drop(tensors)  # after an error, too, since the other ranks go on gathering
             all_reduce(failed)
         if failed:
             raise RuntimeError("The model was not written: see the error of another rank.")
@@ -127,12 +127,12 @@ class WholeState:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state, its own tensors, not copies; of what is sharded this rank's part.
+    """A model's state: its own tensors, not copies, or this rank's parts of sharded ones.
 
-    Names are free of what PyTorch's wrappers put into them, so that the bare model loads it.
+    Names are without the parts that PyTorch's wrappers insert, so that the bare model loads it.
 
     Raises:
-        TypeError: something in it is not a tensor, so no file of tensors holds it.
+        TypeError: something in it is not a tensor, which a file of tensors could not hold.
     """
     state = {clean_name(name): value for name, value in own_state(model).items()}
     for name, value in state.items():

@@ -1,4 +1,4 @@
-"""How the groups of a tensor lie in it, in memory and in the notes of a file."""
+"""Where the groups of a tensor lie in it; also as text in the notes of a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GROUPS_AT_ONCE = 2**16
 
 @dataclass(frozen=True)
 class Grouping:
-    """How groups lie in a tensor.
+    """Where the groups of a tensor lie in it.
 
     Attributes:
         shape: The tensor's shape.
@@ -39,7 +39,7 @@ class Grouping:
         return math.prod(self.shape) // self.pattern.m
 
     def groups(self, tensor: Tensor) -> Tensor:
-        """A tensor of the shape as (G, M)."""
+        """A tensor of this shape as (G, M)."""
         return self.pattern.group(tensor, self.input_dim).reshape(-1, self.pattern.m)
 
     def lay_out(self, values_GM: Tensor) -> Tensor:
@@ -49,12 +49,12 @@ class Grouping:
         return values_GM.reshape(*sizes, inputs).movedim(-1, self.input_dim).contiguous()
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """The mask, bool (G, M), from what :func:`packing.pack` made of its groups."""
+        """The mask, bool (G, M), that :func:`packing.pack` has packed."""
         return unpack(packed, self.num_groups, self.pattern)
 
 
 def find(mask: Tensor, pattern: NMPattern, name: str) -> Grouping:
-    """Find the dimension along which a mask is N:M; of several the last.
+    """Find the last dimension along which a mask is N:M.
 
     Raises:
         ValueError: there is none.
@@ -78,7 +78,7 @@ def from_text(text: str, pattern: NMPattern) -> dict[str, Grouping]:
     """The inverse of :func:`to_text`.
 
     Raises:
-        ValueError: not such a text, or a tensor whose groups or numbers cannot be.
+        ValueError: it is no such text, or describes a tensor that cannot exist.
     """
     try:
         found = json.loads(text)
@@ -102,7 +102,8 @@ def check_pattern(
     """
     if notes.get("pattern") != str(pattern):
         raise ValueError(
-            f"{os.fspath(path)!r} holds {notes.get('pattern')} masks, but the pattern is {pattern}."
+            f"{os.fspath(path)!r} holds {notes.get('pattern')} masks, but the pattern is "
+            f"{pattern}: choose the file's pattern, or another file."
         )
 
 
@@ -115,7 +116,7 @@ def check_sparse(weight: Tensor, pattern: NMPattern, input_dim: int, name: str) 
         ValueError: names the weight and its first group with too many nonzeros.
     """
     rows = pattern.group(weight.detach(), input_dim)
-    # As few at once as make counting cheap in memory beside a weight that was gathered.
+    # In blocks, so that counting takes little memory beside a weight that was gathered.
     blocks = rows.split(max(1, _GROUPS_AT_ONCE // max(1, rows[:1].numel() // pattern.m)))
     first, wrong, before = "", 0, 0
     for block in blocks:
@@ -133,7 +134,7 @@ def check_sparse(weight: Tensor, pattern: NMPattern, input_dim: int, name: str) 
 
 
 def _check_shape(name: str, shape: tuple[Any, ...]) -> None:
-    """Refuse what is not a shape, or one of more numbers than a tensor could ever hold.
+    """Refuse what is no shape, or a shape with more elements than a tensor could hold.
 
     Raises:
         ValueError: names the tensor and the shape.

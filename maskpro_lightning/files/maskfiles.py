@@ -1,4 +1,4 @@
-"""Files of masks: our own, packed, and MaskLLM's."""
+"""Files of masks: packed ones of this package, and MaskLLM's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from maskpro_lightning.masks.pattern import NMPattern
 
 _MASKS = "maskpro masks 2"
 _LARGEST_NPY_HEADER = 2**14
-# What a zip file can raise while it is read; LZMA's and BZIP2's memory is up to the file.
+# What reading a zip file can raise. Of LZMA and BZIP2 a file could demand any memory.
 _ZIP_ERRORS = (ValueError, KeyError, OSError, EOFError, RuntimeError, BadZipFile, zlib.error)
 _ZIP_METHODS = (ZIP_STORED, ZIP_DEFLATED)
 
@@ -29,7 +29,7 @@ _ZIP_METHODS = (ZIP_STORED, ZIP_DEFLATED)
 def save_masks(
     masks: Mapping[str, Tensor], pattern: str | NMPattern, path: str | os.PathLike[str]
 ) -> None:
-    """Write masks in as few bits as whole bytes allow: 0.667 per weight at 2:4.
+    """Write masks in as few bits as whole bytes allow: 0.667 bits per weight at 2:4.
 
     Args:
         masks: By parameter name, bool, exactly N of every M kept along one dimension.
@@ -50,7 +50,7 @@ def load_masks(path: str | os.PathLike[str], pattern: str | NMPattern) -> dict[s
     """Read masks that :func:`save_masks` wrote, bool, by parameter name.
 
     Raises:
-        ValueError: not such a file, changed since, or masks of another pattern.
+        ValueError: it is no such file, was changed since, or holds masks of another pattern.
     """
     pattern = NMPattern.parse(pattern)
     packed, notes = archive.read(path, _MASKS)
@@ -87,19 +87,20 @@ def load_maskllm(
 
     Args:
         path: The file, a numpy archive.
-        shapes: Shape of each mask to read, by parameter name. The file's names may lack the first
-            parts of these, as those of a model do that a module holds. Other masks are not read.
-        pattern: What the masks must be.
+        shapes: The shape of each mask to read, by parameter name. The file's names may lack the
+            first parts of these, as they do if the file is of a model within a module. Other masks
+            are not read.
+        pattern: The pattern of the masks.
 
     Returns:
-        bool masks by the names of ``shapes``.
+        Bool masks by the names in ``shapes``.
 
     Raises:
-        ValueError: not such a file; a mask is missing, has another size or is not N:M.
+        ValueError: it is no such file; a mask is missing, has another size or is not N:M.
     """
     pattern = NMPattern.parse(pattern)
     with Path(path).open("rb") as file:
-        if file.read(2) != b"PK":  # numpy.load would take it for a file of another kind
+        if file.read(2) != b"PK":  # numpy.load would try other kinds of files
             raise archive.broken(path, "not a numpy archive (.npz)")
         file.seek(0)
         try:
@@ -114,7 +115,7 @@ def load_maskllm(
 
 
 def _keys_in_file(names: Mapping[str, Any], files: Sequence[str]) -> dict[str, str]:
-    """The key of each name: the longest end of it that the file holds."""
+    """For each name the key in the file: the longest of the name's endings that is there."""
     held, keys = set(files), {}
     for name in names:
         parts = name.split(".")

@@ -1,10 +1,10 @@
-"""Masks in as few bits as whole bytes allow: 0.667 a weight at 2:4, where log2(6) / 4 = 0.646.
+"""Packs masks into whole bytes: 0.667 bits a weight at 2:4, where log2(6) / 4 = 0.646 is the least.
 
-The mask of a group is one of C(M, N) sets, and its number in the order of ``NMPattern.sets`` is a
-digit to that base. A word of one to eight bytes holds as many digits as fit, three to a byte at
-2:4, the first group's the least significant; its bytes are stored lowest first. Patterns for which
-no word is smaller than plain bits, such as 16:32, get a bit per weight, highest first. Unused
-digits and bits are zero, so equal masks have equal bytes.
+The mask of a group is one of C(M, N) sets. Its number, in the order of ``NMPattern.sets``, is a
+digit to the base C(M, N). A word of one to eight bytes holds as many digits as fit (three in a byte
+at 2:4), that of the first group the least significant; words are stored lowest byte first. Patterns
+for which no word is smaller than plain bits, such as 16:32, take a bit per weight, highest bit
+first. Unused digits and bits are zero, so equal masks have equal bytes.
 
 Shape suffixes: ``G`` groups, ``M`` group size, ``W`` words, ``K`` groups of a word, ``B`` bytes of
 a word, ``N`` weights still to keep.
@@ -24,7 +24,7 @@ from maskpro_lightning.masks.pattern import NMPattern
 
 # Words are computed in int64.
 _LARGEST_WORD = 2**63
-# Words handled at once, so that what is computed on the way stays in the processor's cache.
+# Words of a block, whose temporaries fit in the processor's cache.
 _BLOCK = 2**13
 _NO_MASK = "These bytes hold a number that stands for no {} mask."
 
@@ -35,7 +35,7 @@ class _Word(NamedTuple):
 
 
 def packed_size(groups: int, pattern: NMPattern) -> int:
-    """Bytes that :func:`pack` needs for a number of groups."""
+    """The number of bytes that :func:`pack` needs for a number of groups."""
     word = _word(pattern)
     if word is None:
         return -(-groups * pattern.m // 8)
@@ -80,7 +80,7 @@ def unpack(packed: Tensor, groups: int, pattern: NMPattern) -> Tensor:
         bool (G, M), exactly N kept per group.
 
     Raises:
-        ValueError: another type, another size, or bytes that :func:`pack` does not write.
+        ValueError: another dtype or size, or bytes that :func:`pack` does not write.
     """
     expected = packed_size(groups, pattern)
     if packed.dtype != torch.uint8 or packed.shape != (expected,):
@@ -204,11 +204,13 @@ def _codes(pattern: NMPattern, device: torch.device) -> Tensor:
 
 @cache
 def _sets_before(pattern: NMPattern, device: torch.device) -> Tensor:
-    """Of sets with ``left`` more to keep, the number that keep place j and so come first.
+    """The number of sets that keep place j, of those that have ``left`` more to keep from j on.
+
+    In the order of sets these come before the ones that do not keep it.
 
     Returns:
-        int64 (M, N + 1): C(M - 1 - j, left - 1) at [j, left]; what no mask can reach may be cut off
-        at the largest number.
+        int64 (M, N + 1), C(M - 1 - j, left - 1) at [j, left]. Entries that no mask reaches may be
+        clipped.
     """
     most, places = _LARGEST_WORD - 1, range(pattern.m - 1, -1, -1)
     left = range(pattern.n)

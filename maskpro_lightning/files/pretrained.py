@@ -1,4 +1,4 @@
-"""Hugging Face models: which one a module holds, and what of it goes into their files."""
+"""Finds the Hugging Face model in a module, and converts its tensors to those of its files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from maskpro_lightning.weights.names import clean_name
 
-# What makes a server look for packed or quantised weights, which are not there.
+# Entries of a config for which a server would look for packed or quantised weights.
 _FOREIGN_CONFIGS = ("quantization_config", "sparsity_config", "compression_config")
 
 
 def find(module: nn.Module, name: str = "") -> dict[str, Any]:
     """The outermost Hugging Face models in a module, by name."""
-    if hasattr(type(module), "save_pretrained"):  # a wrapper has what is inside it, too
+    if hasattr(type(module), "save_pretrained"):  # an instance can be a wrapper that forwards it
         return {clean_name(name): module}
     found: dict[str, Any] = {}
     for child_name, child in module.named_children():
@@ -26,15 +26,15 @@ def find(module: nn.Module, name: str = "") -> dict[str, Any]:
 
 
 def only(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, Any]:
-    """The one Hugging Face model in a module, by name, if its folder holds all that there is.
+    """The name of the one Hugging Face model in a module, and the model.
 
     Args:
         model: The module.
         state: Its state.
 
     Raises:
-        ValueError: there is none, or several, or something beside it; it holds adapters, or its
-            config promises packed weights.
+        ValueError: there is none, there are several, or the module has tensors beside it; the model
+            has adapters, or its config is one of packed weights.
     """
     found = find(model)
     if len(found) != 1:
@@ -68,20 +68,20 @@ def only(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, Any]:
 
 
 def is_of_transformers(model: nn.Module) -> bool:
-    """Whether ``save_pretrained`` is the one of transformers, and not of another library."""
+    """Whether a model's ``save_pretrained`` is that of transformers, not of another library."""
     return any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
 
 
 def save_beside(model: Any, folder: Path) -> None:
-    """Write what a model of transformers has beside its weights.
+    """Write the files of a model of transformers other than its weights.
 
-    A generation config is written as it is. transformers refuses one that sets what sampling alone
-    uses, as published ones do, by which a fit would be lost.
+    A generation config is written unchecked. transformers would refuse one with settings that only
+    sampling uses, as published models have, and the result of a fit would be lost.
     """
     logging: Any = import_module("transformers.utils.logging")
     config = getattr(model, "generation_config", None)
     kind, bars = type(config), logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # of weights, which there are none of
+    logging.disable_progress_bar()  # of the weights, of which none are written here
     try:
         if config is not None:
             config.__class__ = type(kind.__name__, (kind,), {"validate": lambda *_, **__: None})
@@ -94,9 +94,9 @@ def save_beside(model: Any, folder: Path) -> None:
 
 
 def names_in(model: Any, name: str, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Which tensors of a state go into the model's files: their names there and in the state.
+    """The tensors that go into the model's files: their names there, and in the state.
 
-    Of tied weights that is the one which ``from_pretrained`` looks for.
+    Of tied weights only the one that ``from_pretrained`` looks for.
 
     Args:
         model: The Hugging Face model.
@@ -117,11 +117,11 @@ def names_in(model: Any, name: str, state: Mapping[str, Tensor]) -> dict[str, st
 
 
 class Conversion:
-    """How the tensors of a model become those of its files, a few at a time.
+    """Converts the tensors of a model to those of its files, a few at a time.
 
-    transformers fuses on loading what files hold apart, such as the experts of a layer, and takes
-    it apart again on saving. Most tensors can be converted on their own, else those of a block
-    can, or else only all together.
+    On loading, transformers fuses tensors that are separate in files, such as the experts of a
+    layer; on saving it separates them. Parts are converted one by one: each tensor if that works,
+    else each block, else all tensors together.
 
     Args:
         model: The Hugging Face model.
@@ -129,7 +129,7 @@ class Conversion:
 
     Attributes:
         shapes: The tensors of its files on the meta device, by name.
-        parts: Names of the model's tensors that are converted together.
+        parts: The names of the tensors of each part.
     """
 
     def __init__(self, model: Any, shapes: Mapping[str, Tensor]) -> None:
@@ -162,7 +162,7 @@ class Conversion:
 
 
 def _block_of(name: str) -> str:
-    """A name up to its first number, which counts the blocks of a model."""
+    """A name up to its first number, which is that of a block of the model."""
     parts = name.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
     return ".".join(parts[: numbers[0] + 1]) if numbers else name

@@ -1,7 +1,7 @@
-"""2:4 for PyTorch's kernels, which drop what does not fit without a word: checked before.
+"""Converts linear layers to PyTorch's 2:4 kernels, after a check that they lose nothing.
 
-``torch.sparse.to_sparse_semi_structured`` keeps two of four weights whatever there was, and reads
-float32 as 1:2.
+``torch.sparse.to_sparse_semi_structured`` itself silently keeps two of four weights, however many
+are not zero, and treats float32 as 1:2.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def to_semi_structured(
         The names of the weights.
 
     Raises:
-        ValueError: names the weights that no kernel takes, and why; nothing is converted then.
+        ValueError: names weights that no kernel takes, or that are not 2:4; nothing is converted.
     """
     targets = find_targets(model, _PATTERN, include, exclude)
     check_semi_structured(targets)
@@ -74,7 +74,7 @@ def no_kernel_for(weight: Tensor) -> str | None:
     """Why no 2:4 kernel takes a weight of this shape and dtype; None if one does.
 
     Args:
-        weight: (outputs, inputs); its values and its device do not matter.
+        weight: (outputs, inputs); only its shape and dtype count.
     """
     if weight.dim() != 2:
         return f"has {weight.dim()} dimensions, not two"
@@ -101,7 +101,7 @@ def no_kernel_on(device: torch.device) -> str | None:
 
 
 def _kernel() -> type[SparseSemiStructuredTensor]:
-    """The class that PyTorch will convert to."""
+    """The class of sparse tensors that PyTorch would convert to."""
     forced = SparseSemiStructuredTensor._FORCE_CUTLASS
     return SparseSemiStructuredTensorCUTLASS if forced else SparseSemiStructuredTensorCUSPARSELT
 

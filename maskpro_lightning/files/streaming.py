@@ -1,8 +1,8 @@
-"""safetensors files whose tensors come one at a time, and Hugging Face's index over several.
+"""Writes safetensors files one tensor at a time, and Hugging Face's index over several files.
 
-A file begins with the length of its header, the header in JSON, which says where each tensor is to
-lie, and then the tensors' bytes. So shapes and dtypes are all that has to be known of a model
-before its first tensor is written, and tensors may come in any order.
+A file begins with the length of its header. The header, in JSON, says where each tensor lies; the
+tensors' bytes follow. So only shapes and dtypes must be known before the first tensor is written,
+and tensors may come in any order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
-# In the order in which safetensors lays tensors out, so that each is aligned.
+# In the order in which safetensors lays out tensors, which aligns them.
 _DTYPES = {
     "uint64": "U64",
     "int64": "I64",
@@ -44,22 +44,22 @@ def write(
     tensors: Iterable[tuple[str, Tensor]],
     max_shard_size: int | str,
 ) -> None:
-    """Write tensors as they come, none of which is kept.
+    """Write tensors as they come, without keeping any.
 
     The files are ``model.safetensors``, or, where that would be too large,
     ``model-00001-of-0000N.safetensors`` and so on with ``model.safetensors.index.json``. Each is,
     byte for byte, the one that safetensors itself would write.
 
     Args:
-        folder: Where; what is there of these names is overwritten.
+        folder: The folder; files of these names are overwritten.
         shapes: Tensors on the meta device by name; files are filled in this order.
         tensors: The tensors by name, in any order.
-        max_shard_size: Bytes of a file's tensors, or such as "5GB" (10^9); only a tensor larger
-            than that makes a larger file, which holds nothing else.
+        max_shard_size: The largest size of a file's tensors, in bytes or such as "5GB" (10^9
+            bytes); a tensor larger than that gets a file of its own.
 
     Raises:
-        ValueError: ``max_shard_size`` is none.
-        TypeError: a dtype that safetensors does not have.
+        ValueError: ``max_shard_size`` is no positive size.
+        TypeError: safetensors does not have a tensor's dtype.
     """
     files = _split(shapes, bytes_of(max_shard_size))
     places: dict[str, tuple[Path, int]] = {}
@@ -75,12 +75,12 @@ def write(
         with path.open("r+b") as file:
             file.seek(offset)
             file.write(_bytes_in(tensor, shapes[name]))
-        del tensor  # or it would be kept while the next one is made
+        del tensor  # before the next one is made
     assert not places, f"{sorted(places)} did not come"
 
 
 def bytes_of(size: int | str) -> int:
-    """A number of bytes, from such as "5GB".
+    """A size such as "5GB" as a number of bytes.
 
     Raises:
         ValueError: not a positive number of bytes.

@@ -1,4 +1,4 @@
-"""The initial mask's loss on a batch, remembered by what the batch holds."""
+"""Remembers baselines, the initial mask's losses, by a hash of the batch's content."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Of the remembered baselines that are asked for, so many are measured anew: the first ones, since a
-# loss that follows a schedule differs at once, and later some.
+# Remembered baselines that are measured again when they are asked for: the first ones, since a loss
+# that follows a schedule differs at once, and later one in so many.
 _AUDITED, _AUDIT_EVERY = 4, 32
 
 
 class BaselineCache:
-    """Baselines by the content of their batch, so that shuffling does no harm.
+    """Baselines by the content of their batch, so that the order of batches does not matter.
 
     Args:
-        size: Number of batches to remember; the one not seen for longest goes first.
+        size: The number of batches to remember; the one not seen for longest is forgotten first.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        #: Why nothing is remembered any more, if so.
+        #: Why nothing is remembered any more; None while baselines are.
         self.given_up: str | None = None
         self.hits = 0
         self.lookups = 0
@@ -43,16 +43,16 @@ class BaselineCache:
 
     @property
     def audits(self) -> bool:
-        """Whether the last hit is to be measured anew: each of the first ones, then one in 32."""
+        """Whether the last hit is to be measured again: each of the first ones, then one in 32."""
         return self.hits <= _AUDITED or self.hits % _AUDIT_EVERY == 0
 
     def audit(self, known: Tensor, measured: Tensor, dtype: torch.dtype) -> None:
-        """Stop remembering if a baseline is not what it was, as where a loss follows a schedule.
+        """Stop remembering if a baseline has changed, as it does if the loss follows a schedule.
 
         Args:
             known: The remembered baseline.
-            measured: The same measured again.
-            dtype: What the loss was computed in.
+            measured: The same baseline, measured again.
+            dtype: The dtype that the loss was computed in, which bounds its rounding errors.
         """
         allowed = 8 * max(torch.finfo(dtype).eps, 1e-5) * float(measured.abs())
         if abs(float(known) - float(measured)) <= allowed:
@@ -67,7 +67,7 @@ class BaselineCache:
     def put(self, key: str | None, loss: Tensor) -> None:
         if key is None:
             return
-        self._losses[key] = loss.detach().clone()  # not a view of what may be large
+        self._losses[key] = loss.detach().clone()  # a view could hold a large tensor
         while len(self._losses) > self.size:
             self._losses.popitem(last=False)
 
@@ -77,7 +77,7 @@ class BaselineCache:
         return self.hits / max(1, self.lookups)
 
     def state_dict(self) -> dict[str, Any]:
-        """The baselines as plain numbers. Under DDP a collective call: every rank's, united."""
+        """The baselines of all ranks as plain numbers; a collective."""
         losses = {key: float(loss) for key, loss in self._losses.items()}
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             everyone: list[dict[str, float]] = [{}] * torch.distributed.get_world_size()
@@ -96,7 +96,7 @@ class BaselineCache:
 def fingerprint(batch: Any) -> str | None:
     """A hash of a batch's content, or None if it holds something that cannot be hashed.
 
-    Goes into mappings, sequences and objects with attributes.
+    It covers what is in mappings, sequences and objects with attributes.
     """
     content = blake2b(digest_size=16)
     try:

@@ -1,4 +1,4 @@
-"""Which mask a fit deploys: its last one, or an earlier one that did better in validation."""
+"""Chooses the mask that a fit deploys: the last one, or an earlier one with a better validation."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ MonitorMode = Literal["min", "max"]
 
 
 class BestMask:
-    """Remembers the most likely mask of the best validation, and the buffers of that moment.
+    """Remembers the most likely mask of the best validation, and the module's buffers at that time.
 
-    Buffers, such as BatchNorm's running statistics, belong to the mask that they were gathered
-    under: what was measured is the two together.
+    The validation has measured the mask together with the buffers, such as BatchNorm's running
+    statistics, which were gathered under it.
 
     Args:
         monitor: The metric that validations are compared by; None compares nothing.
-        mode: Whether a lower or a higher one is better.
+        mode: "min" if a lower value is better, "max" if a higher one is.
 
     Attributes:
         value: The best value so far, or None.
-        dense: The dense weights' value, or None.
-        initial: The initial mask's value, or None.
-        step: The step of that validation.
-        last_step: The step of the last one.
+        dense: The value of the dense weights, or None.
+        initial: The value of the initial mask, or None.
+        step: The step of the best validation.
+        last_step: The step of the last validation.
         expected: Whether validations may log the metric.
     """
 
@@ -56,13 +56,13 @@ class BestMask:
         self.expected = self.monitor in logged or (elsewhere and self.monitor is not None)
 
     def compare_with(self, logged: Mapping[str, Any], trainer: Any) -> None:
-        """Look at what a validation of the dense weights has logged; a collective call."""
+        """Take the dense weights' value from what their validation has logged; a collective."""
         self.dense = self._value(logged, trainer)
 
     def judge(
         self, logged: Mapping[str, Any], trainer: Any, module: nn.Module, optimizer: MaskPro
     ) -> None:
-        """Look at what a validation has logged; a collective call."""
+        """Compare a validation with the best one by what it has logged; a collective."""
         self._logged = list(logged)
         last = self._value(logged, trainer)
         if last is None:
@@ -81,21 +81,21 @@ class BestMask:
         if metric is None:
             return None
         metric = torch.as_tensor(metric, device=trainer.strategy.root_device).float()
-        # Ranks that validate on data of their own have to agree.
+        # Ranks may have validated on different data, and have to agree.
         return float(trainer.strategy.reduce(metric, reduce_op="mean"))
 
     def is_behind(self, step: int) -> bool:
-        """Whether masks have been compared, but not those of this step."""
+        """Whether masks have been compared, but not the mask of this step."""
         return self.value is not None and self.last_step != step
 
     @property
     def version(self) -> Version:
-        """What to deploy if the fit ended now."""
+        """The version of the weights to deploy if the fit ended now."""
         return "best" if self._worse else "mode"
 
     @property
     def _worse(self) -> bool:
-        """Whether the last validation was not the best one; also if it was not finite."""
+        """Whether the last validation was not the best one, or not finite."""
         return self.value is not None and self._last != self.value
 
     def put_buffers(self, module: nn.Module) -> None:
@@ -113,7 +113,7 @@ class BestMask:
         }
 
     def tell(self) -> None:
-        """Say so if later masks were worse than an earlier one, or if nothing was compared."""
+        """Warn if an earlier mask was better than the last one, or if nothing was compared."""
         if self._worse:
             which = "the initial mask" if self.step == 0 else f"the mask of step {self.step}"
             _log.warning(
@@ -128,7 +128,7 @@ class BestMask:
             )
 
     def state_dict(self, module: nn.Module | None) -> dict[str, Any]:
-        """The numbers and the buffers; those of the last step where a checkpoint has others."""
+        """Values and buffers; also the last step's buffers, if the checkpoint deploys others."""
         numbers = {"value": self.value, "step": self.step, "last": self._last}
         numbers |= {"initial": self.initial, "dense": self.dense, "last_step": self.last_step}
         state: dict[str, Any] = numbers | {"monitor": self.monitor}
@@ -139,7 +139,7 @@ class BestMask:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue, unless by another metric."""
+        """Continue from a saved state, unless that compared by another metric."""
         buffers = state.get("buffers", {})
         self._last_buffers = dict(buffers.get("last", {}))
         if state["monitor"] != self.monitor:
@@ -153,7 +153,7 @@ class BestMask:
         self._buffers = dict(buffers.get("best", {}))
 
     def put_last_buffers(self, module: nn.Module) -> None:
-        """After a checkpoint was loaded, give a module the buffers of the step it was saved at."""
+        """After a checkpoint was loaded, give a module the buffers of the step of its saving."""
         _put(self._last_buffers, module)
         self._last_buffers = {}
 

@@ -1,4 +1,4 @@
-"""The dense model as teacher: a loss that asks for its outputs instead of the data's labels."""
+"""Distillation from the dense model: a loss that compares outputs, instead of one with labels."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ Divergence = Literal["kl", "mse", "cosine"]
 
 @dataclass(frozen=True)
 class Distillation:
-    """What of a module shall come out under masks as it does dense.
+    """The part of a module whose outputs under a mask are to be those of the dense weights.
 
     Args:
-        part: Name of the submodule whose outputs are compared, such as "model"; "" is the module
-            itself, if its training step calls its ``forward``. The part puts out a tensor, a tuple
-            that begins with one, or what has ``logits`` or ``last_hidden_state``.
-        divergence: "kl", of the softmax over the last dimension, in nats per row; "mse", relative
-            to the mean square of the dense output; "cosine", one minus the similarity over the
+        part: The name of the submodule, such as "model"; "" is the module itself, if its training
+            step calls its ``forward``. The part returns a tensor, a tuple that begins with one, or
+            an object with ``logits`` or ``last_hidden_state``.
+        divergence: "kl", the Kullback-Leibler divergence of the softmax over the last dimension, in
+            nats (by natural logarithms), mean over rows; "mse", the mean squared error divided by
+            the mean square of the dense output; "cosine", one minus the cosine similarity over the
             last dimension; or a function of (masked, dense) outputs that returns a scalar.
 
     Raises:
@@ -45,7 +46,7 @@ class Distillation:
             )
 
     def part_of(self, module: nn.Module) -> nn.Module:
-        """The submodule that is compared.
+        """The submodule whose outputs are compared.
 
         Raises:
             ValueError: there is none of this name.
@@ -66,10 +67,10 @@ class Distillation:
 
 
 class Teacher:
-    """Holds the dense outputs of one batch and compares the outputs under a mask with them.
+    """Compares the outputs for one batch under a mask with those of the same module when dense.
 
     Args:
-        distillation: What is compared.
+        distillation: The part and the divergence.
         module: The module; its part is hooked only within the two contexts.
     """
 
@@ -80,7 +81,7 @@ class Teacher:
 
     @contextmanager
     def teaching(self) -> Iterator[None]:
-        """Remember what the part puts out; the weights have to be dense."""
+        """Within a ``with`` block, remember the part's outputs; the weights have to be dense."""
         with self._outputs() as outputs:
             yield
         self._dense = [output.detach() for output in outputs]
@@ -123,12 +124,12 @@ class Teacher:
 
 
 class DenseTeacher:
-    """A dense copy of a part, asked for its outputs whenever the part is.
+    """Compares a part's outputs with those of a dense copy, which is called whenever the part is.
 
     Args:
-        distillation: What is compared.
+        distillation: The part and the divergence.
         module: The module in training; its part is hooked only within the context.
-        teacher: Called as the part is, without gradients and in evaluation mode.
+        teacher: The dense copy; it runs without gradients and in evaluation mode.
     """
 
     def __init__(self, distillation: Distillation, module: nn.Module, teacher: nn.Module) -> None:
@@ -177,11 +178,11 @@ def dense_part(distillation: Distillation, module: nn.Module, dense: Dense | Non
     Args:
         distillation: Names the part.
         module: The module.
-        dense: The dense part itself; or its weights, or those of the module, by name or in a file
+        dense: The dense part itself; or its weights, or those of the module, as a mapping, a file
             (safetensors or PyTorch's) or a folder of safetensors. None copies the part as it is.
 
     Raises:
-        ValueError: a weight is missing, or of another shape.
+        ValueError: a weight is missing or has another shape.
     """
     if isinstance(dense, nn.Module):
         return dense
@@ -209,7 +210,7 @@ def dense_part(distillation: Distillation, module: nn.Module, dense: Dense | Non
 
 
 def _missing(by_name: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """The names that are not given, under none of their names if they are shared."""
+    """The names of tensors that are not given; a shared one is, under any of its names."""
     found = {id(value) for name, value in by_name.items() if name in given}
     return [name for name, value in by_name.items() if id(value) not in found]
 

@@ -1,4 +1,9 @@
-"""The way of a batch's loss into the logits, in place of the module's own training."""
+"""Brings each batch's loss, or its gradients, to the optimizer of masks within Lightning's fit.
+
+Its methods stand in for those of the module and the strategy. In the order of a step:
+``_training_step`` evaluates the drawn mask, ``before_backward`` lets the optimizer take gradients
+as they come, and ``_learn`` ends the step with ``MaskPro.learn``.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +27,8 @@ from maskpro_lightning.optim.optimizer import MaskPro
 
 _log = logging.getLogger(__name__)
 
-# A fit ends after so many updates in a row that were skipped since no loss was finite. Looked at as
-# often, since reading a number waits for the device; so it can be nearly twice as many.
+# A fit ends after so many skipped updates in a row, for which no loss or gradient was finite. As
+# reading a number waits for the device, it is checked that rarely, so it can be twice as many.
 _PATIENCE = 100
 
 
@@ -33,15 +38,15 @@ class Learning:
     Args:
         trainer: The trainer.
         module: The module.
-        estimator: What logits learn from.
-        optimizer: Gives the optimizer of masks, once it is made.
-        make_sure: Refuses to go on with weights that somebody else has written.
+        estimator: The estimator.
+        optimizer: Returns the optimizer of masks, once it is made.
+        make_sure: Raises if anybody else has written into the masked weights.
 
     Attributes:
-        steps: How many steps this fit has made.
+        steps: The number of steps of this fit so far.
         passes: The forward passes of a training step.
-        gradients: How the strategy hands out gradients.
-        manual: What stands between the module and its optimizers, if it optimizes manually.
+        gradients: Prepares the strategy for gradients of masked weights.
+        manual: For a module that optimizes manually, what is between it and its optimizers.
     """
 
     def __init__(
@@ -66,11 +71,11 @@ class Learning:
         self._stepped = False
 
     def stand_in(self, patches: Patches, make_passes: Callable[[Any], Passes]) -> None:
-        """Put methods in the place of the module's and the strategy's.
+        """Replace methods of the module and the strategy.
 
         Args:
             patches: Undoes it.
-            make_passes: Makes the passes from the strategy's own training step.
+            make_passes: Makes the passes, given the strategy's own training step.
         """
         put, module, strategy = patches.put, self._module, self._trainer.strategy
         put(module, "optimizer_step", self._optimizer_step)
@@ -112,32 +117,32 @@ class Learning:
         return output
 
     def _step_manually(self, manual: Manual, masks: MaskPro) -> None:
-        """Learn from a training step that is over, if its optimizers have stepped."""
+        """Learn after a manual training step, if its optimizers have stepped."""
         with manual.stepped(masks.layouts) as stepped:
-            if not (stepped or not self._needs_gradients) or not masks.begun:
+            if (self._needs_gradients and not stepped) or not masks.begun:
                 return
-            (counted,) = self._trainer.strategy._lightning_optimizers
-            counted._on_before_step()
+            counting = manual.counting_optimizer()
+            counting._on_before_step()
             self._learn()
-            counted._on_after_step()
+            counting._on_after_step()
         for config in self._trainer.lr_scheduler_configs:
             if config.interval == "step" or self._trainer.is_last_batch:
                 self._lr_scheduler_step(config.scheduler, None)
 
     def before_backward(self) -> None:
-        """Learn from gradients as they come."""
+        """Let the optimizer take gradients as they come."""
         if self._needs_gradients and self.manual is None:
             passes = self._trainer.accumulate_grad_batches
             self._backward.enter_context(self.gradients.taken_by(self._optimizer(), passes))
 
     def after_backward(self) -> None:
-        """Learn from none that comes later."""
+        """End what :meth:`before_backward` began."""
         self._backward.close()
 
     def _optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any]
     ) -> None:
-        """Stands in for the module's optimizer_step: no clipping, no scaler."""
+        """Stands in for the module's optimizer_step; no gradient clipping, no scaler."""
         optimizer_closure()  # the training step, and the backward pass
         if not self._optimizer().begun:  # a trial run without callbacks, as of a BatchSizeFinder
             self._window.clear()
@@ -149,7 +154,7 @@ class Learning:
     def _learn(self) -> None:
         """Learn from the losses and gradients since the last step."""
         masks = self._optimizer()
-        if not self.steps:  # the next draw would write over what a training step writes
+        if not self.steps:  # the next draw would hide what the training step may have written
             self._make_sure()
         losses = torch.stack(self._window).mean(0)
         self._window.clear()
@@ -172,12 +177,12 @@ class Learning:
             scheduler.step()
 
     def has_stepped(self) -> bool:
-        """Whether there was a step since this was last asked."""
+        """Whether there was a step since the last call."""
         stepped, self._stepped = self._stepped, False
         return stepped
 
     def end(self) -> None:
-        """Let go of what a fit that failed has left."""
+        """Clean up after a fit, which may have failed in the middle of a step."""
         self._window.clear()
         self._backward.close()
         if self.manual is not None:
@@ -192,11 +197,12 @@ class Learning:
                 f"estimator='straight_through' learns from: choose estimator='policy'."
             )
         finite = loss.detach().isfinite()
-        # What is not finite shall teach nothing, and gradients are used before this can be asked.
+        # A loss that is not finite must teach nothing. Gradients are used before it could be looked
+        # at without waiting for the device, so they become NaN.
         loss.register_hook(lambda gradient: gradient.where(finite, torch.nan))
 
     def _tell_of_weights_without_gradient(self, masks: MaskPro) -> None:
-        """Say after the first step which masks it did not teach."""
+        """Warn after the first step of weights without a gradient."""
         names = masks.without_gradient
         if names and masks.param_groups[0]["step"] == 1:
             _log.warning(

@@ -1,10 +1,10 @@
-"""Modules that optimize manually: masks learn from what their own optimizers would step by.
+"""Modules that optimize manually: masks learn from the gradients that their optimizers step with.
 
-The module's training step runs as it is, and its backward passes are real. Its optimizers are its
-own, made by its ``configure_optimizers``, but their ``step`` moves no weight: it sets aside the
-gradients that it would have moved by, and masks learn from those when the training step is over. So
-where a module has several losses, each mask learns from those that its weight would be trained on;
-and where it collects gradients over several batches, so do the masks.
+The module's training step and its backward passes run as they are. Its optimizers are made by its
+own ``configure_optimizers``, but their ``step`` moves no weight: it sets aside the gradients of the
+weights, and masks learn from these when the training step is over. So if a module has several
+losses, each mask learns from the ones that train its weight; and if it accumulates gradients over
+batches, so do the masks.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Manual:
     Args:
         trainer: The trainer.
         module: The module.
-        needs_gradients: Whether masks learn from gradients; else there is no backward pass.
-        expect_gradients: Makes sure that a loss has gradients.
-        learns: Whether the training step that runs is one to learn from.
+        needs_gradients: Whether masks learn from gradients; otherwise backward passes are skipped.
+        expect_gradients: Raises if a loss has no gradient.
+        learns: Whether masks learn from the training step that is running.
     """
 
     def __init__(
@@ -59,13 +59,17 @@ class Manual:
     def stand_in(self, patches: Patches) -> None:
         """Put methods in the place of the module's; ``patches`` undoes it."""
         put, module = patches.put, self._module
-        put(module, "optimizers", self._give_optimizers)
+        self._optimizers_inside = put(module, "optimizers", self._give_optimizers)
         put(module, "lr_schedulers", self._give_schedulers)
         put(module, "toggle_optimizer", self._toggle)
         put(module, "untoggle_optimizer", self._untoggle)
         if not self._needs_gradients:
             put(module, "clip_gradients", lambda *args, **kwargs: None)
         self._backward_inside = put(module, "manual_backward", self._backward)
+
+    def counting_optimizer(self) -> Any:
+        """Lightning's wrapper of the optimizer of masks, by which the trainer counts steps."""
+        return self._optimizers_inside()
 
     def configure(self, configured: Any) -> None:
         """Take the module's own optimizers and schedulers.
@@ -74,7 +78,7 @@ class Manual:
             configured: What the module's ``configure_optimizers`` returned.
 
         Raises:
-            ValueError: there are several optimizers, and masks learn from one loss.
+            ValueError: there are several optimizers, and the estimator learns from one loss.
         """
         optimizers, schedulers, _ = _configure_optimizers([] if configured is None else configured)
         if len(optimizers) > 1 and not self._needs_gradients:
@@ -88,13 +92,13 @@ class Manual:
         for optimizer in optimizers:
             wrapped = LightningOptimizer._to_lightning_optimizer(optimizer, self._trainer.strategy)
             step = partial(self._step, wrapped.optimizer)
-            vars(step)["_wrapped_by_lr_sched"] = True  # what schedulers look for
+            vars(step)["_wrapped_by_lr_sched"] = True  # schedulers look for this
             for each in (wrapped, wrapped.optimizer):
                 vars(each)["step"] = step
             self._optimizers.append(wrapped)
 
     def evaluate(self, training_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A training step's output, with the sum of its losses as its loss."""
+        """Run a training step; its output gets the sum of its losses as its loss."""
         self._losses.clear()
         with torch.set_grad_enabled(self._needs_gradients), self._watching():
             output = training_step(*args, **kwargs)
@@ -106,7 +110,7 @@ class Manual:
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """See the losses that a training step calls ``backward`` of itself."""
+        """Within a ``with`` block, see losses whose ``backward`` the training step calls itself."""
         inside = torch.Tensor.backward
 
         def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -123,13 +127,13 @@ class Manual:
 
     @contextmanager
     def stepped(self, weights: Mapping[Tensor, Any]) -> Iterator[bool]:
-        """Within a ``with`` block, weights' ``grad`` is what they were stepped by, or None.
+        """Within a ``with`` block, ``grad`` is what each weight was stepped with, or None.
 
         Args:
-            weights: Those to learn of.
+            weights: The masked weights.
 
         Yields:
-            Whether any was.
+            Whether any of them was stepped.
         """
         waiting = {weight: weight.grad for weight in weights}
         for weight in weights:
@@ -143,7 +147,7 @@ class Manual:
                 weight.grad = gradient
 
     def end(self) -> None:
-        """Give back what a training step that failed has left."""
+        """Clean up after a training step that failed."""
         self._untoggle(None)
         self._aside.clear()
 
@@ -165,7 +169,7 @@ class Manual:
 
     def _step(self, optimizer: Optimizer, closure: Any = None, **kwargs: Any) -> Any:
         found = closure() if closure is not None else None
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # likewise
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look for this, too
         if self._learns():
             for weight in _weights(optimizer):
                 if weight.grad is not None:
@@ -184,7 +188,7 @@ class Manual:
         return self._schedulers[0] if len(self._schedulers) == 1 else list(self._schedulers)
 
     def _toggle(self, optimizer: Any) -> None:
-        """As Lightning's: what belongs to other optimizers alone requires no gradient."""
+        """As Lightning does: weights of other optimizers alone require no gradient."""
         own = set(_weights(optimizer))
         for other in self._optimizers:
             for weight in _weights(other):

@@ -1,4 +1,4 @@
-"""Other callbacks of a Trainer that train weights, where masks are learned and weights stay."""
+"""Leaves out of a fit the Trainer's other callbacks that would change the weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from maskpro_lightning.fit.patches import Patches
 
 _log = logging.getLogger(__name__)
 
-# Classes of Lightning by name, since there are two Lightnings, and what they would do to a fit.
+# Lightning's classes and what they would do. By name, since ``lightning.pytorch`` and
+# ``pytorch_lightning`` have different classes of one name.
 _RIVALS = {
     "WeightAveraging": "averages weights, and an average of masks is no mask",
     "StochasticWeightAveraging": "averages weights, and an average of masks is no mask",
@@ -22,9 +23,9 @@ _AUTOLOG = "__MlflowPLCallback"
 
 
 def leave_out_rivals(trainer: Any, patches: Patches) -> None:
-    """Leave the callbacks that work against masks out of a fit, and say which.
+    """Leave callbacks that work against masks out of a fit, with a warning for each.
 
-    MLflow's autologging, too, where a logger of MLflow gets the same numbers.
+    So is MLflow's autologging if an MLFlowLogger logs the same numbers.
     """
     has_mlflow = any(type(logger).__name__ == "MLFlowLogger" for logger in trainer.loggers)
     kept = []
@@ -45,6 +46,6 @@ def leave_out_rivals(trainer: Any, patches: Patches) -> None:
             kept.append(callback)
         else:
             _log.warning(told)
-            # Trainers that are setting up callbacks go on with the list they have.
+            # A trainer that is setting up callbacks goes on with the old list.
             patches.put(callback, "setup", lambda *args, **kwargs: None)
     patches.put(trainer, "callbacks", kept)

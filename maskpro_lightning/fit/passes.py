@@ -28,8 +28,8 @@ class Passes:
         trainer: The trainer.
         module: The module.
         training_step: The strategy's own training step.
-        baselines: What is known of the initial mask's losses.
-        distillation: What to learn from instead of the step's loss, if anything.
+        baselines: Remembers the initial mask's losses.
+        distillation: The divergence to learn from instead of the step's loss, if any.
     """
 
     def __init__(
@@ -44,17 +44,18 @@ class Passes:
         self._training_step, self._baselines = training_step, baselines
         self._distillation = distillation
         self._teacher: Teacher | None = None
-        # The parameters that the training step itself changes, such as a moving average's.
+        # The parameters that the training step itself changes, such as a moving average's; None
+        # until the first extra pass has shown them.
         self._moving: list[Tensor] | None = None
 
     def plain(self, optimizer: MaskPro, *args: Any) -> None:
-        """The training step on a copy of a batch, with the weights as they are; without a trace."""
+        """Run the training step on a copy of a batch, with the weights as they are; traceless."""
         with traceless(self._trainer, self._module, self._unmasked(optimizer)):
             self._training_step(*copied(args))
 
     @contextmanager
     def _extra(self, optimizer: MaskPro, version: Version) -> Iterator[None]:
-        """An extra pass under a version of the weights, without a trace."""
+        """Within a ``with`` block, an extra pass under a version of the weights leaves no trace."""
         unmasked = self._unmasked(optimizer)
         moving = unmasked if self._moving is None else self._moving
         before = [(parameter, parameter._version) for parameter in unmasked]
@@ -64,7 +65,8 @@ class Passes:
             yield
             changed = [p for p, number in before if p._version != number]
             if self._moving is None:
-                # Written to, perhaps with the same value; or by way of ``data``, which counts none.
+                # By the version counter if the value is the same, by the value if it was written
+                # through ``data``, which does not count.
                 written = {id(parameter) for parameter in changed}
                 pairs = zip(unmasked, before_first, strict=True)
                 self._moving = [p for p, value in pairs if id(p) in written or not _same(p, value)]
@@ -77,14 +79,14 @@ class Passes:
             )
 
     def _unmasked(self, optimizer: MaskPro) -> list[Tensor]:
-        """The parameters that are whole here and not masked."""
+        """The parameters without a mask; none of a sharded model."""
         if optimizer.sharded:
-            return []  # they come and go with each pass
+            return []  # FSDP exchanges them in each pass
         masked = {id(weight) for weight in optimizer.layouts}
         return [p for p in self._module.parameters() if id(p) not in masked]
 
     def ask_teacher(self, optimizer: MaskPro, *args: Any, **kwargs: Any) -> None:
-        """Let the dense weights put out what is to be distilled, if anything is."""
+        """For distillation, run the step under the dense weights and remember their outputs."""
         if self._distillation is None:
             return
         if self._teacher is None:
@@ -93,16 +95,17 @@ class Passes:
             self._training_step(*copied(args), **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
-        """The training step with the weights as they are: its output, and what to learn from."""
+        """Run the training step with the weights as they are; returns its output and its loss."""
         with nullcontext() if self._teacher is None else self._distilling(self._teacher):
             output = self._training_step(*args, **kwargs)
         return output, _loss_of(output)
 
     @contextmanager
     def _distilling(self, teacher: Teacher) -> Iterator[None]:
-        """Let the module's own training step return the distance to the teacher as its loss.
+        """Within a ``with`` block, the module's training step returns the divergence as its loss.
 
-        The step's own, as wrappers around it (FSDP, DDP) follow what it returns to the gradients.
+        The innermost step is replaced, since wrappers around it (FSDP, DDP) look for the tensors
+        that it returns to find the gradients.
         """
 
         def step(*args: Any, **kwargs: Any) -> Any:
@@ -120,7 +123,7 @@ class Passes:
             patches.undo()
 
     def baseline(self, optimizer: MaskPro, batch: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-        """The initial mask's loss on a batch, remembered or measured."""
+        """The initial mask's loss on a batch, remembered or measured; None if there is no loss."""
         strategy, baselines = self._trainer.strategy, self._baselines
         key = fingerprint(batch) if baselines.size else None
         known = baselines.get(key)
@@ -148,7 +151,7 @@ class Passes:
 
 
 def _loss_of(output: Any) -> Tensor | None:
-    """The loss in what a training step returned, the same way as Lightning finds it."""
+    """The loss in what a training step returned, found as Lightning finds it; None if none."""
     if isinstance(output, Mapping):
         output = output.get("loss")
     if output is not None:
@@ -158,5 +161,5 @@ def _loss_of(output: Any) -> Tensor | None:
 
 
 def _same(parameter: Tensor, value: Tensor) -> bool:
-    """Whether a parameter has a value; sparse ones, which count as they are written, do."""
+    """Whether a strided parameter has a value; others, whose writes are always counted, do."""
     return parameter.layout != torch.strided or torch.equal(parameter, value)

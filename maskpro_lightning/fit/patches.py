@@ -1,4 +1,4 @@
-"""Methods that stand in for others for the length of a fit."""
+"""Replaces attributes of objects for the length of a fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 class Patches:
     """Attributes put on objects, over those of their classes, until :meth:`undo`.
 
-    A copy of a module that is made meanwhile, or its pickle, is free of them.
+    Copies and pickles of a module that are made meanwhile do not have them.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Patches:
         self._on_modules: dict[int, dict[str, Any]] = {}
 
     def put(self, owner: Any, name: str, value: Any) -> Any:
-        """Put a value in place of an attribute; returns what was there, or None."""
+        """Put a value in place of an attribute; returns the old value, or None."""
         if isinstance(owner, nn.Module) and id(owner) not in self._on_modules:
             before_all = self._on_modules[id(owner)] = {}
             self.put(owner, "__getstate__", lambda: _state_of(owner, before_all))
@@ -40,7 +40,7 @@ class Patches:
         return inside
 
     def finally_do(self, act: Callable[[], object]) -> None:
-        """Do something at :meth:`undo`, in reverse order."""
+        """Call ``act`` at :meth:`undo`, the last one first."""
         self._undo.append(act)
 
     def undo(self) -> None:
@@ -54,7 +54,7 @@ _NOTHING = object()
 
 
 def _state_of(module: nn.Module, before: dict[str, Any]) -> Any:
-    """What copies and pickles of a module are made from, without what was put on it."""
+    """A module's state for copies and pickles, as it was ``before`` attributes were put on it."""
     state = type(module).__getstate__(module)
     if not isinstance(state, dict):
         return state

@@ -1,7 +1,4 @@
-"""What Lightning says in every fit of masks, though it is as it should be: left unsaid.
-
-And what this package says, should others have silenced everybody.
-"""
+"""Silences warnings of Lightning that do not apply to masks; lets this package's own through."""
 
 from __future__ import annotations
 
@@ -12,15 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 _AS_IT_SHOULD_BE = (
-    r"Found \d+ module\(s\) in eval mode",  # what is frozen is not trained
+    r"Found \d+ module\(s\) in eval mode",  # as a fit of masks recommends
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own, with newer PyTorch
 )
 
 
 def be_heard() -> None:
-    """Let warnings of this package through, unless its own logger was told to be silent.
+    """Let warnings of this package through, unless its own logger was set to be silent.
 
-    ``mlflow.pytorch.autolog()`` lets the root logger, and so everybody's, tell errors alone.
+    ``mlflow.pytorch.autolog()`` sets the root logger, and so all loggers, to errors only.
     """
     ours = logging.getLogger("maskpro_lightning")
     if ours.level == logging.NOTSET and not ours.isEnabledFor(logging.WARNING):
@@ -28,16 +25,16 @@ def be_heard() -> None:
 
 
 def silence() -> None:
-    """Silence warnings that tell nothing, for good."""
+    """Silence warnings that do not apply, from now on."""
     for message in _AS_IT_SHOULD_BE:
         warnings.filterwarnings("ignore", message)
 
 
 @contextmanager
 def quiet(trainer: Any) -> Iterator[None]:
-    """For the length of a fit, silence warnings that tell nothing, and an epoch "0/-2".
+    """Within a ``with`` block, silence warnings that do not apply, and an epoch "0/-2".
 
-    Rich's bar shows that where ``max_steps`` is given, and therefore no number of epochs.
+    Lightning's Rich bar shows that epoch if ``max_steps`` is given instead of a number of epochs.
     """
     bar = trainer.progress_bar_callback
     describe: Any = getattr(bar, "_get_train_description", None)

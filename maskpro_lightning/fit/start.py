@@ -1,4 +1,4 @@
-"""The initial masks of a fit, from a file or found on the fit's own training batches."""
+"""Finds the initial masks of a fit, in a file or by calibration on the fit's training batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Init = str | PathLike[str] | Mapping[str, Tensor]
 
 
 def check_init(init: Init) -> str | Mapping[str, Tensor]:
-    """A path or a method's name as a string; masks pass through.
+    """Check ``init``: returns a path or a method's name as a string, and masks as they are.
 
     Raises:
         ValueError: neither a file of masks nor the name of a method.
@@ -44,12 +44,12 @@ def refuse_sparse(
     """Refuse weights that are N:M already, whose zeros would be taken for dense values.
 
     Args:
-        init: What :func:`check_init` returned; "nonzeros" says that they are.
+        init: What :func:`check_init` returned; with "nonzeros" such weights are expected.
         targets: The weights to mask.
-        layouts: Which part of each is this rank's.
+        layouts: The part of each weight that is this rank's.
 
     Raises:
-        ValueError: names the first of them, and the ways on.
+        ValueError: names the first such weight, and what to do.
     """
     if init == "nonzeros":
         return
@@ -65,10 +65,10 @@ def refuse_sparse(
 
 
 def refuse_replaced(module: nn.Module, targets: Sequence[Target]) -> None:
-    """Refuse weights in whose place the module has other parameters since they were chosen.
+    """Refuse weights that the module has replaced by other parameters since they were chosen.
 
     Raises:
-        ValueError: names the first of them.
+        ValueError: names the first such weight.
     """
     there = {id(parameter) for parameter in module.parameters()}
     gone = [target.name for target in targets if id(target.parameter) not in there]
@@ -84,14 +84,14 @@ def refuse_replaced(module: nn.Module, targets: Sequence[Target]) -> None:
 
 @contextmanager
 def unchanged(module: str, targets: Sequence[Target]) -> Iterator[None]:
-    """Refuse weights that a training step itself changes, once the block has run one.
+    """Refuse weights that a training step, which runs in the ``with`` block, changes itself.
 
     Args:
-        module: The module's class, for the message.
-        targets: The weights to mask, which then are as before.
+        module: The name of the module's class, for the message.
+        targets: The weights to mask; changed ones are put back.
 
     Raises:
-        ValueError: names the first of them.
+        ValueError: names the first such weight.
     """
     before = [(target, target.parameter.detach().clone()) for target in targets]
     changed = []
@@ -114,7 +114,7 @@ def unchanged(module: str, targets: Sequence[Target]) -> Iterator[None]:
 
 
 def _parts_of(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """The largest parts of a module that hold weights of some names and none of others."""
+    """The largest parts of a module that hold some of these weights and none of the others."""
     others = {f"{name}." for name in others}
     found: dict[str, None] = {}
     for name in names:
@@ -145,9 +145,12 @@ def initial_masks(
         seed: Seed of random masks.
         trainer: The trainer, within its fit.
         first: The batch that training is about to begin with.
-        batches: Number of training batches to calibrate on.
-        run: Runs a training step with what Lightning would give it, without a trace.
+        batches: The number of training batches to calibrate on.
+        run: Runs a training step with given arguments, and leaves no trace.
         model: What FSDP has wrapped, if it has.
+
+    Returns:
+        Bool masks by parameter name, or pairs of name and mask, one at a time.
     """
     if isinstance(init, Mapping):
         return init
@@ -182,7 +185,7 @@ def _shows(trainer: Any) -> bool:
 
 
 def arguments(module: Any, batch: Any, number: int) -> tuple[Any, ...]:
-    """What Lightning's loop would give the module's training step."""
+    """The arguments that Lightning's loop would give the module's training step."""
     numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     return (batch, number) if numbered else (batch,)
 

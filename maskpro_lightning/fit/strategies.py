@@ -1,9 +1,8 @@
-"""What Lightning's strategies need to be told, so that sharded masks live through a fit.
+"""Adapts Lightning's strategies to masks: gradients, and checkpoints of sharded weights.
 
-Lightning hands optimizers to PyTorch's own gathering of states, which for flat parameters wants
-the shapes of all of a unit's parameters. Here the state of masks is saved and restored on its own,
-in either of two forms that any number of ranks reads: whole tensors in one file, or DTensors in a
-distributed checkpoint.
+Where weights are sharded, Lightning gathers optimizer states with PyTorch's own functions, which do
+not take the state of masks. So that state is saved and restored here, in one of two forms that any
+number of ranks can read: whole tensors in one file, or DTensors in a distributed checkpoint.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ _TESTED = {
     "ModelParallelStrategy": "ModelParallelStrategy (fully_shard, tensor parallelism)",
 }
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy")
-# Where a distributed checkpoint keeps what of an optimizer's state is not a tensor of a weight.
+# The key of a distributed checkpoint that holds the optimizer's parameter groups.
 _GROUPS = "maskpro_param_groups"
-# Where Lightning keeps what of a distributed checkpoint is no tensor.
+# The file in which Lightning keeps the part of a distributed checkpoint that is no tensor.
 _REST = "meta.pt"
 
 
@@ -77,7 +76,7 @@ def sharded_model(strategy: Any) -> nn.Module | None:
 
 
 def tell_of_processes(strategy: Any) -> None:
-    """Say what of a fit ends with the processes that a strategy forks or spawns for it."""
+    """Warn of what is lost when a fit runs in processes that the strategy forks or spawns."""
     if type(getattr(strategy, "launcher", None)).__name__ == "_MultiProcessingLauncher":
         rank_zero_warn(
             "This fit runs in processes of its own, from which the weights under the deployed mask "
@@ -87,22 +86,22 @@ def tell_of_processes(strategy: Any) -> None:
 
 
 def part_from(state: dict[str, Any], weights: Iterable[Tensor]) -> None:
-    """Copy what a state dict shares with weights, which change before it is written."""
+    """Copy tensors of a state dict that share memory with weights: these change before the save."""
     memory = {local(weight).untyped_storage().data_ptr() for weight in weights}
     for name, value in state.items():
-        # What FSDP1 makes are copies.
+        # FSDP1's ShardedTensors are copies already.
         plain = isinstance(value, Tensor) and not isinstance(value, ShardedTensor)
         if plain and local(value).untyped_storage().data_ptr() in memory:
             state[name] = value.clone()
 
 
 class Gradients:
-    """Sees to it that masked weights get gradients, which are whole when they are learned from.
+    """Makes masked weights get gradients, averaged over ranks when masks learn from them.
 
-    Masks need gradients, weights need none: what is frozen requires gradients for the length of the
-    fit. DDP averages gradients in buckets, which hold those of all weights until the backward pass
-    is over. Masked weights are taken out of them and averaged one at a time; unless there is
-    nothing else that DDP could look after, or weights may be without a gradient on one rank.
+    Frozen weights require gradients for the length of the fit. DDP averages gradients in buckets,
+    which hold those of all weights until the backward pass is over. So masked weights are taken out
+    of the buckets and averaged one at a time. They stay in if DDP would have no other parameters,
+    if a rank may lack some gradients (find_unused_parameters), or if the module optimizes manually.
 
     Args:
         strategy: The strategy.
@@ -118,27 +117,27 @@ class Gradients:
 
         Args:
             module: The module.
-            weights: Those of it that will be masked.
+            weights: The parameters to mask.
         """
         for weight in weights:
             if not weight.requires_grad:
                 weight.requires_grad_()
                 self._patches.finally_do(partial(weight.requires_grad_, False))
         if _kind(self._strategy) == "FSDPStrategy":
-            # Gradients that are added up before they are averaged would be whole on every rank.
+            # Without synchronization, whole gradients would add up on every rank.
             self._patches.put(self._strategy, "block_backward_sync", nullcontext)
         if _kind(self._strategy) != "DDPStrategy":
             return
         masked = {id(weight) for weight in weights}
         others = (p for p in module.parameters() if id(p) not in masked)
         idle = self._strategy._ddp_kwargs.get("find_unused_parameters", False)
-        # Of several backward passes in a training step DDP knows the ends.
+        # With several backward passes in a training step, only DDP knows when each ends.
         manual = not self._strategy.lightning_module.automatic_optimization
         self._in_buckets = idle or manual or not any(p.requires_grad for p in others)
         if not self._in_buckets:
             left_out = {name: p for name, p in module.named_parameters() if id(p) in masked}
             for weight in left_out.values():
-                broadcast(weight.detach(), src=0)  # as DDP does with what it looks after
+                broadcast(weight.detach(), src=0)  # as DDP does with its own parameters
                 self._patches.put(weight, "_ddp_ignored", True)
             self._patches.put(module, "_ddp_params_and_buffers_to_ignore", list(left_out))
 
@@ -153,8 +152,8 @@ class Gradients:
 def lower_scale(precision: Any, optimizer: MaskPro) -> None:
     """Lower the scale of a GradScaler after a gradient that overflowed.
 
-    Nothing else would: a scaler learns of that from the optimizer steps that it makes itself. The
-    scale does not matter to the logits, since gradients are divided by their own size.
+    A scaler sees overflows only in optimizer steps that it makes itself, and here it makes none.
+    The scale does not matter to the logits, since gradients are divided by their own size.
     """
     scaler = getattr(precision, "scaler", None)
     if scaler is not None and scaler.is_enabled() and not optimizer.all_finite():
@@ -171,7 +170,7 @@ class MaskCheckpoints:
 
     Args:
         trainer: The trainer, whose strategy shards.
-        optimizer: Gives the optimizer of the fit.
+        optimizer: Returns the optimizer of masks.
         is_ours: Whether a checkpoint was written by a fit with masks.
     """
 
@@ -199,7 +198,7 @@ class MaskCheckpoints:
         }
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The state of the masks: distributed, or whole and on rank 0 alone."""
+        """The state of the masks: distributed, or whole on rank 0."""
         masks = self._optimizer()
         keep = _distributed if self._distributed else _on_rank_zero
         packed = masks.state_dict()
@@ -209,7 +208,7 @@ class MaskCheckpoints:
         return packed
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, **kwargs: Any) -> None:
-        """Save as the strategy does; what is not shaped like a weight goes where that is read."""
+        """Save as the strategy does; a distributed checkpoint's parameter groups go to the top."""
         if self._distributed:
             for packed in checkpoint.get("optimizer_states", ()):
                 checkpoint[_GROUPS] = packed.pop("param_groups")
@@ -236,7 +235,7 @@ class MaskCheckpoints:
 
     @contextmanager
     def _without_optimizers(self) -> Iterator[None]:
-        """Let the strategy load no state into an optimizer, nor miss one."""
+        """Within a ``with`` block, the strategy neither loads nor misses an optimizer's state."""
         state, optimizers = self._trainer.state, self._strategy.optimizers
         doing, state.fn, self._strategy.optimizers = state.fn, type(state.fn)("validate"), []
         try:
@@ -246,10 +245,10 @@ class MaskCheckpoints:
 
 
 class FolderCheckpoints:
-    """Lets a strategy that shards nothing read the checkpoint that one that shards has written.
+    """Lets a strategy without shards read a distributed checkpoint, which is a folder.
 
-    Lightning reads such a folder only with a strategy of the kind that wrote it. Each tensor is
-    read when it is asked for, so that no rank's memory holds the checkpoint beside the model.
+    Lightning itself reads one only with a strategy of the kind that wrote it. Each tensor is read
+    when it is needed, so that no rank's memory holds the checkpoint beside the model.
     """
 
     def __init__(self, strategy: Any) -> None:
@@ -269,7 +268,7 @@ class FolderCheckpoints:
         }
 
     def load_checkpoint(self, path: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a checkpoint, of a folder all but tensors of weights, which wait to be asked for."""
+        """Load a checkpoint; the tensors of a folder are read only when they are needed."""
         if not is_distributed(path):
             whole: dict[str, Any] = self._load_inside(path, **kwargs)
             return whole
@@ -284,7 +283,7 @@ class FolderCheckpoints:
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """Load a module's weights, those of a folder one after the other."""
+        """Load a module's weights; from a folder one after the other."""
         if isinstance(checkpoint["state_dict"], Stored):
             checkpoint["state_dict"].load_into(self._strategy.lightning_module)
         else:
@@ -292,7 +291,7 @@ class FolderCheckpoints:
 
 
 def _kind(strategy: Any) -> str:
-    """The class of Lightning's own that a strategy is, or is derived from."""
+    """The name of Lightning's own class that a strategy is of, or is derived from."""
     kinds = (kind.__name__ for kind in type(strategy).__mro__ if "lightning." in kind.__module__)
     return next(kinds, type(strategy).__name__)
 
@@ -303,7 +302,7 @@ def _on_rank_zero(layout: Layout, value: Tensor) -> Tensor:
 
 
 def _distributed(layout: Layout, value: Tensor) -> Tensor:
-    """A DTensor as it is; of a run of elements one that is cut along the first dimension."""
+    """A DTensor as it is; a run of elements as a DTensor that is split along dimension 0."""
     if not layout.flat:
         return value
     rows = layout.whole(value).chunk(get_world_size())
@@ -322,7 +321,7 @@ def _by_rows(own: Tensor, layout: Layout) -> Tensor:
 
 
 def _read(path: Path, optimizer: MaskPro) -> dict[int, dict[str, Tensor]]:
-    """The masks' state in a distributed checkpoint, each rank its part."""
+    """This rank's part of the masks' state in a distributed checkpoint."""
     reader = FileSystemReader(path)
     saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
     state: dict[int, dict[str, Tensor]] = {}

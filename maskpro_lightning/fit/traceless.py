@@ -1,4 +1,4 @@
-"""Passes that leave no trace: what they log, count, draw and change is as if they had not been."""
+"""Extra passes that leave no trace: what they log, count, draw and change is undone afterwards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torchmetrics import Metric
 
-# Of a longer list only what is appended is taken back, and of a larger tensor nothing.
+# A longer list is only cut back to its length, and a larger tensor is not put back.
 _LONG, _LARGE = 1000, 2**20
 
 
@@ -35,7 +35,7 @@ def traceless(trainer: Any, module: nn.Module, parameters: Iterable[Tensor] = ()
     Args:
         trainer: The trainer.
         module: Whose training step runs.
-        parameters: Those of its parameters that the step itself changes.
+        parameters: Its parameters that the step itself changes, which are put back.
     """
     metrics = [(m, _metric_state(m)) for m in module.modules() if isinstance(m, Metric)]
     buffers = [
@@ -55,7 +55,7 @@ def traceless(trainer: Any, module: nn.Module, parameters: Iterable[Tensor] = ()
         with isolate_rng():
             try:
                 yield
-            except BaseException as error:  # noqa: BLE001, isolate_rng loses its way otherwise
+            except BaseException as error:  # noqa: BLE001, isolate_rng puts nothing back on errors
                 failure = error
         if failure is not None:
             raise failure
@@ -69,7 +69,7 @@ def traceless(trainer: Any, module: nn.Module, parameters: Iterable[Tensor] = ()
         for put_back in attributes:
             put_back()
         for owner, name, buffer, value in buffers:
-            owner._buffers[name] = buffer
+            _hold(owner, name, buffer)
             buffer.copy_(value)
         with torch.no_grad():
             for parameter, value in values:
@@ -79,27 +79,33 @@ def traceless(trainer: Any, module: nn.Module, parameters: Iterable[Tensor] = ()
 
 
 def copied(batch: Any) -> Any:
-    """A batch of its own for a pass that may change it, as ``batch.pop("labels")`` does."""
+    """A copy of a batch, for a pass that may change it, as ``batch.pop("labels")`` does."""
     return copy.deepcopy(batch)
 
 
+def _hold(module: nn.Module, name: str, buffer: Tensor) -> None:
+    """Give a module a buffer again that may have been replaced or deleted."""
+    if not hasattr(module, name):
+        module.register_buffer(name, buffer)
+    setattr(module, name, buffer)
+
+
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module's attributes are its author's, and not what a wrapper works with."""
+    """Whether a module's attributes are its author's, and not a wrapper's."""
     if isinstance(module, Metric | FSDPModule | FullyShardedDataParallel):
         return False
     return not type(module).__module__.startswith("torch.")
 
 
 def _attributes_of(module: nn.Module) -> Callable[[], None]:
-    """What puts a module's attributes back, but for what PyTorch and Lightning keep in them."""
+    """A function that puts a module's attributes back, without PyTorch's and Lightning's own."""
     own = vars(module)
-    known = _KNOWN | {"log", "log_dict"}
-    before = {name: value for name, value in own.items() if name not in known}
+    before = {name: value for name, value in own.items() if name not in _KNOWN}
     seen: set[int] = set()
     contents = [_contents_of(value, seen) for value in before.values()]
 
     def put_back() -> None:
-        for name in [name for name in own if name not in known and name not in before]:
+        for name in [name for name in own if name not in _KNOWN and name not in before]:
             del own[name]
         own.update(before)
         for content in contents:
@@ -109,7 +115,7 @@ def _attributes_of(module: nn.Module) -> Callable[[], None]:
 
 
 def _contents_of(value: Any, seen: set[int]) -> Callable[[], None]:
-    """What puts the content of a container back into it, all the way down, each container once."""
+    """A function that puts back the content of a container, and of those in it, each once."""
     if id(value) in seen:  # it may even hold itself
         return lambda: None
     if isinstance(value, dict | list | deque | MutableSet):
@@ -144,21 +150,21 @@ def _each(*acts: Callable[[], object]) -> None:
         act()
 
 
-_KNOWN = {*vars(pl.LightningModule()), "_trainer", "_fabric", "_compiler_ctx"}
+# Attributes of PyTorch and Lightning.
+_KNOWN = {*vars(pl.LightningModule()), "log", "log_dict"}
 
 
 def _metric_state(metric: Metric) -> dict[str, Any]:
-    states = {
+    """A metric's attributes, with copies of its states."""
+    return vars(metric) | {
         name: value.clone() if isinstance(value, Tensor) else list(value)
         for name, value in metric.metric_state.items()
     }
-    cached = ("_update_count", "_computed", "_forward_cache")
-    return states | {name: getattr(metric, name) for name in cached}
 
 
 @contextmanager
 def notices_random_numbers() -> Iterator[list[bool]]:
-    """Tell whether a generator of PyTorch, numpy or Python was used.
+    """Find out whether a ``with`` block draws random numbers of PyTorch, numpy or Python.
 
     Yields:
         A list that holds the answer once the block has ended.
@@ -179,18 +185,19 @@ def _generator_states() -> list[Any]:
 
 @contextmanager
 def fresh_batches(loader: CombinedLoader, count: int) -> Iterator[tuple[Iterator[Any], bool]]:
-    """The batches of a loader that a training loop is using, from the start, and no trace of it.
+    """Read a loader that a training loop is using from its start, and leave no trace.
 
-    Its iterators and random number generators are as before when the block ends. What an iterable
-    data set itself changes when it is read is out of reach. What can be read once only, such as a
-    generator, begins with what the training loop has not taken yet, and that comes again.
+    Its iterators and random number generators are as before when the block ends, but not what an
+    iterable data set changes in itself when it is read. A loader that can be read only once, such
+    as a generator, starts with the batches that the training loop has not taken yet; the loop will
+    still get them.
 
     Args:
         loader: The loader.
-        count: How many batches will be read at most.
+        count: The number of batches to read at most.
 
     Yields:
-        The batches, and whether the first ones are missing.
+        The batches, and whether those that the training loop has taken are missing.
     """
     generators = {
         generator
@@ -215,7 +222,7 @@ def fresh_batches(loader: CombinedLoader, count: int) -> Iterator[tuple[Iterator
 
 
 def _ahead(loader: CombinedLoader, place: int, count: int) -> _Batches:
-    """The next batches of one of a loader's iterators, which will give them once more."""
+    """The next batches of one of a loader's iterators, which will yield them again."""
     mode: Any = loader._iterator
     if len(mode.iterators) != len(loader.flattened):
         raise ValueError(

@@ -14,23 +14,23 @@ from maskpro_lightning.progress import progress
 
 
 def validate(trainer: Any) -> None:
-    """Run a validation in the middle of an epoch, as Lightning does it."""
+    """Run a validation in the middle of an epoch, as Lightning does."""
     trainer.validating = True
     _run(trainer)
 
 
 def check_sanity(trainer: Any) -> None:
-    """Run one that is for everybody a sanity check, but of the whole validation set.
+    """Run a validation of the whole set that passes for Lightning's sanity check.
 
-    So loggers get nothing of it, and checkpoints, early stopping and what else compares
-    validations leave it alone.
+    So loggers get nothing of it, and checkpoints, early stopping and other callbacks that compare
+    validations ignore it.
     """
     patches = Patches()
     patches.put(trainer, "num_sanity_val_steps", math.inf)
     shown = trainer.progress_bar_callback
     if shown is not None:
-        # Lightning's bars show no sanity check in the middle of a fit. They stay where they are, as
-        # a thread of Rich's may draw one at any time.
+        # Lightning's bars cannot show a sanity check in the middle of a fit. They stay in the list,
+        # as a thread of Rich may draw them at any time.
         for hook in (name for name in dir(shown) if name.startswith("on_validation_")):
             patches.put(shown, hook, lambda *args, **kwargs: None)
         patches.put(trainer, "callbacks", [*trainer.callbacks, _Progress()])
@@ -51,7 +51,7 @@ def _run(trainer: Any) -> None:
 
 
 class _Progress(pl.Callback):
-    """Shows how far the validation of the dense weights is."""
+    """Shows the progress of the validation of the dense weights."""
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         total = sum(trainer.num_val_batches)

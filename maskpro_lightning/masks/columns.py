@@ -1,9 +1,9 @@
-"""The distribution over N:M masks for N <= 2, column by column: what the mask step computes with.
+"""The distribution over N:M masks for N <= 2, computed column by column, for the mask step.
 
-A column holds one place of every group, so the M columns of a block are M tensors of one shape.
-Nothing here mixes places within a tensor, which lets a compiler turn a whole step into one loop
-over groups, and runs over contiguous memory without one. Flags are floats, 1 for yes, because
-vector units have no use for bytes. See ``distribution`` for the formulas.
+A column holds the same place of every group, so a block is M columns of one shape. No operation
+here mixes places within a column. So a compiler can turn a whole step into one loop over groups;
+without a compiler, each operation runs over contiguous memory. Flags are floats, 1 for yes, since
+vector units are slow with bytes. ``distribution`` has the formulas.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 Columns = Sequence[Tensor]
 
-# A weight above e^29 times the largest outside changes a score by less than e^-27, but a larger one
-# could overflow.
+# Kept weights are cut off at e^29 times the largest pruned one: a larger ratio changes a score by
+# less than e^-27 and could overflow.
 _LARGEST_LOG_WEIGHT = 29.0
-# Above the largest logarithm of the ratio of two noises, which is 26.
+# A logit that is ahead by more wins for certain: the ratio of two noises is at most e^26.
 _DECIDED = 30.0
 
 
@@ -41,15 +41,17 @@ def top(scores: Columns, n: int) -> list[Tensor]:
 
 
 def winners(logits: Columns, noise: Columns, n: int) -> list[Tensor]:
-    """Flags of the n that ring first, where clock i rings after noise_i / exp(logit_i).
+    """Flags of the n clocks that ring first; clock i rings after noise_i / exp(logit_i).
+
+    This draws n without replacement from softmax(logits).
 
     Args:
         logits: M real columns.
         noise: M columns of standard exponential noise, see :func:`philox.exponential`.
         n: Clocks to wait for.
     """
-    # Whose logit is far above the n-th highest wins and far below loses, whatever the noise, which
-    # leaves no exponential to overflow or to tie at zero.
+    # A logit far above the n-th highest wins whatever the noise, and one far below loses. So their
+    # difference can be clamped, and no exponential overflows or ties at zero.
     bar = _highest(logits, n)
     times = [
         (bar - logit).clamp(-_DECIDED, _DECIDED).exp() * clock
@@ -75,11 +77,11 @@ def score(logits: Columns, kept: Columns, n: int) -> list[Tensor]:
 def inclusion_gradient(logits: Columns, values: Columns, n: int) -> list[Tensor]:
     """The exact gradient of sum_j values_j P(j kept) with respect to the logits, M columns.
 
-    See ``inclusion``, whose walk over sets this is, written out.
+    This is the walk over sets of ``inclusion``, written out.
 
     Args:
         logits: M real columns.
-        values: M real columns, what keeping each weight is worth.
+        values: M real columns, the value of keeping each weight.
         n: 1 or 2.
     """
     first = _highest(logits, 1)
@@ -88,7 +90,8 @@ def inclusion_gradient(logits: Columns, values: Columns, n: int) -> list[Tensor]
     if n == 1:
         worth = _dot(shares, values)
         return [p * (c - worth) for p, c in zip(shares, values, strict=True)]
-    # Once the first of them is drawn, the others count from the second on, however far behind.
+    # Once the leading weight is drawn, the others are measured against the second highest logit, or
+    # all of them could underflow.
     second = _highest(logits, 2)
     behind = [(x - second).clamp(max=0).exp() for x in logits]
     later: list[list[Tensor]] = [[] for _ in values]
@@ -117,8 +120,8 @@ def _dot(one: Columns, other: Columns) -> Tensor:
 
 
 def _against_the_rest(logits: Columns, kept: Columns) -> tuple[list[Tensor], list[Tensor]]:
-    """w_i / q for the kept weights and for those outside, whose sum is q; else zero."""
-    # Multiplications, since selecting costs several times as much on a CPU.
+    """w_i / q of the kept weights, and of the pruned ones, whose sum is q; zero elsewhere."""
+    # By products, since selecting takes several times as long on a CPU.
     outside = [x - flag * 1e30 for x, flag in zip(logits, kept, strict=True)]
     largest = reduce(torch.maximum, outside)
     weights = [(x - largest).clamp(max=_LARGEST_LOG_WEIGHT).exp() for x in logits]
@@ -129,7 +132,7 @@ def _against_the_rest(logits: Columns, kept: Columns) -> tuple[list[Tensor], lis
 
 
 def _single_gains(ratios: Columns, kept: Columns) -> list[Tensor]:
-    """d log P / d logit of the kept weight for N = 1: what the others have."""
+    """d log P / d logit of the kept weight for N = 1: the probability of the others."""
     others = 1 / (1 + _sum(ratios))
     return [others * flag for flag in kept]
 
@@ -143,7 +146,7 @@ def _pair_gains(ratios: Columns, kept: Columns) -> list[Tensor]:
     total = _sum(ratios)
     each = 1 / reduce(mul, [1 + ratio for ratio in ratios])
     both = 1 / ((1 + total) * (2 + total))
-    # Added up anew, since subtracting a large ratio from the total would cost the other's digits.
+    # Summed anew, since subtracting a large ratio from the total would lose the other's digits.
     partners = [_sum([*ratios[:i], *ratios[i + 1 :]]) for i in range(len(ratios))]
     return [
         (2 + 2 * a + b * (3 + a + total)) * each * ((1 + b) * both) * flag

@@ -7,8 +7,8 @@ Write :math:`w_i = e^{\pi_i}` for the weights of one group, ``S`` for the kept s
 .. math:: P(S) = \int_0^\infty q e^{-qt} \prod_{i \in S} (1 - e^{-w_i t}) \, dt
 
 with :math:`q e^{-qt}` the density of the first ring outside ``S``. All terms are positive and only
-the ratios :math:`a_i = w_i / q` enter, so a group that has made up its mind (one ratio at
-:math:`10^{10}`) loses no digits; computing :math:`1 - p_i` by subtraction would.
+the ratios :math:`a_i = w_i / q` enter. So no digits are lost in a group that has all but decided
+(one ratio at :math:`10^{10}`); computing :math:`1 - p_i` by subtraction would lose them.
 
 Shape suffixes: ``G`` groups (any leading dimensions), ``M`` group size, ``K`` quadrature nodes,
 ``C`` masks of one group. Arithmetic is float32 unless the logits are float64.
@@ -28,7 +28,7 @@ from maskpro_lightning.masks.pattern import NMPattern
 
 # Up to here 2^N subsets are cheaper than the quadrature.
 _LARGEST_N_BY_ORDERS = 8
-# A ratio above e^27 changes a score by less than e^-27, but a larger one could overflow.
+# Ratios are cut off here: a larger one changes a score by less than e^-27 and could overflow.
 _LARGEST_LOG_RATIO = 27.0
 # Trapezoids in log-time converge exponentially in 1 / step. Left of -18 lies less than e^-18 of
 # the first ring's probability.
@@ -75,8 +75,8 @@ def log_prob(logits_GM: Tensor, kept_GM: Tensor, pattern: NMPattern) -> Tensor:
 def score(logits_GM: Tensor, kept_GM: Tensor, pattern: NMPattern) -> Tensor:
     """The exact gradient of :func:`log_prob` with respect to the logits, (..., M).
 
-    Sums to zero over a group, and to zero in expectation over masks. Exact to rounding for
-    N <= 8, whose 2^N subsets are gone through; by quadrature (error below 1e-6) beyond.
+    It sums to zero over a group, and its expectation over masks is zero. Exact to rounding for
+    N <= 8, by a sum over 2^N subsets; beyond, by quadrature (error below 1e-6).
 
     Args:
         logits_GM: Real (..., M).
@@ -98,9 +98,9 @@ def score(logits_GM: Tensor, kept_GM: Tensor, pattern: NMPattern) -> Tensor:
 
 
 def entropy(logits_GM: Tensor, pattern: NMPattern) -> Tensor:
-    """Entropy of each group's mask in nats, (...), at most log C(M, N).
+    """Entropy of each group's mask, (...), in nats (by natural logarithms), at most log C(M, N).
 
-    Goes through all C(M, N) masks of a group: 6 for 2:4, 70 for 4:8, 12870 for 8:16.
+    A sum over all C(M, N) masks of a group: 6 for 2:4, 70 for 4:8, 12870 for 8:16.
     """
     logits_GM = _real(logits_GM)
     total_G = logits_GM.new_zeros(logits_GM.shape[:-1])
@@ -111,10 +111,10 @@ def entropy(logits_GM: Tensor, pattern: NMPattern) -> Tensor:
 
 
 def gap_information(pattern: NMPattern, logit_scale: float) -> float:
-    """Mean square of the score's difference between a kept and a pruned weight of a fresh group.
+    """Fisher information of the gap between a kept and a pruned logit before anything is learned.
 
-    The Fisher information of the gap between two such logits, whose size is ``logit_scale``.
-    Estimated from 2^15 draws, always the same ones.
+    That is the mean square of the difference of their scores, where kept logits are ``logit_scale``
+    and pruned ones 0. Estimated from 2^15 draws, always the same ones.
     """
     noise_GM = philox.exponential((0, 0), torch.tensor(0), torch.arange(2**15), pattern.m)
     fresh_GM = (torch.arange(pattern.m) < pattern.n).float().expand_as(noise_GM) * logit_scale
@@ -129,7 +129,7 @@ def _real(logits: Tensor) -> Tensor:
 
 
 def _against_the_rest(logits_GM: Tensor, kept_GM: Tensor) -> tuple[Tensor, Tensor]:
-    """log(w_i / q) for every weight, and w_j / q for those outside the kept set (else zero)."""
+    """log(w_i / q) of every weight, and w_j / q of those outside the kept set (else zero)."""
     ahead_GM = logits_GM - logits_GM.masked_fill(kept_GM, -math.inf).amax(-1, keepdim=True)
     rest_GM = ahead_GM.masked_fill(kept_GM, -math.inf).exp()
     q_G1 = rest_GM.sum(-1, keepdim=True)
@@ -137,14 +137,14 @@ def _against_the_rest(logits_GM: Tensor, kept_GM: Tensor) -> tuple[Tensor, Tenso
 
 
 def _slots(kept_GM: Tensor) -> Tensor:
-    """Which of the kept weights of its group each one is, counted from 0; int64 (..., M)."""
+    """The number of each kept weight among its group's kept ones, from 0; int64 (..., M)."""
     return kept_GM.cumsum(-1) - 1
 
 
 def _kept_ratios(log_ratio_GM: Tensor, kept_GM: Tensor, n: int) -> Tensor:
-    """The ratios of the kept weights, in their order, (..., N)."""
+    """The ratios of the kept weights, in order, (..., N)."""
     ratio_GM = log_ratio_GM.clamp(max=_LARGEST_LOG_RATIO).exp()
-    slot_GM = _slots(kept_GM).masked_fill(~kept_GM, n)  # slot N collects what is not kept
+    slot_GM = _slots(kept_GM).masked_fill(~kept_GM, n)  # slot N collects the pruned weights
     ratio_GN = ratio_GM.new_zeros((*ratio_GM.shape[:-1], n + 1))
     return ratio_GN.scatter_(-1, slot_GM, ratio_GM)[..., :n]
 
@@ -152,9 +152,9 @@ def _kept_ratios(log_ratio_GM: Tensor, kept_GM: Tensor, n: int) -> Tensor:
 def _orders(ratio_GN: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Sum over the orders in which the kept weights can be drawn, subset by subset.
 
-    With R(B) = 1 + the ratios of the kept weights not in B, what remains when B is drawn,
-    f(B) = sum over a in B of f(B - a) (1 + a) / R(B - a), and f(S) times the product of
-    a / (1 + a) is P(S). Every term lies in [0, 1] and f(S) in [1 / N!, N!].
+    R(B) = 1 + the ratios of the kept weights not in B is what remains once B is drawn. Then
+    f(B) = sum over a in B of f(B - a) (1 + a) / R(B - a), and P(S) is f(S) times the product of
+    a / (1 + a). Every term lies in [0, 1] and f(S) in [1 / N!, N!].
 
     Returns:
         f and R, lists over the 2^N subsets as bit masks.
@@ -177,11 +177,11 @@ def _orders(ratio_GN: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _orders_score(ratio_GN: Tensor) -> Tensor:
-    """d log P / d logit of the kept weights, (..., N): 1 - the expected share of each in draws.
+    """d log P / d logit of the kept weights, (..., N): 1 - the sum of each one's expected shares.
 
-    A weight still in the urn when B is drawn has share a / R(B) of the next draw; f(B) b(B) / f(S)
-    is the probability that B, among sets of its size, came first, with b the sum over the
-    orders of what follows B.
+    After the set B, a weight not drawn yet has the share a / R(B) of the next draw. Given S, its
+    first draws were B with probability f(B) b(B) / f(S), where b(B) sums over the orders of the
+    draws after B.
     """
     ahead, remains = _orders(ratio_GN)
     ratios = ratio_GN.unbind(-1)
@@ -222,7 +222,7 @@ def _race_score(log_ratio_GM: Tensor, kept_GM: Tensor, pattern: NMPattern) -> Te
 
 
 def _nodes(n: int) -> list[float]:
-    # N improbable clocks move the integrand's peak to log(N + 1); 2.5 beyond it nothing is left.
+    # N slow clocks move the integrand's peak to log(N + 1); 2.5 beyond the peak it has vanished.
     count = math.ceil((math.log(n + 1) + 2.5 - _FIRST_NODE) / _NODE_STEP)
     return [_FIRST_NODE + _NODE_STEP * k for k in range(count + 1)]
 

@@ -1,23 +1,25 @@
-r"""The probability that a weight is kept, and the gradient of what it is worth to keep weights.
+r"""The probability that a weight is kept, and the gradient of the expected value of the kept ones.
 
-Drawing a mask is a walk over sets: from the set B of what is drawn already, weight a follows with
-its share :math:`s_a(B)` of softmax(logits) over what is not in B. With :math:`f(B)` the
-probability that the walk comes through B and :math:`V(B)` what the draws still to come are worth,
+A draw is a walk over sets. After the set B, the next weight is a with probability
+:math:`s_a(B)`: softmax(logits) over the weights not in B. Let :math:`c_a` be the value of keeping
+a, :math:`f(B)` the probability that the walk visits B, and :math:`V(B)` the expected value of the
+draws that remain after B:
 
 .. math::
     P(a \in S) &= \sum_{B \not\ni a} f(B) \, s_a(B), \qquad
     V(B) = \sum_{a \notin B} s_a(B) \, (c_a + V(B + a)) \\
     \nabla_a V(\emptyset) &= \sum_{B \not\ni a} f(B) \, s_a(B) \, (c_a + V(B + a) - V(B))
 
-the policy gradient of a walk, exact to rounding. Its sets of fewer than N weights are many for
-large patterns (26,333 for 8:16); there the draws are a race of clocks (see ``distribution``), and
+This is the policy gradient of a walk, exact to rounding. Large patterns have too many sets of
+fewer than N weights (8:16 has 26,333). For these, a draw is a race of clocks (see
+``distribution``), and
 
 .. math::
     \nabla_a = \sum_{b \neq a} (c_a - c_b) K_{ab}, \qquad
     K_{ab} = \int_0^\infty t \, \phi_a \phi_b \, P(\text{N - 1 of the others have rung by } t) \, dt
 
-with :math:`\phi` the clocks' densities: a difference counts as much as a and b compete for the
-last place. The integral is a sum over nodes in log-time.
+with :math:`\phi` the densities of the clocks' times: a difference of values counts as much as a
+and b compete for the last place. The integral is a sum over nodes in log-time.
 
 Shape suffixes: ``M`` group size, ``G`` groups, ``B`` sets of one size, ``A`` weights not in a set,
 ``K`` nodes, ``N`` the number of clocks that have rung, 0 to N - 1.
@@ -35,10 +37,10 @@ from torch import Tensor
 from maskpro_lightning.masks import columns
 from maskpro_lightning.masks.pattern import NMPattern
 
-# Up to so many sets are walked over; beyond, the quadrature is faster.
+# With more sets than this the quadrature is faster than the walk.
 _MOST_SETS = 300
-# Trapezoids in log-time converge exponentially in 1 / step: 6e-8 is left for 8:16. Right of the
-# last node, 2.5 after the peak at log(N + 1), lies even less.
+# Trapezoids in log-time converge exponentially in 1 / step: the error is 6e-8 for 8:16. Even less
+# lies right of the last node, 2.5 after the peak at log(N + 1).
 _NODE_STEP = 1 / 3
 
 
@@ -62,13 +64,13 @@ def probabilities(logits_GM: Tensor, pattern: NMPattern) -> Tensor:
 def gradient(logits_GM: Tensor, values_GM: Tensor, pattern: NMPattern) -> Tensor:
     """Gradient of the sum of values times :func:`probabilities` in the logits, (..., M).
 
-    Sums to zero over a group. Exact to rounding where a group has up to 300 sets of fewer than N
-    weights (all patterns with M <= 8 and all N <= 2), else by quadrature (error below 1e-6 of the
-    largest difference of values).
+    It sums to zero over a group. Exact to rounding where a group has at most 300 sets of fewer
+    than N weights (all patterns with M <= 8 and all with N <= 2); else by quadrature, with an error
+    below 1e-6 of the largest difference of values.
 
     Args:
         logits_GM: Real (..., M).
-        values_GM: What keeping each weight is worth, (..., M).
+        values_GM: The value of keeping each weight, (..., M).
         pattern: The pattern.
     """
     logits_MG, values_MG = _groups_last(logits_GM), _groups_last(values_GM)
@@ -97,11 +99,11 @@ def _walks(pattern: NMPattern) -> bool:
 
 @cache
 def _steps(n: int, m: int) -> list[tuple[Tensor, Tensor]]:
-    """For the sets of 0, 1, … N - 1 weights, in lexicographic order: what can follow, and where to.
+    """The steps of the walk from the sets of 0, 1, … N - 1 weights, in lexicographic order.
 
     Returns:
-        Pairs of int64 (B, A): weights that are not in a set, and the number that the set has with
-        this weight among the sets of the next size.
+        Pairs of int64 (B, A): the weights not in each set, and the number of the set that each of
+        them leads to, among the sets of the next size.
     """
     steps = []
     for size in range(n):
@@ -153,7 +155,7 @@ def _walk_gradient(logits_MG: Tensor, values_MG: Tensor, pattern: NMPattern) -> 
 
 
 def _collect(flow_BAG: Tensor, following_BA: Tensor) -> Tensor:
-    """The probability that the walk comes through each set of the next size, (B, G)."""
+    """The probability that the walk visits each set of the next size, (B, G)."""
     sets = int(following_BA.max()) + 1
     through_BG = flow_BAG.new_zeros(sets, flow_BAG.shape[-1])
     return through_BG.index_add(0, following_BA.flatten(), flow_BAG.flatten(0, 1))
@@ -163,16 +165,16 @@ def _collect(flow_BAG: Tensor, following_BA: Tensor) -> Tensor:
 
 
 def _race_gradient(logits_MG: Tensor, values_MG: Tensor, pattern: NMPattern) -> Tensor:
-    # Time is counted by the clock of the weight that is N-th: only around its ring do clocks
-    # compete for the last place.
+    # Time is in units of the clock with the N-th highest logit: clocks compete for the last place
+    # only around the time that it rings.
     log_rate_MG = logits_MG - logits_MG.topk(pattern.n, dim=0).values[-1]
     gradient_MG = torch.zeros_like(logits_MG)
-    for y in _nodes(-9, pattern.n):  # below, two clocks at once ring with less than e^-18
+    for y in _nodes(-9, pattern.n):  # earlier, two clocks ring with probability below e^-18
         x_MG = (log_rate_MG + y).clamp(max=5).exp()
         silent_MG = (-x_MG).exp()
         rung_MG = -torch.expm1(-x_MG)
         ringing_MG = x_MG * silent_MG
-        # Each kind of clock that competes with the one left out: any, and weighted by its value.
+        # A rival of the clock that is left out counts as 1, and weighted by its value.
         rivals_2MG = torch.stack([ringing_MG, ringing_MG * values_MG])
         against_2MG = _one_rival(silent_MG, rung_MG, rivals_2MG, pattern.n)
         gradient_MG += _NODE_STEP * ringing_MG * (values_MG * against_2MG[0] - against_2MG[1])
@@ -180,21 +182,21 @@ def _race_gradient(logits_MG: Tensor, values_MG: Tensor, pattern: NMPattern) -> 
 
 
 def _one_rival(silent_MG: Tensor, rung_MG: Tensor, rivals_2MG: Tensor, n: int) -> Tensor:
-    """Leaving out each clock in turn: the sum over rivals b of P(N - 1 of the rest have rung).
+    """For each clock a, the weighted sum over its rivals b of P(N - 1 of the others have rung).
 
     Args:
         silent_MG: Probability that a clock has not rung.
-        rung_MG: One minus that.
-        rivals_2MG: Two kinds of weight that b may count with.
+        rung_MG: Probability that it has.
+        rivals_2MG: Two sets of weights for the rivals.
         n: N.
 
     Returns:
-        For either kind, (2, M, G).
+        The sums for both sets of weights, (2, M, G).
     """
     m, groups = silent_MG.shape
 
     def with_clock(count_3NG: Tensor, i: int) -> Tensor:
-        """The distribution of the number of rung clocks, with no rival yet and with either kind."""
+        """The distribution of the number of rung clocks, without a rival and with either weight."""
         more_3NG = count_3NG * silent_MG[i]
         more_3NG[:, 1:] += count_3NG[:, :-1] * rung_MG[i]
         more_3NG[1:] += count_3NG[0] * rivals_2MG[:, i, None]

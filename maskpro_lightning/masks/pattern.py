@@ -1,4 +1,4 @@
-"""What N:M means: N weights are kept in every group of M consecutive ones.
+"""N:M patterns: N weights are kept in every group of M consecutive ones.
 
 Shape suffixes: ``G`` groups, ``M`` group size, ``N`` kept per group. Groups lie in the last
 dimension; all leading dimensions count groups.
@@ -49,7 +49,7 @@ class NMPattern:
     def parse(cls, pattern: str | int | NMPattern) -> NMPattern:
         """Read ``"2:4"``; a pattern passes through.
 
-        YAML 1.1 takes ``2:4`` without quotes for a number of base 60; that one is taken apart.
+        YAML 1.1 reads ``2:4`` without quotes as a number of base 60, which is understood, too.
 
         Raises:
             TypeError: neither a string, such a number nor a pattern.
@@ -121,8 +121,8 @@ class NMPattern:
         Args:
             scores_GM: Shape (..., M), any real dtype, no NaN.
         """
-        # A stable sort settles ties alike on every device, which topk does not promise. Up to
-        # M = 16, counting the rivals of each weight gives the same answer several times faster.
+        # A stable sort settles ties alike on every device, unlike topk. Up to M = 16, counting the
+        # rivals of each weight gives the same result several times faster.
         if self.m > 16:
             order = scores_GM.sort(dim=-1, descending=True, stable=True).indices
             kept = torch.zeros_like(scores_GM, dtype=torch.bool)

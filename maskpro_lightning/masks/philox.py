@@ -2,7 +2,7 @@
 
 Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written
 with tensor operations, gives the same numbers on every device and for every split of the counters
-over processes. That is why a mask need not be sent, and hardly even stored: it can be redrawn.
+over processes. So ranks need not send each other masks: each draws the same ones.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def philox(
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # int64 holds a 64-bit product modulo 2^64, sign and all, and what lies above a word's 32
-        # bits is cut off before it is multiplied.
+        # int64 holds a product modulo 2^64, the sign bit included. A word's upper 32 bits are cut
+        # off before it is multiplied.
         product0, product1 = (c0 & _LOW) * _MULTIPLIERS[0], (c2 & _LOW) * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (product1 >> 32) ^ c1 ^ k0, product1, (product0 >> 32) ^ c3 ^ k1, product0
         k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
@@ -59,8 +59,8 @@ def exponential(key: Key, step: Tensor, groups_G: Tensor, m: int) -> Tensor:
         m: Numbers per group.
 
     Returns:
-        float32 (G, m), each value in (2^-33, 17). The smallest values, which win a draw, keep
-        their full relative precision.
+        float32 (G, m), each value in (2^-33, 17). The smallest values, which win a draw, have
+        full relative precision.
     """
     return torch.stack(exponential_columns(key, step, groups_G, m), dim=-1)
 

@@ -1,4 +1,4 @@
-"""Text encoders of Hugging Face that learn masks from their own embeddings, for recipes."""
+"""Hugging Face's text encoders, whose masks are learned by distillation, and data; for recipes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from maskpro_lightning.progress import progress
 
 
 class TextEmbedder(pl.LightningModule):
-    """An encoder whose embedding of a text is the mean over its tokens' last hidden states.
+    """An encoder; a text's embedding is the mean of its tokens' last hidden states.
 
-    It has no labels and so no loss of its own: let ``MaskProCallback(distillation=Distillation(part
-    ="", divergence="cosine"))`` ask for the dense embeddings. Logs ``val_distance``, one minus the
-    cosine similarity to the embeddings of the weights it was built with.
+    It has no labels and so no loss of its own. Learn its masks with
+    ``MaskProCallback(distillation=Distillation("", "cosine"))``, which compares with the dense
+    embeddings. Logs ``val_distance``: one minus the cosine similarity to the embeddings of the
+    weights that it was made with, mean over texts.
 
     Args:
         model: Path or Hub name of a Hugging Face model, or a path inside ``recipes/``.
@@ -33,7 +34,7 @@ class TextEmbedder(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.model = pretrained(AutoModel, model, dtype)
-        # In a list, so that it is no part of the module: neither masked nor saved.
+        # In a list, so that it is no submodule, which would be masked and saved.
         self._dense = [deepcopy(self.model)]
 
     def forward(self, texts: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class TextEmbedder(pl.LightningModule):
 
 
 class Texts(TextData):
-    """Texts, one in each row, cut or padded to one length; takes what :class:`TextData` takes."""
+    """Texts, one in each row, cut or padded to one length; arguments as for :class:`TextData`."""
 
     def tokenise(self, texts: Iterable[str], count: int | None) -> Tensor:
         """Token ids and attention masks, int64 (texts, 2, length).

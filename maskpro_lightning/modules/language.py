@@ -1,4 +1,4 @@
-"""Causal language models of Hugging Face and packed text, as Lightning modules, for recipes."""
+"""Hugging Face's causal language models and packed text, as Lightning modules, for recipes."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from maskpro_lightning.progress import progress
 
 
 class CausalLM(pl.LightningModule):
-    """A causal language model with its next-token loss in nats.
+    """A causal language model with its next-token loss in nats (natural logarithms) per token.
 
     Logs ``train_loss``, ``val_loss`` and ``val_perplexity``. It stays in evaluation mode, so that
-    dropout does not blur the comparison of two masks. ``ModelParallelStrategy`` shards it block by
-    block (FSDP2). Made on the meta device (``trainer.init_module(empty_init=True)``), it loads its
-    weights in ``configure_model``: there each rank holds no more than its shards and a block.
+    dropout adds no noise to the comparison of two masks. ``ModelParallelStrategy`` shards it block
+    by block (FSDP2). Made on the meta device (``trainer.init_module(empty_init=True)``), it loads
+    its weights in ``configure_model``: each rank then holds only its shards and one block.
 
     Args:
         model: Path or Hub name of a Hugging Face model, or a path inside ``recipes/``.
@@ -109,7 +109,7 @@ class CausalLM(pl.LightningModule):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that a fit resumes in the middle of an epoch; Lightning saves its state."""
+    """A DataLoader that can resume in the middle of an epoch; Lightning saves its state."""
 
     _taken = 0
     _skip = 0
@@ -131,27 +131,27 @@ class ResumableLoader(DataLoader[Any]):
 
 
 class TextData(pl.LightningDataModule):
-    """Text, tokenised and packed into sequences of one length, an end-of-text between documents.
+    """Text, tokenised and packed into sequences of one length, an end-of-text after each document.
 
-    Reads no more of a source than it needs for the number of sequences asked for.
+    Reads no more of a source than the number of sequences takes.
 
     Args:
         tokenizer: Path or Hub name of a tokenizer, or a path inside ``recipes/``.
-        source: "python-docs" (the documentation that every CPython carries; no network); "model"
-            (what the model beside the tokenizer writes, see :func:`written`); or what
-            ``datasets.load_dataset`` takes: a Hub name, a folder, "text", "json" or "parquet".
+        source: "python-docs" (the documentation that comes with CPython; no network); "model"
+            (text that the model beside the tokenizer writes, see :func:`written`); or an argument
+            of ``datasets.load_dataset``: a Hub name, a folder, "text", "json" or "parquet".
         name: The data set's configuration, for ``load_dataset``.
         data_files: Files by split, for ``load_dataset``.
         train_split: Split to train on.
         val_split: Split to validate on.
         text_column: Column that holds the text.
-        length: Tokens of a sequence.
-        train_sequences: Number of training sequences; None packs all of the split.
-        val_sequences: Number of validation sequences; None packs all of the split, and 64 of
-            "model".
-        batch_size: Sequences of a batch.
-        num_workers: Processes that load data.
-        seed: Seed of the order, which is another in every epoch.
+        length: The number of tokens of a sequence.
+        train_sequences: The number of training sequences; None packs the whole split.
+        val_sequences: The number of validation sequences; None packs the whole split, or takes 64
+            from "model".
+        batch_size: The number of sequences of a batch.
+        num_workers: The number of processes that load data.
+        seed: Seed of the order, which differs in every epoch.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class TextData(pl.LightningDataModule):
         self._sets: dict[str, Tensor] = {}
 
     def prepare_data(self) -> None:
-        """Let the model write, on one rank, what all of them read."""
+        """For source "model", let one rank write the text that all ranks read."""
         if self.hparams["source"] == "model":
             self._written()
 
@@ -209,7 +209,7 @@ class TextData(pl.LightningDataModule):
         return pack(texts, self.tokenizer, self.hparams["length"], count)
 
     def provenance(self) -> dict[str, str]:
-        """The training data's name, digest and source, as MLflow wants to know them."""
+        """The training data's name, digest and source, for :class:`mlflow.entities.Dataset`."""
         local = self.hparams["source"] in ("python-docs", "model")
         uri = {"model": self.hparams["tokenizer"]}.get(self.hparams["source"], "python-docs")
         source = {"uri": uri} if local else {"path": self.hparams["source"]}
@@ -223,10 +223,10 @@ class TextData(pl.LightningDataModule):
         }
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches in an order that depends on seed and epoch, so a fit resumes in it.
+        """Batches in an order that depends on seed and epoch alone, so that a fit can resume.
 
-        A batch holds the same sequences in every epoch, which lets MaskPro remember its baseline;
-        sequences that do not fill one are left out.
+        A batch holds the same sequences in every epoch, so that its baseline can be remembered. The
+        last sequences are left out if they do not fill a batch.
         """
         size = self.hparams["batch_size"]
         batches = self._sets["train"][: len(self._sets["train"]) // size * size].unflatten(
@@ -268,7 +268,7 @@ class TextData(pl.LightningDataModule):
 
 
 def adamw(module: pl.LightningModule, lr: float) -> OptimizerLRScheduler:
-    """AdamW without decay, its rate falling linearly to 0 over the fit if that has an end."""
+    """AdamW without weight decay; the rate falls linearly to 0 over a fit of known length."""
     optimizer = AdamW(module.parameters(), lr=lr, weight_decay=0.0)
     steps = module.trainer.estimated_stepping_batches
     fall = 1 / steps if 0 < steps < math.inf else 0.0
@@ -284,8 +284,8 @@ def pack(
     Args:
         texts: The documents.
         tokenizer: Any tokenizer with an end-of-text token.
-        length: Tokens of a sequence.
-        count: Number of sequences; None takes all that the texts give.
+        length: The number of tokens of a sequence.
+        count: The number of sequences; None takes all.
 
     Returns:
         int64 (sequences, length).

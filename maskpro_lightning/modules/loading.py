@@ -1,4 +1,4 @@
-"""Weights of Hugging Face models: all at once, or block by block where each rank keeps a part."""
+"""Loads Hugging Face models: all at once, or block by block where each rank keeps a part."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _late: ContextVar[bool] = ContextVar("late", default=False)
 
 @contextmanager
 def loading_late() -> Iterator[None]:
-    """Let each ``CausalLM`` made in this block load its weights once it is sharded."""
+    """Let each ``CausalLM`` made in the ``with`` block load its weights when it is sharded."""
     token = _late.set(True)
     try:
         yield
@@ -39,12 +39,12 @@ def loading_late() -> Iterator[None]:
 
 
 def loads_late() -> bool:
-    """Whether weights are loaded later, see :func:`loading_late`."""
+    """Whether this runs in a block of :func:`loading_late`."""
     return _late.get()
 
 
 def pretrained(kind: Any, model: str, dtype: str) -> Any:
-    """A Hugging Face model; on the meta device only its shapes, without its weights.
+    """A Hugging Face model; if the default device is "meta", only its shapes.
 
     Args:
         kind: One of transformers' classes ``AutoModel…``.
@@ -62,19 +62,19 @@ def mapped(
 ) -> tuple[Any, Callable[[nn.Module], None]]:
     """The model of :func:`pretrained`, with weights that are read from disk when they are used.
 
-    transformers maps files into memory, but makes copies where their dtype is another. So the model
-    comes in a dtype that holds all that they hold, exactly, and its parts get their own in turn.
-    Where that would change a bit (some weights or buffers have a rule of their own for it), or
-    files are no safetensors, it is loaded at once.
+    transformers maps files into memory, but copies tensors whose dtype is to be another. So the
+    model is made in a dtype that holds all of the files' numbers exactly, and its parts are
+    converted one by one. It is loaded at once if that would change a bit (as some models have rules
+    for dtypes of their own), or if the files are no safetensors.
 
     Args:
         kind: One of transformers' classes ``AutoModel…``.
         model: Path or Hub name of the model, or a path inside ``recipes/``.
         dtype: The weights' dtype, or "auto".
-        shapes: What :func:`pretrained` gave on the meta device.
+        shapes: What :func:`pretrained` returned on the meta device.
 
     Returns:
-        The model, and what gives a part of it, in place, the dtypes that are due.
+        The model, and a function that converts a part of it, in place, to the dtypes asked for.
     """
     path, wide = resolve(model), _wide_dtype(resolve(model))
     asked = AutoConfig.from_pretrained(path).dtype if dtype == "auto" else getattr(torch, dtype)
@@ -95,14 +95,15 @@ def mapped(
 
     def convert(part: nn.Module) -> None:
         for parameter in part.parameters():
-            if parameter in due:  # and not sharded; kept there, it would never be freed
+            # Not those that are sharded by now. Popped, so that mapped memory can be freed.
+            if parameter in due:
                 parameter.data = parameter.data.to(due.pop(parameter))
 
     return found, convert
 
 
 def _wide_dtype(path: str) -> torch.dtype | None:
-    """A dtype that holds each number in a model's safetensors files; None if there is none."""
+    """A dtype that holds all numbers in a model's safetensors files exactly; None if none does."""
     try:
         kinds = _kinds(path, SAFE_WEIGHTS_NAME)
     except OSError:

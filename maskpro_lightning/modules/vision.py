@@ -1,4 +1,4 @@
-"""Image classifiers of Hugging Face, as Lightning modules, for recipes."""
+"""Hugging Face's image classifiers and image data, as Lightning modules, for recipes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from maskpro_lightning.progress import progress
 
 
 class ImageClassifier(pl.LightningModule):
-    """An image classifier with its cross-entropy in nats.
+    """An image classifier with its cross-entropy in nats (natural logarithms) per image.
 
     Logs ``train_loss``, ``val_loss`` and ``val_accuracy``. It stays in evaluation mode.
 
@@ -62,13 +62,13 @@ class ImageClassifier(pl.LightningModule):
 
 
 class ImageData(pl.LightningDataModule):
-    """Images with labels of ``datasets``, prepared as the model's processor says.
+    """Images with labels from ``datasets``, prepared by the model's processor.
 
-    Streams a source, and reads no more of it than the images and ``shuffle_buffer`` more.
+    Streams a source, and reads only the images that it takes and ``shuffle_buffer`` more.
 
     Args:
         processor: Path or Hub name of the model, whose image processor is used.
-        source: What ``datasets.load_dataset`` takes: a Hub name, a folder, "imagefolder",
+        source: An argument of ``datasets.load_dataset``: a Hub name, a folder, "imagefolder",
             "parquet".
         name: The data set's configuration, for ``load_dataset``.
         data_files: Files by split, for ``load_dataset``.
@@ -78,9 +78,9 @@ class ImageData(pl.LightningDataModule):
         label_column: Column that holds the class's number.
         train_images: Number of training images.
         val_images: Number of validation images.
-        shuffle_buffer: Images to choose the next one from, since sources are often sorted.
-        batch_size: Images of a batch.
-        num_workers: Processes that prepare images.
+        shuffle_buffer: The number of images to draw the next one from, as sources are often sorted.
+        batch_size: The number of images of a batch.
+        num_workers: The number of processes that prepare images.
         seed: Seed of the choice, and of the order in every epoch.
     """
 
@@ -112,7 +112,7 @@ class ImageData(pl.LightningDataModule):
             self._sets = {part: self._images(part) for part in ("train", "val")}
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches in an order that depends on seed and epoch, so a fit resumes in it."""
+        """Batches in an order that depends on seed and epoch alone, so that a fit can resume."""
         sampler: DistributedSampler[Any] | None = None
         if self.trainer is None or self.trainer.world_size == 1:
             sampler = DistributedSampler(self._sets["train"], 1, 0, seed=self.hparams["seed"])
@@ -123,7 +123,7 @@ class ImageData(pl.LightningDataModule):
         return self._loader("val")
 
     def provenance(self) -> dict[str, str]:
-        """The training data's name, digest and source, as MLflow wants to know them."""
+        """The training data's name, digest and source, for :class:`mlflow.entities.Dataset`."""
         source = {"path": self.hparams["source"], "split": self.hparams["train_split"]}
         return {
             "name": self.hparams["source"],
@@ -159,7 +159,7 @@ class ImageData(pl.LightningDataModule):
 
 
 class _Images(Dataset[tuple[Tensor, int]]):
-    """Images that are prepared when they are asked for, since they are larger then."""
+    """Images that are prepared when they are read, since that makes them larger."""
 
     def __init__(self, rows: Sequence[tuple[Any, int]], processor: Any) -> None:
         self._rows, self._processor = rows, processor

@@ -1,4 +1,4 @@
-"""Text that a language model writes itself: to learn masks from where there is no data."""
+"""Text that a language model writes itself, to learn masks from without other data."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from maskpro_lightning.catalog import resolve
 from maskpro_lightning.files.atomic import atomic
 from maskpro_lightning.progress import progress
 
-# Sequences that are written at once.
+# Sequences that are generated at once.
 _BATCH = 32
 
 
 def written(
     model: str, count: int, length: int, seed: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Sequences drawn from a model's own distribution, each from an end-of-text on.
+    """Sequences sampled from a model's own distribution, each from an end-of-text token on.
 
-    They are kept below ``HF_HOME`` and read from there the next time.
+    They are stored below ``HF_HOME``, and read from there the next time.
 
     Args:
         model: Path or Hub name of a causal language model and its tokenizer, or a path inside
             ``recipes/``.
-        count: Number of sequences.
-        length: Tokens of a sequence.
-        seed: Seed of the draws.
+        count: The number of sequences.
+        length: The number of tokens of a sequence.
+        seed: Seed of the sampling.
         device: Where the model runs.
 
     Returns:
@@ -66,16 +66,16 @@ def _write(name: str, count: int, length: int, seed: int, device: torch.device |
 
 @torch.no_grad()
 def generate(model: Any, end: int, count: int, length: int, seed: int) -> Tensor:
-    """Let a model write as :func:`written` says, after the end-of-text token ``end``."""
-    config: Any = GenerationConfig  # as untyped as it is
-    # That of the model's files may ask for something else than its distribution.
+    """Sample sequences as :func:`written` does, each from the token ``end`` on."""
+    config: Any = GenerationConfig  # which is untyped
+    # The model's own generation config may not sample from its distribution.
     asked, model.generation_config = model.generation_config, config()
     plain = config(
         do_sample=True,
         top_k=0,
         min_new_tokens=length - 1,
         max_new_tokens=length - 1,
-        eos_token_id=None,  # goes on with another text, as packed text does
+        eos_token_id=None,  # goes on after an end-of-text, as packed text does
         pad_token_id=end,
     )
     found, device = [], model.device
@@ -91,6 +91,6 @@ def generate(model: Any, end: int, count: int, length: int, seed: int) -> Tensor
 
 
 def _version(folder: Path) -> list[tuple[str, int, int]]:
-    """What tells the files of a folder from those that were there before; of the Hub, nothing."""
+    """Names, sizes and times of a folder's files, to notice other files; empty for a Hub name."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]

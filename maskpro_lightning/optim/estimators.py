@@ -1,8 +1,8 @@
-"""What an estimator of the loss's gradient in the logits is told, and where its logits start.
+"""The two estimators of the loss's gradient in the logits: their settings and initial logits.
 
-An estimator is a record: its numbers go into the optimizer's parameter groups, where learning rate
-schedulers and checkpoints find them. The policy's way with losses is in ``tracker``, the other's
-way with gradients in ``straight_through``.
+An estimator is a record. Its numbers go into the optimizer's parameter groups, where learning rate
+schedulers and checkpoints find them. What the policy does with a loss is in ``tracker``, what
+straight-through does with gradients in ``straight_through`` and ``lessons``.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from maskpro_lightning.weights.admission import LARGEST, check_rule
 
 EstimatorName = Literal["straight_through", "policy"]
 
-# Typical gap of the logits that a Llama of 35 weights learns best from; what it grows by where
-# there are e times as many, since SmolLM2, of 210, learns best from 20 to 32; and the largest.
+# The typical gap between a kept and a pruned logit at the start: for _FEW weights (a Llama of 35
+# learns best from 3), its growth for e times as many (SmolLM2, of 210, learns best from 20 to 32),
+# and its maximum.
 _GAP, _GAP_GROWTH, _FEW, _LARGEST_GAP = 3.0, 13.0, 35, 30.0
-# Step sizes that both bear, in units of that gap; larger ones are for no model.
+# Step sizes at which both learn, in units of that gap: the first is divided by the root of the
+# number of weights, the second is the maximum.
 _STEP, _MOST = 0.5, 2 / 15
-# Standard deviations of a random walk between a typical choice and a change of mind. The walk
-# widens as a gap closes, and close calls start nearer: chance flips about 1 % of the groups.
+# The typical gap in standard deviations of a fit's random walk. Chance still flips about 1 % of the
+# groups, since the walk widens as a gap closes, and since some choices start closer.
 _WALK_MARGIN = 24.0
 
 
@@ -37,12 +39,12 @@ class StraightThrough:
     Args:
         lr: Step size of the logits, in units of logits; no logit moves further in a step. By
             default it follows from the number of weights, see :func:`straight_through_lr`.
-        logit_scale: How far apart the logits of a kept and of a pruned weight start where the
-            choice between them was typical, in units of logits; it is less where it was a close
-            one, and more where it was easy, see :func:`graded`. The larger, the less is explored:
-            the initial mask of a 2:4 group whose gaps are all alike is drawn with probability 0.87
-            at 3, 0.98 at 5 and 0.9999 at 10. By default it follows from the number of weights,
-            see :func:`straight_through_scale`.
+        logit_scale: The initial gap between the logits of a kept and a pruned weight where the
+            choice between them was typical, in units of logits. It is smaller where the choice was
+            close and larger where it was clear, see :func:`graded`. A larger scale explores less: a
+            2:4 group with all gaps alike draws its initial mask with probability 0.87 at 3, 0.98 at
+            5 and 0.9999 at 10. By default it follows from the number of weights, see
+            :func:`straight_through_scale`.
 
     Raises:
         TypeError: what should be a number is none.
@@ -68,7 +70,7 @@ class StraightThrough:
     def for_fit(
         self, pattern: NMPattern, weights: int, steps: int | None = None
     ) -> StraightThrough:
-        """The estimator of a fit of so many weights and steps, if they are known."""
+        """The estimator with defaults filled in for a fit of so many masked weights."""
         scale = self.logit_scale
         scale = straight_through_scale(weights) if scale is None else scale
         lr = straight_through_lr(weights, scale) if self.lr is None else self.lr
@@ -77,7 +79,7 @@ class StraightThrough:
     def initial_logits(
         self, weight: Tensor, mask: Tensor, pattern: NMPattern, input_dim: int, scale: float
     ) -> Tensor:
-        """Where the logits of a whole weight start, float32, in its shape."""
+        """The initial logits of a whole weight, float32, in its shape."""
         return graded(weight, mask, pattern, input_dim, scale)
 
 
@@ -86,14 +88,15 @@ class Policy:
     """Learn from the loss alone: forward passes only, no gradients. The paper's estimator.
 
     Args:
-        lr: Step size of the logits. By default it follows from the length of a fit, see
-            :func:`policy_lr`, and is 0.1 where that is not known.
+        lr: Step size of the logits. By default it follows from the length of the fit, see
+            :func:`policy_lr`; it is 0.1 if that is not known.
         logit_scale: See :class:`StraightThrough`.
-        momentum: Decay of the tracker of residuals, alpha in [0, 1).
-        published: The paper's rule to the letter: the advantage is not divided by its running
-            spread, all kept weights start at ``logit_scale`` and the others at 0, and the rate is
-            constant. Its ``lr`` has to be found for each model (Llama-2 7B: lr 50, logit_scale 10).
-        baseline_cache: Batches whose baseline a fit remembers; 0 measures it at every step.
+        momentum: Decay of the residual tracker's averages, alpha in [0, 1).
+        published: The paper's rule to the letter: advantages are not divided by their running
+            spread, logits start at ``logit_scale`` if kept and at 0 if pruned, and the rate is
+            constant. Its ``lr`` has to be tuned for each model (Llama-2 7B: lr 50, logit_scale 10).
+        baseline_cache: The number of batches whose baseline (loss under the initial mask) a fit
+            remembers; 0 measures it at every step.
 
     Raises:
         TypeError: what should be a number is none.
@@ -132,7 +135,7 @@ class Policy:
         }
 
     def for_fit(self, pattern: NMPattern, weights: int, steps: int | None = None) -> Policy:
-        """The estimator of a fit of so many weights and steps, if they are known."""
+        """The estimator with defaults filled in for a fit of so many steps, if that is known."""
         if self.lr is not None or self.published or steps is None:
             return self
         return replace(self, lr=policy_lr(pattern, self.logit_scale, steps))
@@ -140,7 +143,7 @@ class Policy:
     def initial_logits(
         self, weight: Tensor, mask: Tensor, pattern: NMPattern, input_dim: int, scale: float
     ) -> Tensor:
-        """Where the logits of a whole weight start, float32, in its shape."""
+        """The initial logits of a whole weight, float32, in its shape."""
         if self.published:
             return mask.float().mul_(scale)
         return graded(weight, mask, pattern, input_dim, scale)
@@ -171,38 +174,39 @@ def estimator_of(given: Estimator | EstimatorName) -> Estimator:
 
 
 def straight_through_scale(weights: int) -> float:
-    """Where straight-through starts logits for a model of so many masked weights, one a layer.
+    """The default ``logit_scale`` of straight-through for so many masked weights, one a layer.
 
-    What draws cost adds up over layers: in a deep network, gradients taken among many changes say
-    little about any of them. So the logits of a deep one start further apart, which leaves draws
-    the closest calls.
+    The damage of random draws adds up over layers: in a deep network, gradients taken amid many
+    changes say little about any one of them. So a deep network's logits start further apart, and
+    draws change only the closest choices.
     """
     return min(_LARGEST_GAP, _GAP + _GAP_GROWTH * math.log(max(1.0, weights / _FEW)))
 
 
 def straight_through_lr(weights: int, logit_scale: float) -> float:
-    """The step size of straight-through for a model of so many masked weights, one a layer.
+    """The default ``lr`` of straight-through for so many masked weights, one a layer.
 
-    Each batch moves the masks of all layers by chance, too, and what that costs adds up over
-    layers: it grows with the number of layers times the square of the step. So the step that a
-    model bears falls with the root of that number. What a step means is up to the logits' scale.
+    Noise of the batches moves the masks of all layers. Its cost adds up over layers: it grows with
+    their number times the square of the step. So the step falls with the root of their number. It
+    is in proportion to the initial gap of the logits.
     """
     return logit_scale * min(_MOST, _STEP / math.sqrt(weights))
 
 
 def policy_lr(pattern: NMPattern, logit_scale: float, steps: int) -> float:
-    """The step size of the policy at which a whole fit's noise hardly changes a mask.
+    """The default ``lr`` of the policy, at which the noise of a whole fit hardly changes a mask.
 
-    A step moves the gap between a kept and a pruned logit by ``lr * advantage * (s_i - s_j)``, s
-    the score. An advantage that knows nothing about the group has variance 1, so T steps at a rate
-    that falls linearly to 0 are a random walk of variance ``lr^2 * T / 3 * E (s_i - s_j)^2``. What
-    flips a group beyond that is evidence, and more steps can find more of it.
+    A step moves the gap between a kept and a pruned logit by ``lr * advantage * (s_i - s_j)``, with
+    s the score. An advantage that does not depend on the group has variance 1. So T steps, at a
+    rate that falls linearly to 0, are a random walk of variance
+    ``lr^2 * T / 3 * E (s_i - s_j)^2``. The default keeps its standard deviation small against the
+    initial gap, so that evidence flips groups, and not chance.
 
     Args:
         pattern: The pattern.
-        logit_scale: The typical gap at the start, in units of logits.
-        steps: T.
+        logit_scale: The typical initial gap, in units of logits.
+        steps: T, the steps of the fit.
     """
     information = distribution.gap_information(pattern, logit_scale)
     rate = logit_scale / (_WALK_MARGIN * math.sqrt(information * steps / 3))
-    return min(rate, LARGEST)  # what is hardly ever drawn differently tells nothing
+    return min(rate, LARGEST)  # the information vanishes where draws hardly ever differ

@@ -1,4 +1,4 @@
-"""The mask step compiled into one loop, where that can be done and pays."""
+"""Compiles the mask step into one loop where a compiler can and where it pays."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _log = logging.getLogger(__name__)
 
 Step = Callable[..., tuple[Tensor, ...]]
 
-# Compiling takes ten seconds or more, which this many weights win back in some forty steps.
+# Compiling takes ten seconds or more; with this many weights some forty steps win that back.
 _PAYS_FROM = 2**24
-# The loop grows with the square of M, and beyond N = 2 the score is no loop.
+# The loop's code grows with the square of M, and beyond N = 2 the score is no single loop.
 _LARGEST_N, _LARGEST_M = 2, 8
 
 
 class Fusion:
-    """Chooses between the mask step as it is and the same compiled.
+    """Runs the mask step, compiled or as it is.
 
-    Both draw the same masks, but where two weights tie within a rounding: compiled exponentials
+    Both draw the same masks, unless two weights tie within a rounding error: compiled exponentials
     and logarithms may differ in the last bit.
 
     Args:
-        fused: True compiles, or raises where that cannot be done; False does not; None compiles
-            where it pays, and goes on without where it fails.
+        fused: True compiles, and raises if that fails. False does not compile. None compiles where
+            it pays, and goes on uncompiled if that fails.
         weights: All weights with their patterns.
 
     Raises:
@@ -63,11 +63,11 @@ class Fusion:
 
     @classmethod
     def off(cls) -> Fusion:
-        """Compiles nothing, for what happens once."""
+        """One that compiles nothing, for steps that happen once."""
         return cls(False, [])
 
     def __call__(self, step: Step, pattern: NMPattern, *arguments: Any) -> tuple[Tensor, ...]:
-        """The result of a step, one of the module ``transition``, whose arguments these are."""
+        """Call a function of the module ``transition`` with its arguments."""
         if not self._active or not _has_loop(pattern):
             return step(pattern, *arguments)
         from torch._dynamo.exc import TorchDynamoException
@@ -103,7 +103,7 @@ def _run(step: Step, pattern: NMPattern, groups: Tensor, *arguments: Any) -> tup
 
 
 def _collapsed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Views with as few dimensions as they have in common: each number of them is compiled anew."""
+    """Views with as few dimensions as strides allow: each number of dimensions is compiled anew."""
     sizes: list[int] = []
     outer = 0
     for dim, size in enumerate(tensors[0].shape[:-1]):
@@ -116,15 +116,15 @@ def _collapsed(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _alone(view: Tensor) -> Tensor:
-    """The same memory without the tensor that it is a view of, whose shape matters to compilers."""
+    """The same memory as a tensor of its own: of a view, compilers look at the base's shape."""
     memory = view.untyped_storage()
     return view.new_empty(0).set_(memory, view.storage_offset(), view.shape, view.stride())
 
 
 def _scalar(value: Any, groups: Tensor) -> Any:
-    """Numbers as scalars on the device: one in the code would be compiled for itself alone.
+    """A number as a scalar tensor, since each Python number would be compiled anew.
 
-    Filling a scalar does not wait for the device, as copying one there would.
+    It is filled, since copying a number to a device would wait for the device.
     """
     if isinstance(value, tuple):
         return tuple(_scalar(part, groups) for part in value)
@@ -139,7 +139,7 @@ def _has_loop(pattern: NMPattern) -> bool:
 
 
 def _missing(devices: set[str]) -> str | None:
-    """What is missing to compile for devices."""
+    """What is missing to compile for devices, or None."""
     if devices - {"cpu"} and find_spec("triton") is None:
         return f"Triton for {', '.join(sorted(devices - {'cpu'}))}"
     usual = "clang++" if sys.platform == "darwin" else "g++"
@@ -150,7 +150,7 @@ def _missing(devices: set[str]) -> str | None:
 
 @cache
 def _compiled(step: Step) -> Step:
-    # Of values a group apart the compiler thinks that they do not vectorize; it gathers them well.
+    # By its heuristics the compiler would not vectorize values a group apart, which it can gather.
     options = {"cpp.enable_tiling_heuristics": False}
     known = torch._inductor.list_options()
     compiled: Step = torch.compile(

@@ -1,17 +1,18 @@
-"""Learning from gradients: from each as soon as it is there, or from several together.
+"""Straight-through's move of the logits from a gradient, of one weight or of several joined.
 
-A weight's logits move by ``lr * share`` along the gradient of the expected loss in them. That is
-divided by its root mean square over the whole weight, so that one step size fits all weights, and
-no element counts for more than that. Gradients of deep networks are heavy-tailed: without the
-bound, a step moves a handful of decisive groups by many units in all layers together, and the loss
-runs away. Where the root mean square is not finite or zero nothing is learned.
+With g the gradient of the expected loss in a weight's logits, they move by
+``-lr * share * clip(g / rms(g), -1, 1)``. The root mean square is over the whole weight, so that
+one step size fits all weights. Gradients of deep networks are heavy-tailed: without the clipping, a
+step moves a few groups by many units in all layers at once, and the loss diverges. Where the root
+mean square is zero or not finite, nothing is learned.
 
-A gradient of any size will do: it is worked on in a unit of its own, a power of two.
+Gradients can be of any size: each is computed in a unit of its own, a power of two.
 
-Two kinds of gradients wait for others. Those of shards do until there are enough of them: what
-ranks tell each other, the sizes of gradients and the values of groups that are cut, is then one
-message each for all. Those of small weights do since starting a step for each would take longer
-than the step. What is learned is the same to the bit.
+Two kinds of gradients wait for others, which changes no bit of the result:
+
+- those of shards, so that ranks exchange the sums of squares, and the values of groups that are
+  cut, in one message for many weights;
+- those of small weights, since to start a step takes longer than to run it.
 
 Shape suffixes: ``G`` groups, ``W`` weights.
 """
@@ -32,10 +33,10 @@ from maskpro_lightning.optim.transition import directed, moved
 from maskpro_lightning.optim.units import unit_of
 from maskpro_lightning.weights.layout import block_size, sums
 
-#: Numbers of gradients, on each rank, that wait for others to share a message with.
+#: Once gradients of shards hold this many numbers on each rank, they wait no longer.
 WAITING = 2**26
-# Groups of a whole weight below which copying its gradient takes less time than starting a step for
-# it alone; and few enough to be one block.
+# With fewer groups than this, a weight's gradient is copied in less time than its own step takes to
+# start, and the weight is a single block.
 _SMALL = 2**13
 
 
@@ -45,11 +46,11 @@ class Lesson:
 
     Attributes:
         masked: The weight, or this rank's part of it.
-        gradient: That of the loss in the part, whose memory is used.
+        gradient: The gradient of the loss in the part; it is overwritten.
         slabs: Where the weight is cut within groups, see :func:`shared_slabs`.
         draw: The next draw.
-        bound: How far a logit may move, ``lr`` times this gradient's share of the step.
-        part: Number of the backward pass in the step, from 0.
+        bound: The largest move of a logit: ``lr`` times this gradient's share of the step.
+        part: The number of the backward pass in the step, from 0.
     """
 
     masked: MaskedWeight
@@ -61,31 +62,31 @@ class Lesson:
 
     @property
     def groups(self) -> int:
-        """The number of groups on a rank, alike on all of them."""
+        """The mean number of groups on a rank; the same on all ranks."""
         layout = self.masked.layout
         return math.prod(layout.shape) // (layout.pattern.m * layout.ranks)
 
     @property
     def is_small(self) -> bool:
-        """Whether a step for it alone would take long; alike on all ranks."""
+        """Whether it is to be joined with others; the same on all ranks."""
         return self.groups < _SMALL and not self.masked.layout.may_be_cut
 
     @property
     def kind(self) -> Hashable:
-        """The same for lessons that can be learned as one; alike on all ranks."""
+        """Equal for lessons that can be joined; the same on all ranks."""
         tensors = (self.gradient, self.masked.weight, self.masked.logits)
         like = [(tensor.dtype, tensor.device) for tensor in tensors]
         return self.masked.layout.pattern, self.draw, self.bound, self.part, tuple(like)
 
 
 class Lessons:
-    """Learns from gradients, from some later than they are given. Collectives for shards.
+    """Learns from gradients, at once or after some have been collected. For shards a collective.
 
     Args:
         fusion: Runs the step of a block.
 
     Attributes:
-        finite: Whether each gradient that was learned from was finite, bool scalars.
+        finite: For each gradient so far, whether it was finite; bool scalars.
     """
 
     def __init__(self, fusion: Fusion) -> None:
@@ -95,21 +96,21 @@ class Lessons:
         self.finite: list[Tensor] = []
 
     def add(self, lesson: Lesson, *, hold: bool = False) -> None:
-        """Learn from a gradient, or put it off.
+        """Learn from a gradient, or let it wait for others.
 
         Args:
             lesson: The gradient.
-            hold: Put it off, whatever waits.
+            hold: Let it wait until :meth:`finish` in any case.
         """
         layout = lesson.masked.layout
         if lesson.masked.name in self._waiting:
-            # A weight's second gradient is judged by logits that have learned from the first.
+            # A weight's second gradient is for logits that have learned from the first.
             self.finish()
         elif not (hold or layout.across or lesson.is_small):
             self._learn([lesson])
             return
         self._waiting[lesson.masked.name] = lesson
-        # What ranks tell each other is one message for all kinds.
+        # Ranks exchange one message for all kinds.
         kind = "across" if layout.across else lesson.kind
         most = WAITING // layout.pattern.m if layout.across else block_size(lesson.gradient.device)
         self._groups[kind] += lesson.groups
@@ -117,7 +118,7 @@ class Lessons:
             self.finish()
 
     def finish(self) -> None:
-        """Learn from what waits."""
+        """Learn from all gradients that wait."""
         lessons = list(self._waiting.values())
         self._waiting.clear()
         self._groups.clear()
@@ -125,6 +126,7 @@ class Lessons:
 
     @torch.no_grad()
     def _learn(self, lessons: Sequence[Lesson]) -> None:
+        """Move the logits of some weights, each by its gradient."""
         about = [(lesson.masked.layout, lesson.gradient, lesson.slabs) for lesson in lessons]
         layouts = [layout for layout, _, _ in about]
         shared = sums(layouts, [layout.shared(own, slabs) for layout, own, slabs in about])
@@ -132,25 +134,25 @@ class Lessons:
             _Move(lesson, layout.completed(own, slabs, values))
             for lesson, (layout, own, slabs), values in zip(lessons, about, shared, strict=True)
         ]
-        _measure(moves)
+        _choose_units(moves)
         batches = list(_batches(moves))
         for batch in batches:
-            batch.turn(self._fusion)
-        self.finite += _scale(moves)
+            batch.find_directions(self._fusion)  # g, and the sum of its squares
+        self.finite += _choose_scales(moves)  # lr * share / rms(g)
         for batch in batches:
-            batch.make(self._fusion)
+            batch.move_logits(self._fusion)
 
 
 class _Move:
-    """A gradient on its way to a move of the logits.
+    """A gradient that becomes a move of the logits.
 
     Attributes:
-        lesson: Where it comes from.
-        direction: The gradient padded with what other ranks have of its groups, then turned into
-            the direction of the move.
-        unit: What it is divided by, a scalar.
-        square: The sum of the squares of the direction, in this rank's unit of it.
-        scale: How far to go along it.
+        lesson: The gradient's lesson.
+        direction: The gradient in the weights, padded with other ranks' values of its groups; then
+            in its place g, the gradient in the logits, in units.
+        unit: The power of two that the gradient is divided by, a scalar.
+        square: The sum of the squares of g over this rank's groups, in units.
+        scale: What g in units is multiplied by.
     """
 
     def __init__(self, lesson: Lesson, gradient: Tensor) -> None:
@@ -160,24 +162,24 @@ class _Move:
         self.scale: Tensor
 
 
-class _Alone:
+class _SingleMove:
     """The move of one weight."""
 
     def __init__(self, move: _Move) -> None:
         self._move = move
 
-    def turn(self, fusion: Fusion) -> None:
+    def find_directions(self, fusion: Fusion) -> None:
         move = self._move
         move.square = move.lesson.masked.direction(move.direction, move.unit, fusion)
 
-    def make(self, fusion: Fusion) -> None:
+    def move_logits(self, fusion: Fusion) -> None:
         move, lesson = self._move, self._move.lesson
         about = lesson.draw, move.direction, move.scale, lesson.bound, lesson.part
         lesson.masked.move(*about, fusion)
 
 
-class _Joined:
-    """The moves of small weights, made as one."""
+class _JoinedMoves:
+    """The moves of several small weights, joined into one step."""
 
     def __init__(self, moves: Sequence[_Move]) -> None:
         self._moves = moves
@@ -188,7 +190,7 @@ class _Joined:
         self._logits = logits if logits.is_floating_point() else logits.int()
         self._direction: Tensor
 
-    def turn(self, fusion: Fusion) -> None:
+    def find_directions(self, fusion: Fusion) -> None:
         pattern, blocks = self._moves[0].lesson.masked.layout.pattern, self._blocks
         gradient, dense = (
             torch.cat([tensor.flatten(0, -2) for tensor in tensors])
@@ -201,13 +203,13 @@ class _Joined:
         self._direction = found.to(gradient.dtype)
         self._put([block.gradient for block in blocks], self._direction)
         for move, block in zip(self._moves, blocks, strict=True):
-            # In the order of its memory, as for a weight alone.
+            # Summed in the order of its memory, as for a single weight.
             move.square = block.gradient.float().square().sum()
 
-    def make(self, fusion: Fusion) -> None:
+    def move_logits(self, fusion: Fusion) -> None:
         first, groups_G = self._moves[0].lesson, self._groups_G
         keys = [move.lesson.masked.key(move.lesson.draw) for move in self._moves]
-        # Adding a number does not wait for the device, as copying it there would.
+        # Added to zeros, since copying a number to a device would wait for the device.
         key = tuple(
             torch.cat(
                 [
@@ -231,30 +233,31 @@ class _Joined:
         return torch.cat([number.expand(size) for number, size in pairs])
 
     def _put(self, places: Sequence[Tensor], values: Tensor) -> None:
-        """Put the parts of joined values where they belong, in one call."""
+        """Copy the parts of joined values into their places, in one call."""
         parts = zip(places, values.split(self._sizes), strict=True)
         torch._foreach_copy_(list(places), [part.view(place.shape) for place, part in parts])
 
 
-def _batches(moves: Iterable[_Move]) -> Iterable[_Alone | _Joined]:
+def _batches(moves: Iterable[_Move]) -> Iterable[_SingleMove | _JoinedMoves]:
+    """Moves of small weights joined by kind, the others singly."""
     small: defaultdict[Hashable, list[_Move]] = defaultdict(list)
     for move in moves:
         if move.lesson.is_small:
             small[move.lesson.kind].append(move)
         else:
-            yield _Alone(move)
+            yield _SingleMove(move)
     for together in small.values():
-        yield _Joined(together) if len(together) > 1 else _Alone(together[0])
+        yield _JoinedMoves(together) if len(together) > 1 else _SingleMove(together[0])
 
 
-def _measure(moves: Sequence[_Move]) -> None:
-    """Give every move a unit, by the largest absolute value of its gradient."""
+def _choose_units(moves: Sequence[_Move]) -> None:
+    """Set each move's unit by the largest absolute value of its gradient."""
     ends: defaultdict[Hashable, list[tuple[_Move, Tensor, Tensor]]] = defaultdict(list)
     for move in moves:
         gradient = move.direction.detach()
         if not gradient.numel():
             gradient = gradient.new_zeros(1)
-        low, high = gradient.aminmax()  # on a CPU a tenth of the time of an infinity norm
+        low, high = gradient.aminmax()  # on a CPU ten times as fast as an infinity norm
         ends[low.dtype, low.device].append((move, low, high))
     for alike in ends.values():
         of, lows, highs = zip(*alike, strict=True)
@@ -263,10 +266,10 @@ def _measure(moves: Sequence[_Move]) -> None:
             move.unit = unit
 
 
-def _scale(moves: Sequence[_Move]) -> list[Tensor]:
-    """Work out how far to go along each direction; returns whether it is finite, bool scalars."""
+def _choose_scales(moves: Sequence[_Move]) -> list[Tensor]:
+    """Set each move's scale; returns whether its gradient is finite, bool scalars."""
     layouts = [move.lesson.masked.layout for move in moves]
-    # Ranks have units of their own, and in float64 there is room for all of them.
+    # Ranks have different units, so their sums of squares are added in float64 without units.
     common = [
         move.square.double() * move.unit.double().square() if layout.across else move.square
         for layout, move in zip(layouts, moves, strict=True)
@@ -277,7 +280,7 @@ def _scale(moves: Sequence[_Move]) -> list[Tensor]:
     found: list[Tensor] = []
     for several in alike.values():
         of, totals = zip(*several, strict=True)
-        # Numbers go along with the calls: copies of them would wait for the device.
+        # Python numbers, since copying them to a device would wait for the device.
         numbers = [math.prod(move.lesson.masked.layout.shape) for move in of]
         sizes_W = torch.stack(torch._foreach_div(totals, numbers)).sqrt()
         finite_W = sizes_W.isfinite()

@@ -1,14 +1,17 @@
-"""One weight under masks: what is kept of it, and what a step does to that.
+"""One masked weight: the versions that it can hold, its state, and a step on both.
 
-A weight holds one version of itself: its dense values under one mask or another. What is beside it
-says the rest. In *plain* memory that is a copy of the dense weight, and to write a version is to
-write it anew, whatever the weight holds. In *lean* memory it is only what the mask leaves out, so
-to write a version is to exchange values between the two places, and half an exchange would lose
-some. Therefore each block is worked on in one call that no exception can part, which also counts
-it; what was interrupted between blocks is finished before anything else is done.
+The weight holds one version at a time: its dense values under one mask or another. A tensor beside
+it, the *rest*, holds what the version lacks:
 
-Everything is done block by block, so that what is computed on the way stays in the processor's
-cache and no temporary is as large as a layer.
+- in *plain* memory a copy of the dense weight. A version is written anew, whatever the weight
+  holds;
+- in *lean* memory the pruned values alone. To write a version, values are exchanged between weight
+  and rest, and half an exchange would lose some. So one call writes a block and counts it as done,
+  which no exception can split. A write that was interrupted between blocks is finished before
+  anything else happens.
+
+All work goes block by block: temporaries fit in the processor's cache, and none is as large as a
+layer.
 
 Shape suffixes: ``G`` groups of a block, ``M`` group size.
 """
@@ -39,12 +42,12 @@ from maskpro_lightning.optim.words import (
     one_by_one,
     words_of,
 )
-from maskpro_lightning.weights.layout import Layout, block_size
+from maskpro_lightning.weights.layout import INTEGERS, Layout, block_size
 
 Version = Literal["dense", "initial", "drawn", "mode", "best"]
 
-# A gradient takes some ten numbers per weight on the way, or hundreds for a large pattern: so many
-# times fewer groups at once, which costs no time.
+# How many times smaller the blocks of a gradient are: it takes ten temporary numbers per weight, or
+# hundreds for a large pattern. That costs no time.
 _GRADIENT_SHARE = 4
 
 #: The bits of the masks in a saved state, a byte per weight; 4 was once the draw before the last.
@@ -53,7 +56,9 @@ BITS: dict[Version, int] = {"initial": 1, "drawn": 2, "best": 8}
 
 @dataclass(frozen=True)
 class Draw:
-    """What a draw depends on besides logits, the weight's name and the group's number.
+    """The seed and the number of a draw.
+
+    A draw depends on these, the logits, the weight's name and the group's number alone.
 
     Attributes:
         seed: Seed of all draws.
@@ -66,7 +71,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Groups:
-    """Some groups of one weight: it dense, the logits that draws are from, masks, each (G, M)."""
+    """Some groups of one weight, (G, M): dense values, logits, the initial and the drawn masks."""
 
     name: str
     pattern: NMPattern
@@ -78,7 +83,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class Lines:
-    """All groups of a small weight, with a gradient.
+    """All groups of a small weight and their gradient.
 
     Attributes:
         groups_G: int64, their numbers.
@@ -95,11 +100,11 @@ class Lines:
 
 @dataclass
 class Held:
-    """Which version a weight holds, and how far it is on its way to another.
+    """The version that a weight holds, and the write of another one that is under way, if any.
 
     Attributes:
         version: What the weight holds.
-        bits: The sum of the dense weight's bits, by which lean memory knows its values again.
+        bits: The sum of the dense weight's bits, by which lean memory checks its values.
     """
 
     version: Version = "dense"
@@ -111,14 +116,14 @@ class Held:
         return version == self.version and self._way is None
 
     def begin(self, version: Version, move: Callable[[Tensor], None]) -> Tensor:
-        """Set out for a version.
+        """Begin to write a version; :meth:`arrive` finishes it.
 
         Args:
-            version: What the weight holds once all blocks are moved.
-            move: Moves the blocks from a number on, which it raises with each.
+            version: What the weight holds once all blocks are written.
+            move: Given the number of blocks that are done, writes the others and counts them in it.
 
         Returns:
-            The number of blocks that were moved, int64 scalar on the CPU.
+            The number of blocks that are done, now 0; int64 scalar on the CPU.
         """
         self.arrive()
         done = torch.zeros((), dtype=torch.int64)
@@ -126,7 +131,7 @@ class Held:
         return done
 
     def arrive(self) -> None:
-        """Finish what has begun or was interrupted."""
+        """Finish the write that has begun or was interrupted, if any."""
         if self._way is not None:
             version, move, done = self._way
             move(done)
@@ -142,14 +147,15 @@ class MaskedWeight:
         name: The weight's name, which its draws depend on.
         layout: Where the part lies in the whole weight.
         weight: Holds one version or another; written in place.
-        held: Which.
-        lean: Whether ``rest`` is what the held version leaves out, or a copy of the dense weight.
-        rest: With M - N or M values for a group's M, padded to whole groups.
-        logits: float32 or bfloat16, padded likewise.
-        masks: uint8, the initial and the drawn mask in two bits per weight: bytes of a group for
-            its M values, padded likewise.
-        redrawn: int64 (blocks,), the number of groups with another mask than in the draw before.
-        best: The mask that was remembered, a bit per weight, on the CPU; None if none was.
+        held: Which version that is.
+        lean: Whether ``rest`` holds the values that the held version prunes, or else a copy of the
+            dense weight.
+        rest: M - N values for each group if lean, else M; padded to whole groups.
+        logits: float32 or bfloat16, padded to whole groups.
+        masks: uint8, the initial and the drawn mask of each group in 2 M bits, padded to bytes and
+            to whole groups.
+        redrawn: int64 (blocks,), the number of groups whose mask the last draw has changed.
+        best: The remembered mask, a bit per weight, on the CPU; None if none is remembered.
     """
 
     name: str
@@ -173,15 +179,15 @@ class MaskedWeight:
         *,
         lean: bool,
     ) -> dict[str, Tensor]:
-        """The tensors of a weight that is dense; on the meta device, their shapes.
+        """The state of a weight that is dense now, by name; on the meta device, its shapes.
 
         Args:
-            layout: Where the part lies.
-            weight: The dense part, padded with what others have of its groups.
+            layout: Where this rank's part lies.
+            weight: The dense part, padded with other ranks' values of its groups.
             initial: Its initial mask, bool, padded.
-            drawn: The mask to go on from, likewise.
-            logits: Padded.
-            lean: What to keep of the weight.
+            drawn: The mask to go on from, bool, padded.
+            logits: Its logits, padded.
+            lean: Whether to keep the pruned values alone, and not a dense copy.
         """
         pattern = layout.pattern
         masks = _beside(layout, logits, -(-pattern.m // 4), torch.uint8)
@@ -199,7 +205,7 @@ class MaskedWeight:
         return {name: rest, "logits": logits, "masks": masks, "redrawn": redrawn}
 
     def one_block(self, gradient: Tensor) -> Lines:
-        """All of a gradient, and what belongs to it; of a part that is small and cuts no group."""
+        """The whole of a small weight and its gradient as one block; it must cut no group."""
         self.held.arrive()
         for groups_G, (values, weight, *state) in self._blocks(gradient):
             return Lines(groups_G, values, self._dense(weight, *state), one_by_one(state[1]))
@@ -209,19 +215,19 @@ class MaskedWeight:
         return Lines(numbers, empty.to(gradient.dtype), empty.to(self.weight.dtype), logits)
 
     def direction(self, gradient: Tensor, unit: Tensor, fusion: Fusion) -> Tensor:
-        """Turn a gradient, in its memory, into that of the expected loss in the logits.
+        """Replace a gradient, in place, by the gradient of the expected loss in the logits.
 
         Args:
-            gradient: Padded with what others have of the part's groups.
-            unit: Scalar, what it is divided by.
+            gradient: In the weights, padded with other ranks' values of the part's groups.
+            unit: Scalar that it is divided by.
             fusion: Runs the step of a block.
 
         Returns:
-            The sum of its squares, a scalar; a group that is cut counts on one rank.
+            The sum of the squares of the result, a scalar; a group that is cut counts on one rank.
         """
         self.held.arrive()
         total = torch.zeros((), device=gradient.device)
-        # Of a weight that is cut nothing is asked, which plain memory has a copy of.
+        # Plain memory needs only the dense copy, which is padded already where the weight is cut.
         weight = self.weight if self.lean else self.rest
         beside = gradient, weight, *self._state()
         blocks = self.layout.blocks(state=beside, share=_GRADIENT_SHARE)
@@ -246,14 +252,14 @@ class MaskedWeight:
         part: int,
         fusion: Fusion,
     ) -> None:
-        """Move the logits against ``scale * direction``, none of them by more than a bound.
+        """Move the logits against ``scale * direction``, each by at most a bound.
 
         Args:
             draw: The next draw.
             direction: Shaped like the padded part.
-            scale: Scalar; at 0 the direction may be anything.
+            scale: Scalar; if it is 0, the direction may be NaN.
             bound: The largest move.
-            part: Number of the move before that draw, from 0.
+            part: The number of this move among those before the draw, from 0.
             fusion: Runs the step of a block.
         """
         step = torch.full((), draw.step, device=self.weight.device)
@@ -265,25 +271,26 @@ class MaskedWeight:
             logits_to(logits).copy_(found)
 
     def key(self, draw: Draw) -> tuple[int, int]:
-        """What the numbers of a draw depend on besides its step and the groups' numbers."""
+        """The key of a draw's random numbers: its seed and the weight's name."""
         return philox.key_of(draw.seed, self.name)
 
     def advance(self, draw: Draw, change: Tensor | None, together: Together) -> None:
         """Move the logits, then draw the next mask and write it into the weight.
 
-        The weight has arrived there once ``together`` has finished and ``held`` has arrived.
+        Complete once ``together`` has finished and ``held`` has arrived.
 
         Args:
             draw: The next draw.
-            change: Scalar; the logits move against it along grad log P(drawn mask).
-            together: Makes the steps of all blocks.
+            change: Scalar; the logits move against it along grad log P(drawn mask). None moves
+                none.
+            together: Runs the steps of all blocks.
         """
         self.write("drawn")
         resume = partial(self._resume, draw, change, together)
         self._advance(draw, change, together, self.held.begin("drawn", resume))
 
     def write(self, version: Version) -> None:
-        """Write a version of the weight into it, if that is not what it holds."""
+        """Write a version into the weight, unless it holds that version already."""
         self.held.arrive()
         if version != self.held.version:
             self.held.begin(version, partial(self._write, version))
@@ -292,8 +299,8 @@ class MaskedWeight:
     def is_intact(self) -> Tensor:
         """Whether the weight holds, to the bit, the version that was written last; a bool scalar.
 
-        In lean memory the dense values are in the weight alone: there it is looked at whether
-        what the mask leaves out is zero, and whether the sum of all bits is what it was.
+        Lean memory has no copy to compare with. There, the check is that pruned values are zero and
+        that the sum of the bits of all values is what it was.
         """
         self.held.arrive()
         intact = torch.ones((), dtype=torch.bool, device=self.weight.device)
@@ -314,7 +321,7 @@ class MaskedWeight:
         return self.layout.own(self._padded_mask(version))
 
     def changed(self, version: Version) -> tuple[Tensor, int]:
-        """In how many groups a version's mask is not the initial one, and of how many."""
+        """The number of groups whose mask of a version is not the initial one, and all groups'."""
         number, groups = torch.zeros((), dtype=torch.int64, device=self.weight.device), 0
         for _, (_, *state) in self._blocks(versions=(version,), once=True):
             flags_2M = [self._flags(each, *state) or [] for each in (version, "initial")]
@@ -324,11 +331,11 @@ class MaskedWeight:
         return number, groups
 
     def packed_mode(self) -> Tensor:
-        """The most likely mask as ``best`` holds it."""
+        """The most likely mask, packed as ``best`` is."""
         return torch.from_numpy(np.packbits(self._padded_mask("mode").cpu().numpy()))
 
     def groups(self) -> Iterator[Groups]:
-        """Go through all groups in blocks, for statistics; a cut one counts on one rank."""
+        """All groups in blocks, for statistics; a group that is cut comes on one rank only."""
         self.held.arrive()
         for _, (weight, *state) in self._blocks(once=True):
             initial_GM, drawn_GM = (
@@ -345,9 +352,9 @@ class MaskedWeight:
             )
 
     def saved(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, this rank's own part: dense weight, logits, and masks as bits.
+        """This rank's part of a checkpoint: dense weight, logits, and masks as bits of bytes.
 
-        It is the same for either memory. The dense weight and the logits may be views.
+        The same in either memory. The dense weight and the logits may be views.
         """
         self.held.arrive()
         if self.lean:
@@ -386,16 +393,16 @@ class MaskedWeight:
                 done=done,
                 number=number,
             )
-            # A weight that is cut is worked on in a copy, which the last block brings back.
+            # A weight that is cut is worked on in a padded copy, written back after the last block.
             together.add(block, now=self.layout.cut)
 
     def _resume(self, draw: Draw, change: Tensor | None, together: Together, done: Tensor) -> None:
-        """Make the steps of the blocks that are left, if any."""
+        """Run the steps of the blocks that are left, if any."""
         if int(done) < len(self.redrawn):
             alone = together.another()
             self._advance(draw, change, alone, done)
             alone.finish()
-            if self.layout.cut:  # what was done before has not come back into the weight
+            if self.layout.cut:  # the padded copy of the blocks before is lost
                 self._write("drawn", torch.zeros_like(done))
 
     def _write(self, version: Version, done: Tensor) -> None:
@@ -406,7 +413,7 @@ class MaskedWeight:
             if number < first:
                 continue
             alike = () if self.lean else (state[0],)
-            held_M = self._flags(held, *state) if self.lean else None  # else whatever it is
+            held_M = self._flags(held, *state) if self.lean else None  # plain memory needs none
             words, rest = words_of(weight, *alike), words_of(state[0])
             next_M = self._flags(version, *state)
             found = exchange(self.layout.pattern, words, rest, held_M, next_M, self.lean)
@@ -420,13 +427,13 @@ class MaskedWeight:
         once: bool = False,
         share: int = 1,
     ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        """Blocks of parts, of the weight, and of what masks of the held or some versions are in."""
+        """Blocks of parts, of the weight, and of the state with the masks of some versions."""
         return self.layout.blocks(
             *parts, self.weight, state=self._state(*versions), once=once, share=share
         )
 
     def _state(self, *versions: Version) -> list[Tensor]:
-        """What masks of the held or some versions are in, padded."""
+        """The padded state in which masks of the held version, and of others, can be found."""
         state = [self.rest, self.logits, self.masks]
         if self.best is not None and "best" in (*versions, self.held.version):
             state.append(self._padded_mask("best"))
@@ -453,7 +460,7 @@ class MaskedWeight:
         words, rest = words_of(weight), words_of(state[0])
         words, _ = exchange(self.layout.pattern, words, rest, held_M, None, lean=True)
         dense = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        # What is contiguous could hold pairs where the block cannot.
+        # A contiguous tensor might allow wider integers than the block.
         integers_of(dense, weight).copy_(words)
         return dense
 
@@ -477,17 +484,16 @@ class MaskedWeight:
 
 
 def bits_in(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's values as integers, int64; no exchange of values changes it."""
+    """The sum of a tensor's values, their bits as integers; int64. An exchange leaves it alike."""
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    # Part by part, since a sum in another dtype makes a copy in it first.
+    # Part by part, since a sum in another dtype first makes a copy in that dtype.
     for part in _bits(tensor.detach()).flatten().split(block_size(tensor.device)):
         total += part.sum(dtype=torch.int64)
     return total
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.view(integer)
+    return tensor.view(INTEGERS[tensor.element_size()])
 
 
 def columns_of(block: Tensor) -> Tensor:
@@ -496,6 +502,6 @@ def columns_of(block: Tensor) -> Tensor:
 
 
 def _beside(layout: Layout, padded: Tensor, each: int, dtype: torch.dtype) -> Tensor:
-    """Zeros beside a padded part, with so many values for a group's M."""
+    """Zeros for a padded part, with ``each`` values for a group."""
     size = layout.size_of(padded.shape, each)
     return torch.zeros(size, dtype=dtype, device=padded.device)

@@ -11,12 +11,20 @@ m and the initial one:
     \pi &\leftarrow \pi - \eta \, (r - \delta) / \sigma \; \nabla_\pi \log P(m) \\
     \delta &\leftarrow \alpha \delta + (1 - \alpha) r
 
-with sigma the running spread of r - delta (1 in the published rule). "straight_through" pays for a
-backward pass and learns from what keeping a weight does to the loss: with c the gradient with
-respect to the mask,
+with sigma the running spread of r - delta (1 in the published rule). "straight_through" also needs
+a backward pass. With c the gradient of the loss with respect to the mask,
 
 .. math:: \pi \leftarrow \pi - \eta \, \mathrm{clip}(g / \mathrm{rms}(g), -1, 1), \quad
           g = \nabla_\pi \sum_j c_j P(j \in S)
+
+The way of one batch's loss into the logits is :meth:`MaskPro.step` and :meth:`MaskPro.learn`, which
+call, block by block, the functions of the module ``transition``:
+
+- policy: ``tracker.judge`` gives (r - delta) / sigma and the next delta; ``transition`` moves the
+  logits along the score and draws the next mask;
+- straight-through: a hook of ``straight_through.Gradients`` takes each weight's gradient;
+  ``lessons.Lessons`` finds g with ``directed``, then its rms, and moves the logits with ``moved``;
+  ``transition`` draws the next mask.
 """
 
 from __future__ import annotations
@@ -52,12 +60,12 @@ class MaskPro(Optimizer):
     """Learn N:M masks of frozen weights.
 
     ``loss = optimizer.step(closure)`` evaluates the loss under the drawn mask, moves the logits and
-    draws the next mask. Nothing is touched before the first step or :meth:`begin`; after it the
-    parameters hold the drawn mask.
+    draws the next mask. Nothing is touched before the first step or :meth:`begin`; from then on the
+    parameters hold the weights under the drawn mask.
 
-    Memory per weight, in bytes, for weights of b bytes: b (weight) + b (dense) + 4 (logits) + 1/4
-    (masks), or with ``memory="lean"``, which keeps pruned weights instead of all,
-    b + b (M - N) / M + 4 + 1/4. Logits in bfloat16 take 2 instead of 4.
+    Memory per weight of b bytes, in bytes: b (weight) + b (dense copy) + 4 (logits) + 1/4 (masks).
+    With ``memory="lean"``, which copies pruned weights only: b + b (M - N) / M + 4 + 1/4. Logits in
+    bfloat16 take 2 instead of 4.
 
     Args:
         params: Weights, best as ``(name, weight)`` pairs: a mask's randomness depends on the seed
@@ -69,13 +77,13 @@ class MaskPro(Optimizer):
         seed: Seed of the draws.
         model: The model that the weights belong to, where FSDP shards it (``fully_shard`` or
             ``FullyShardedDataParallel`` with ``use_orig_params=True``): each rank then keeps the
-            state of its own shards, and draws what one rank would draw.
-        fused: Compile the step of the masks (patterns with N <= 2) into one loop over the weights,
-            several times as fast: True or False, or None for where there is a compiler and enough
-            weights to win back the time that compiling takes.
-        memory: "plain" keeps a dense copy of each weight, "lean" what the weight's mask leaves out.
-            Both learn the same, and load each other's checkpoints.
-        logits_dtype: "bfloat16" saves 2 bytes a weight; logits are then rounded up or down at
+            state of its own shards, and draws the masks that a single rank would draw.
+        fused: Whether to compile the step of the masks (patterns with N <= 2 and M <= 8) into one
+            loop, which is several times as fast. None compiles if there is a compiler, and enough
+            weights to win back the time of compiling.
+        memory: "plain" keeps a dense copy of each weight, "lean" a copy of its pruned values. Both
+            learn the same, and load each other's checkpoints.
+        logits_dtype: "bfloat16" saves 2 bytes a weight. Logits are then rounded up or down at
             random, so that small steps count on average.
 
     Raises:
@@ -107,7 +115,7 @@ class MaskPro(Optimizer):
             for each in params
         ]
         number = sum(len(g["params"]) if isinstance(g, dict) else 1 for g in groups)
-        #: What the logits learn from, with the numbers that parameter groups start from.
+        #: The estimator, whose numbers the parameter groups start from.
         self.estimator = estimator_of(estimator).for_fit(NMPattern.parse(pattern), number)
         defaults = {
             "pattern": str(NMPattern.parse(pattern)),
@@ -120,7 +128,7 @@ class MaskPro(Optimizer):
         super().__init__(groups, defaults)
         for group in self.param_groups:
             admission.check_rule(group)
-            # The tracker of residuals; every group holds the same, since there is one loss.
+            # The residual tracker; every group holds the same one, since there is one loss.
             group.update(tracker.new())
             group["initial_lr"] = group["lr"]
         shapes = {} if model is None else flat_shapes(model)
@@ -136,24 +144,24 @@ class MaskPro(Optimizer):
             fused, [(local(p), layout.pattern) for p, layout in self.layouts.items()]
         )
         self._gradients = Gradients(self.names, self._states, self._fusion)
-        #: Loss, and for the policy baseline, residual and advantage, of the last step; scalars.
+        #: Of the last step: the loss, and for the policy also baseline, residual and advantage.
         self.last: dict[str, Tensor] = {}
 
-    # What there is
+    # Properties
 
     @property
     def layouts(self) -> Mapping[Tensor, Layout]:
-        """Which part of each weight is this rank's."""
+        """The part of each weight that is this rank's."""
         return self._states.layouts
 
     @property
     def sharded(self) -> bool:
-        """Whether a weight is split over ranks; what is shaped like a weight then is, too."""
+        """Whether weights are split over ranks, and with them all tensors of their shape."""
         return any(layout.across for layout in self.layouts.values())
 
     @property
     def names(self) -> list[str]:
-        """The weights' names, in their order."""
+        """The weights' names, in order."""
         return [name for _, name, _ in self._parameters()]
 
     @property
@@ -163,7 +171,7 @@ class MaskPro(Optimizer):
 
     @property
     def holds(self) -> Version | None:
-        """The version of the weights that the parameters hold; None if they differ."""
+        """The version that the parameters hold; None if they hold different ones."""
         versions = {held.version for held in self._states.held.values()} or {"dense"}
         return versions.pop() if len(versions) == 1 else None
 
@@ -178,7 +186,7 @@ class MaskPro(Optimizer):
 
     @property
     def tracker(self) -> dict[str, Tensor]:
-        """The tracker of residuals: ``delta``, ``variance`` and ``count``, scalars."""
+        """The residual tracker, scalars by name; see the module ``tracker``."""
         return {name: self.param_groups[0][name] for name in tracker.new()}
 
     # The step: a loss, or gradients, into the logits
@@ -187,12 +195,12 @@ class MaskPro(Optimizer):
     def begin(
         self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None
     ) -> None:
-        """Keep the dense weights, start the logits from the initial masks and draw the first.
+        """Keep the dense weights, start the logits from initial masks and draw the first mask.
 
         Args:
             masks: Initial masks by parameter name, bool, shaped like the whole weights, exactly N
-                of every M; or pairs of them, of which each is dropped before the next is asked
-                for. Without them the largest weights are kept.
+                of every M; or an iterable of (name, mask), which holds one mask at a time. By
+                default the largest weights are kept.
 
         Raises:
             RuntimeError: begun already.
@@ -213,7 +221,7 @@ class MaskPro(Optimizer):
             about = whole, mask, layout.pattern, layout.input_dim
             logits = self.estimator.initial_logits(*about, group["logit_scale"])
             state[parameter] = self._states.new(parameter, whole, mask, logits)
-        # At once, so that an error on the way, such as no memory, leaves nothing begun.
+        # Only now, so that an error above, such as no memory, leaves nothing begun.
         for parameter, tensors in state.items():
             self.state[parameter] = self._states.keep(parameter, tensors)
         self._draw(Fusion.off())
@@ -228,17 +236,22 @@ class MaskPro(Optimizer):
         """Evaluate the drawn mask, move the logits, draw the next mask.
 
         Args:
-            closure: Computes the loss, a scalar, on one batch; that of "straight_through" calls
-                ``loss.backward()``, while "policy" calls it without gradients. Without a closure
-                nothing is learned: the state is made if it is not there yet.
-            baseline: For "policy", the initial mask's loss on the same batch. Left out, it is
-                measured by calling the closure under the initial mask, with the same random
-                numbers.
+            closure: Computes the loss, a scalar, on one batch. For "straight_through" it also calls
+                ``loss.backward()``; for "policy" it runs without gradients. Without a closure
+                nothing is learned; :meth:`begin` is called if that has not happened yet.
+            baseline: For "policy", the initial mask's loss on the same batch. By default the
+                closure is called under the initial mask, too, with the same random numbers.
             backward_passes: How often the closure calls ``backward()``, see
                 :meth:`taking_gradients`.
 
         Returns:
-            The loss under the mask that was drawn.
+            The loss under the drawn mask, or None without a closure.
+
+        Raises:
+            TypeError: the closure returned no tensor of one number.
+            RuntimeError: no gradient has reached a masked weight.
+            ValueError: ``backward_passes`` is above 1 with FSDP1; or a learning rate is out of
+                range.
         """
         if not self.begun:
             self.begin()
@@ -259,19 +272,41 @@ class MaskPro(Optimizer):
         self.learn(loss, baseline)
         return loss
 
-    @torch.no_grad()
-    def learn(self, loss: Tensor, baseline: Tensor | None = None) -> None:
-        """Learn from a loss as it is, and draw the next mask; what :meth:`step` does at its end.
+    @contextmanager
+    def taking_gradients(
+        self, backward_passes: int = 1, reduce: Callable[[Tensor], object] | None = None
+    ) -> Iterator[None]:
+        """Within a ``with`` block, learn from each gradient during the backward pass, and free it.
+
+        For "straight_through". The gradients of only a few weights are in memory at once; with
+        FSDP1, which shows gradients when the backward pass is over, those of all. The parameters
+        hold the drawn mask within the block.
 
         Args:
-            loss: The loss under the drawn mask, a scalar. "straight_through" learns from gradients:
-                those that were taken within :meth:`taking_gradients`, and those that lie in
-                ``grad``.
+            backward_passes: The number of backward passes that one step learns from. Each moves the
+                logits by its share of ``lr``, along its own gradient divided by its own size.
+            reduce: Averages a gradient over ranks in place, if nothing else does.
+        """
+        if not self.begun:
+            self.begin()
+        self._check_rates()
+        self.write("drawn")
+        with self._gradients.taken(self._with_states, backward_passes, reduce):
+            yield
+
+    @torch.no_grad()
+    def learn(self, loss: Tensor, baseline: Tensor | None = None) -> None:
+        """Move the logits by a loss that was computed already, and draw the next mask.
+
+        Args:
+            loss: The loss under the drawn mask, a scalar. "straight_through" learns from the
+                gradients that came within :meth:`taking_gradients`, and from those in ``grad``.
             baseline: The initial mask's loss on the same batch, which "policy" needs.
 
         Raises:
             TypeError: a loss is no tensor of one number.
-            RuntimeError: there was no gradient.
+            RuntimeError: no gradient has reached a masked weight.
+            ValueError: a learning rate is out of range.
         """
         admission.check_loss(loss)
         if self.estimator.needs_gradients:
@@ -288,32 +323,10 @@ class MaskPro(Optimizer):
         for group in self.param_groups:
             group["step"] += 1
         self._draw(self._fusion, change)
-        self._opt_called = True  # what learning rate schedulers look for
-
-    @contextmanager
-    def taking_gradients(
-        self, backward_passes: int = 1, reduce: Callable[[Tensor], object] | None = None
-    ) -> Iterator[None]:
-        """Within a ``with`` block, learn from each gradient as soon as it is there, and free it.
-
-        For "straight_through". So there are never the gradients of more than a few weights at once,
-        but with FSDP1, which shows those of all weights when the backward pass is over. The
-        parameters hold the drawn mask then.
-
-        Args:
-            backward_passes: How many of them one step learns from. Each moves the logits by its
-                share of ``lr``, along its own gradient divided by its own size.
-            reduce: Averages a gradient over ranks in place, where nothing else does.
-        """
-        if not self.begun:
-            self.begin()
-        self._check_rates()
-        self.write("drawn")
-        with self._gradients.taken(self._with_states, backward_passes, reduce):
-            yield
+        self._opt_called = True  # learning rate schedulers look for this
 
     def _judge(self, loss: Tensor, baseline: Tensor) -> Tensor:
-        """How much worse than expected the drawn mask was; the tracker learns from that."""
+        """The advantage: how much worse than expected the drawn mask was. Updates the tracker."""
         residual, rule = loss - baseline, self.param_groups[0]
         advantage, after = tracker.judge(
             self.tracker, residual, rule["tracker_momentum"], published=rule["published"]
@@ -329,7 +342,7 @@ class MaskPro(Optimizer):
         return advantage
 
     def _draw(self, fusion: Fusion, advantage: Tensor | None = None) -> None:
-        """Move the logits by what an advantage says of the mask drawn last; draw the next."""
+        """Move the logits by the drawn mask's advantage, if one is given; draw the next mask."""
         together = Together(fusion)
         changes = {
             id(group): None if advantage is None else group["lr"] * advantage
@@ -350,14 +363,17 @@ class MaskPro(Optimizer):
         """Write a version of the weights into the parameters.
 
         Args:
-            version: "dense", all weights; "initial", those of the initial mask; "drawn", those of
-                the mask that the next step evaluates; "mode", those of the most likely mask,
-                which is the one to deploy; "best", those of the mask that :meth:`remember` kept,
-                the initial one before.
+            version: "dense", all weights; or the weights that a mask keeps: "initial"; "drawn", the
+                mask that the next step evaluates; "mode", the most likely mask (of each group the N
+                highest logits), which is the one to deploy; "best", the mask that :meth:`remember`
+                kept, or the initial one if there is none.
+
+        Raises:
+            ValueError: an unknown version.
         """
         if version not in get_args(Version):
             raise ValueError(f"version is one of {get_args(Version)}, got {version!r}.")
-        # Nothing to write, and FSDP's whole weights are right, which a backward pass may wait for.
+        # Not even a reshard: a backward pass may still need the whole weights that FSDP holds.
         if all(held.holds(version) for held in self._states.held.values()):
             return
         for _, _, masked in self._masked_weights():
@@ -365,7 +381,7 @@ class MaskPro(Optimizer):
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Keep the most likely mask of each group as the version "best"."""
+        """Keep the most likely mask as the version "best"."""
         for _, parameter, masked in self._masked_weights():
             if masked.held.version == "best":
                 masked.write("mode")
@@ -373,7 +389,7 @@ class MaskPro(Optimizer):
 
     @contextmanager
     def applied(self, version: Version) -> Iterator[None]:
-        """Write a version into the parameters for the duration of a ``with`` block."""
+        """Within a ``with`` block, let the parameters hold a version."""
         before = self.holds or "drawn"
         self.write(version)
         try:
@@ -404,13 +420,13 @@ class MaskPro(Optimizer):
 
     @torch.no_grad()
     def whole_masks(self, version: Version = "mode") -> Iterator[tuple[str, Tensor]]:
-        """Masks of whole weights, one after the other; all ranks have to ask for all of them."""
+        """Masks of whole weights by name, one at a time; a collective for each if sharded."""
         for _, parameter, masked in self._masked_weights():
             yield masked.name, self.layouts[parameter].whole(masked.mask(version))
 
     @torch.no_grad()
     def whole(self, parameter: Tensor) -> Tensor:
-        """The whole of a weight as it is now; all ranks have to ask for it."""
+        """The whole of a weight as it is now; a collective if it is sharded."""
         self._states.reshard()
         return self.layouts[parameter].whole(local(parameter))
 
@@ -420,17 +436,17 @@ class MaskPro(Optimizer):
 
     @torch.no_grad()
     def groups(self) -> Iterator[Groups]:
-        """Go through all groups in blocks, for statistics."""
+        """All groups of this rank's parts in blocks, for statistics."""
         for _, _, masked in self._masked_weights():
             yield from masked.groups()
 
     def redrawn(self) -> dict[str, Tensor]:
-        """By name, how many groups of this rank's part the last draw has changed, int64 scalars."""
+        """By name, the number of this rank's groups that the last draw changed, int64 scalars."""
         return {masked.name: masked.redrawn.sum() for _, _, masked in self._masked_weights()}
 
     @torch.no_grad()
     def changed(self, version: Version) -> float:
-        """The share of groups whose mask of a version is not the initial one; a collective."""
+        """Share of groups, 0 to 1, whose mask of a version is not the initial one; a collective."""
         counts = [
             [float(number), float(groups)]
             for number, groups in (m.changed(version) for _, _, m in self._masked_weights())
@@ -451,7 +467,7 @@ class MaskPro(Optimizer):
         admission.check_finite(dict(zip(self.names, counts, strict=True)))
 
     def over_ranks(self, numbers: Tensor) -> Tensor:
-        """Add up what ranks have counted in their parts of each weight, a row for a weight."""
+        """Add up numbers that ranks have counted in their parts, one row for each weight."""
         _, _, first = next(self._parameters())
         return over_ranks(list(self.layouts.values()), numbers, local(first).device)
 
@@ -459,9 +475,9 @@ class MaskPro(Optimizer):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """The state, alike for each ``memory``: dense weights, logits and masks, or parts of them.
+        """The state: this rank's part of dense weights, logits and masks; the same in each memory.
 
-        Dense weights and logits may be views of the state.
+        Dense weights and logits may be views of the optimizer's own tensors.
         """
         packed = super().state_dict()
         order = chain.from_iterable(group["params"] for group in packed["param_groups"])
@@ -476,7 +492,7 @@ class MaskPro(Optimizer):
         return packed
 
     def check_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Refuse a saved state that :meth:`load_state_dict` would; nothing is touched.
+        """Refuse a saved state that :meth:`load_state_dict` would refuse; nothing is touched.
 
         Returns:
             The state as this version of the package saves it.
@@ -489,14 +505,14 @@ class MaskPro(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state; the parameters then hold the drawn mask of that state.
+        """Continue from a saved state; the parameters then hold its drawn mask.
 
         Raises:
             ValueError: the state belongs to other weights, another pattern or another estimator, or
             it is damaged; nothing is touched then.
         """
         state_dict = self.check_state(state_dict)
-        self.write("dense")  # what is begun here ends here
+        self.write("dense")  # of the masks that have begun here, if any
         order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         state = {
             parameter: self._states.restored(parameter, state_dict["state"][key])
@@ -515,7 +531,7 @@ class MaskPro(Optimizer):
         kept = {"estimator", "last", "_states", "_fusion", "_gradients"}
         return super().__getstate__() | {name: vars(self)[name] for name in kept}
 
-    # What is behind it
+    # Internals
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
         number = count()
@@ -525,7 +541,7 @@ class MaskPro(Optimizer):
                 yield group, name, parameter
 
     def _masked_weights(self) -> Iterator[tuple[dict[str, Any], Tensor, MaskedWeight]]:
-        """All weights, once begun, of which the parameters are this rank's parts from now on."""
+        """All weights, once begun; resharded, so that parameters are this rank's parts."""
         self._states.reshard()
         yield from self._with_states()
 

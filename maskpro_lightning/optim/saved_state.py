@@ -1,4 +1,4 @@
-"""What a saved state has to be for MaskPro to go on from it; anything else is refused."""
+"""Checks a saved state of MaskPro before it is loaded, and refuses one that does not fit."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from maskpro_lightning.weights.admission import LARGEST, check_rule
 from maskpro_lightning.weights.layout import Layout, local
 
 Group = dict[str, Any]
-# What decides which masks these are; the rest of a rule is taken over from the saved state.
+# Must be the same in the saved state; all other settings are taken over from it.
 _IDENTITY = ("param_names", "pattern", "input_dim", "estimator")
 _TENSORS = {"dense", "logits", "masks"}
 _LOGITS = (torch.float32, torch.bfloat16)
-# No fit gets there, as a step is at most LARGEST, and beyond a draw's numbers may leave float32.
+# Beyond, a draw may overflow float32. No fit gets there, since a step is at most LARGEST.
 _LARGEST_LOGIT = 1e20
 
 
 def checked(
     saved: Mapping[str, Any], groups: Sequence[Group], weights: Sequence[tuple[str, Layout]]
 ) -> dict[str, Any]:
-    """Refuse a state from which these weights cannot go on. Nothing is touched.
+    """Refuse a state that these weights cannot go on from. Nothing is touched.
 
     Args:
-        saved: What ``MaskPro.state_dict`` is said to have returned.
+        saved: The state, as ``MaskPro.state_dict`` returned it.
         groups: The optimizer's own parameter groups.
-        weights: The names of its weights and which part of each is this rank's, in order. A
-            saved part is looked at but for the groups that its edges cut.
+        weights: The names of its weights and the part of each that is this rank's, in order. Of a
+            saved part, the groups that its edges cut are not checked.
 
     Returns:
-        The state, whose groups hold what those of this version do.
+        The state, with parameter groups as this version saves them.
 
     Raises:
         ValueError: says what is saved and what it should be.
@@ -51,14 +51,14 @@ def checked(
         )
     begun = [states[key] for key in keys if key in states]
     if len(begun) not in (0, len(keys)) or len(states) != len(begun):
-        raise _damaged(f"it holds masks of {len(states)} weights, not of its {len(keys)}")
+        raise _damaged(f"it holds masks of {len(states)} weights instead of {len(keys)}")
     for (name, layout), state in zip(weights, begun, strict=False):
         _check_weight(name, layout, state)
     return {**saved, "param_groups": saved_groups}
 
 
 def _renamed(group: Group) -> Group:
-    """A parameter group as this version holds it, from one that version 0.1 may have saved."""
+    """A parameter group as this version saves it; it may come from version 0.1."""
     group = {"unit": torch.ones(()), **group}
     if "normalize" not in group:
         return group
@@ -118,7 +118,7 @@ def _check_groups(saved_groups: Sequence[Group], groups: Sequence[Group]) -> Non
 
 
 def _difference(saved: Any, own: Any) -> tuple[str, str] | None:
-    """The first place where two nested lists differ; a model can have thousands of names."""
+    """The first difference of two nested lists, since a model can have thousands of names."""
     if isinstance(saved, list) and isinstance(own, list):
         if len(saved) != len(own):
             return f"a list of {len(saved)}", f"one of {len(own)}"
@@ -157,7 +157,7 @@ def _check_weight(name: str, layout: Layout, state: Any) -> None:
 
 
 def _where(saved: Tensor, layout: Layout) -> Layout:
-    """Which part of a weight is saved: all of it, a DTensor's own part, or this rank's run."""
+    """The layout of a saved tensor: the whole weight, a DTensor's own part, or this rank's run."""
     if isinstance(saved, DTensor) or tuple(saved.shape) == layout.shape:
         return Layout.of(saved, layout.pattern, layout.input_dim)
     return layout

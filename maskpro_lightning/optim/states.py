@@ -1,7 +1,7 @@
-"""What is kept of each weight, and of which part of it.
+"""The tensors that the optimizer keeps for each weight, and the part of it that is this rank's.
 
-The optimizer's ``state`` holds tensors laid out like the weight where they have its shape. Those of
-a part that cuts groups are views of padded ones, which are held here.
+Those of the weight's shape lie in the optimizer's ``state``, laid out like the weight. Where this
+rank's part cuts a group, they are views of padded tensors, which are held here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class States:
     """Makes, keeps and restores the states of weights.
 
     Args:
-        model: What FSDP shards, or None.
+        model: The model that FSDP shards, or None.
         weights: Each weight with its pattern and input dimension.
         memory: "plain" or "lean".
         logits_dtype: "float32" or "bfloat16".
@@ -55,12 +55,12 @@ class States:
         self._padded: dict[Tensor, dict[str, Tensor]] = {}
 
     def reshard(self) -> None:
-        """Make sure that the weights are the shards which the next forward pass gathers."""
+        """Drop whole weights that FSDP holds, so that the parameters are the shards again."""
         if self._model is not None:
             reshard(self._model)
 
     def free_gradients(self) -> None:
-        """Free what gradients of shards leave behind."""
+        """Let FSDP1 free flat gradients that are used up."""
         if self._model is not None:
             free_gradients(self._model)
 
@@ -77,12 +77,12 @@ class States:
         layout = self.layouts[parameter]
         dense = layout.take(whole) if layout.cut else local(parameter)
         mask = layout.take(mask)
-        # A copy where it is a part, which would else keep the whole in memory.
+        # A part is copied, since a view would keep the whole in memory.
         logits = layout.take(logits).to(self._logits_dtype, copy=bool(layout.across))
         return self._state(parameter, dense, mask, mask, logits)
 
     def keep(self, parameter: Tensor, tensors: Tensors) -> dict[str, Tensor]:
-        """Take a weight's tensors, padded where it is cut; what the optimizer's state holds."""
+        """Hold a weight's tensors, padded if it is cut; returns those for the optimizer's state."""
         layout = self.layouts[parameter]
         lean = "pruned" in tensors
         self.held[parameter] = Held(bits=bits_in(local(parameter)) if lean else None)
@@ -94,7 +94,7 @@ class States:
         }
 
     def masked(self, name: str, parameter: Tensor, state: Tensors) -> MaskedWeight:
-        """A weight with its state, ready for a step; the weights have to be settled."""
+        """A weight with its state, ready for a step; :meth:`reshard` has to come first."""
         tensors = {key: local(value) for key, value in state.items()}
         tensors |= self._padded.get(parameter, {})
         lean = "pruned" in tensors
@@ -109,9 +109,9 @@ class States:
         )
 
     def restored(self, parameter: Tensor, saved: Tensors) -> dict[str, Tensor]:
-        """This rank's tensors from a saved state, of the whole weight or of a part; copies.
+        """Copies of this rank's tensors in a saved state, which is of the whole weight or a part.
 
-        In lean memory the weight then holds its dense version.
+        In lean memory, this writes the dense values into the weight.
         """
         dense, logits, masks = (
             self._part(parameter, saved[name]) for name in ("dense", "logits", "masks")
@@ -134,13 +134,13 @@ class States:
         self, parameter: Tensor, dense: Tensor, initial: Tensor, drawn: Tensor, logits: Tensor
     ) -> dict[str, Tensor]:
         layout = self.layouts[parameter]
-        # Of a part that cuts groups the weight is worked on in a copy, and an exchange that was
-        # interrupted could lose some of it.
+        # A part that cuts groups is worked on in a padded copy, and in lean memory an interrupted
+        # exchange would lose what the copy holds.
         lean = self._lean and not layout.cut
         return MaskedWeight.state(layout, dense, initial, drawn, logits, lean=lean)
 
     def _part(self, parameter: Tensor, value: Tensor) -> Tensor:
-        """This rank's part, padded with what others have of its groups."""
+        """This rank's part, padded with other ranks' values of its groups."""
         layout = self.layouts[parameter]
         if isinstance(value, DTensor) and not isinstance(parameter, DTensor):
             value = value.full_tensor()

@@ -1,4 +1,8 @@
-"""The gradients of a step: each is taken as soon as it is there, learned from, and freed."""
+"""Takes each masked weight's gradient during the backward pass, learns from it and frees it.
+
+A hook on each weight hands its gradient to ``lessons`` once it has been accumulated, so never are
+the gradients of more than a few weights in memory.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ MaskedWeights = Iterable[tuple[dict[str, Any], Tensor, MaskedWeight]]
 
 
 class Gradients:
-    """Takes the gradients of masked weights, and keeps account of what came.
+    """Takes the gradients of masked weights, and records which have come.
 
     Args:
         names: The weights' names.
@@ -57,12 +61,12 @@ class Gradients:
         backward_passes: int,
         reduce: Callable[[Tensor], object] | None,
     ) -> Iterator[None]:
-        """Within a ``with`` block, take each gradient when it has been accumulated.
+        """Within a ``with`` block, take each gradient once it has been accumulated.
 
         Args:
-            weights: Gives those to learn of, as they are.
-            backward_passes: How many of them one step learns from.
-            reduce: Averages a gradient over ranks in place, where nothing else does.
+            weights: Gives the weights with their present state.
+            backward_passes: The number of backward passes that one step learns from.
+            reduce: Averages a gradient over ranks in place, if nothing else does.
         """
         share, part = 1 / backward_passes, self._passes
         self._passes += backward_passes
@@ -74,7 +78,7 @@ class Gradients:
             self._take(group, parameter, masked, share, part)
 
         def see(group: dict[str, Any], masked: MaskedWeight, parameter: Tensor) -> None:
-            if _recomputes():  # which may add another part to this gradient
+            if _recomputes():  # another checkpointed call may add to this gradient
                 later[masked.name] = partial(take, group, masked, parameter)
             else:
                 take(group, masked, parameter)
@@ -98,7 +102,7 @@ class Gradients:
                 handle.remove()
 
     def finish(self, weights: MaskedWeights, device: torch.device) -> Tensor:
-        """Learn from the gradients that nobody has taken yet; a step is over.
+        """Learn from the gradients that have not been taken yet, and end the step.
 
         Args:
             weights: All of them.
@@ -108,7 +112,7 @@ class Gradients:
             The share of gradients that were not finite, float32 scalar.
 
         Raises:
-            RuntimeError: there was no gradient in this step.
+            RuntimeError: no weight got a gradient in this step.
         """
         weights = list(weights)
         for group, parameter, masked in weights:
@@ -141,7 +145,7 @@ class Gradients:
         layout, found = masked.layout, parameter.grad
         if found is None and not layout.flat:
             return
-        if found is None:  # in a run that may be empty here and is not elsewhere
+        if found is None:  # an empty run of FSDP1; other ranks' runs of the weight may have one
             gradient = masked.weight.new_zeros(layout.size)
         else:
             gradient, self._arrived = local(found), True
@@ -163,7 +167,7 @@ class Gradients:
         if not late:
             return
         empty = {masked.name for _, _, masked in late if not masked.layout.size[0]}
-        self.unreached -= empty  # nor will any gradient reach them
+        self.unreached -= empty  # they will never have a gradient
         self._arrived |= len(empty) == len(late)
         for group, parameter, masked in late:
             self._take(group, parameter, masked, share, part)
@@ -172,9 +176,9 @@ class Gradients:
 
 
 def _recomputes() -> bool:
-    """Whether a gradient comes from within a reentrant checkpoint's own backward pass.
+    """Whether this runs within the backward pass of a reentrant checkpoint.
 
-    A weight that several checkpointed calls use gets a part of its gradient from each.
+    There, a weight that several checkpointed calls use gets a part of its gradient from each.
     """
     frame: FrameType | None = inspect.currentframe()
     while frame is not None:

@@ -1,4 +1,4 @@
-"""Makes the mask steps of many small blocks as one, since each would cost more to start than to do.
+"""Joins the mask steps of small blocks into one: to start a step would take longer than to run it.
 
 Shape suffixes: ``G`` groups, ``M`` group size, ``V`` words of a group.
 """
@@ -18,26 +18,26 @@ from maskpro_lightning.optim.fusion import Fusion
 from maskpro_lightning.optim.transition import transition
 from maskpro_lightning.weights.layout import block_size
 
-#: Groups below which copying a block, twice, takes less time than starting its step.
+#: A block of fewer groups takes less time to be copied twice than its own step takes to start.
 SMALL = 2**14
 
 
 @dataclass(frozen=True)
 class Block:
-    """What :func:`transition` takes for a block, and where its results go.
+    """A block's arguments for :func:`transition`, and the places of the results.
 
     Attributes:
         pattern: The pattern.
         groups: int64 (...), the groups' numbers.
-        state: Weights, rest, logits and masks, each (..., V).
-        key: What its draws depend on besides, as numbers or as int64 (G,).
+        state: Words of the weights, the rest, the logits and the masks, each (..., V).
+        key: The draw's key, as numbers or as int64 (G,).
         step: The number of the draw.
-        lean: What the rest holds.
+        lean: Whether the rest holds the pruned weights alone, see :func:`exchange`.
         change: Scalar or None; the logits move against it along grad log P(drawn mask).
-        places: Views of weights, logits and masks, and if lean of the rest, like ``state``.
-        seen: Takes of a number for each group those that count on this rank.
-        redrawn: int64 scalar, for the number of groups with another mask than before.
-        done: int64 scalar on the CPU, for how many blocks of the weight are done.
+        places: The views that take the next weights, logits and masks, and if lean the rest.
+        seen: Selects, from one number for each group, those that this rank counts.
+        redrawn: int64 scalar that takes the number of groups whose mask has changed.
+        done: int64 scalar on the CPU that takes the number of the weight's blocks that are done.
         number: The block's number in the weight.
     """
 
@@ -56,13 +56,13 @@ class Block:
 
     @property
     def kind(self) -> Hashable:
-        """The same for blocks whose steps can be made as one."""
+        """Equal for blocks whose steps can be joined."""
         like = [(t.shape[-1], t.dtype, t.device) for t in (*self.state, *self.places)]
         return self.pattern, self.step, self.lean, id(self.change), tuple(like)
 
 
 class Together:
-    """Makes steps, those of small blocks later than asked for; all are made by :meth:`finish`."""
+    """Runs the steps of blocks; small ones wait for others, at most until :meth:`finish`."""
 
     def __init__(self, fusion: Fusion) -> None:
         self._fusion = fusion
@@ -70,11 +70,11 @@ class Together:
         self._groups: Counter[Hashable] = Counter()
 
     def another(self) -> Together:
-        """One that makes steps alike, and for which none wait."""
+        """A new one that runs steps in the same way, with no block waiting."""
         return Together(self._fusion)
 
     def add(self, block: Block, *, now: bool = False) -> None:
-        """Make a step, or put it off until there are more of its kind unless it has to be made."""
+        """Run a block's step; a small block waits for others of its kind, unless ``now``."""
         size = block.groups.numel()
         if now or size >= SMALL:
             self._make([block])
@@ -87,7 +87,7 @@ class Together:
         self._groups[kind] += size
 
     def finish(self) -> None:
-        """Make what has been put off."""
+        """Run the steps of all blocks that wait."""
         while self._waiting:
             _, blocks = self._waiting.popitem()
             self._make(blocks)
@@ -119,12 +119,12 @@ class Together:
         values += _counts(blocks, changed, sizes)
         places += [block.done for block in blocks]
         values += [torch.tensor(block.number + 1) for block in blocks]
-        # One call, so that an exception leaves a block as it was or as it should be.
+        # One call, so that an exception leaves each block as it was or as it should be.
         torch._foreach_copy_(places, values)
 
 
 def _counts(blocks: Sequence[Block], changed: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """How many groups of each block have changed."""
+    """The number of groups of each block whose mask has changed."""
     if len(blocks) == 1:
         return [blocks[0].seen(changed).sum()]
     lengths = torch.tensor(sizes, device=changed.device)
@@ -132,12 +132,12 @@ def _counts(blocks: Sequence[Block], changed: Tensor, sizes: Sequence[int]) -> l
 
 
 def _joined(blocks: list[Block]) -> Block:
-    """One block of many; it has no places of its own."""
+    """Blocks of one kind as one; its places are still those of the first."""
 
     def joined(tensors: Iterable[Tensor]) -> Tensor:
         return torch.cat([tensor.flatten(0, -2) for tensor in tensors])
 
-    # Adding a number does not wait for the device, as copying it there would.
+    # Added to zeros, since copying a number to a device would wait for the device.
     keys = [
         torch.cat([torch.zeros_like(block.groups.flatten()) + block.key[k] for block in blocks])
         for k in (0, 1)

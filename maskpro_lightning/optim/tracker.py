@@ -1,10 +1,16 @@
-"""How surprising a residual is: the moving average that the policy gradient takes as its baseline.
+"""The residual tracker: a moving average of residuals, which the policy takes as its expectation.
 
-A tracker is a dict of scalars: ``delta``, the moving average of residuals; ``unit``, the size of
-the first residual that was not zero, a power of two; ``variance``, the moving average of squared
-deviations from delta, in units; ``count``, the number of finite residuals so far; ``skipped``, of
-the updates that were not made, by the share of weights for which they were not, and
-``skipped_in_a_row``, of those made for no weight since the last one that was for some.
+A residual is the loss under the drawn mask minus that under the initial mask, on the same batch. A
+tracker is a dict of scalars:
+
+- ``delta``: the moving average of residuals;
+- ``unit``: a power of two, the size of the first residual that was not zero;
+- ``variance``: the moving average of squared deviations from the expectation, in units squared;
+- ``count``: the number of finite residuals so far;
+- ``skipped``: the number of updates that were skipped since a number was not finite; one that was
+  skipped for a share of the weights counts as that share;
+- ``skipped_in_a_row``: the number of updates that were skipped for all weights, one after the
+  other, until now.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from torch import Tensor
 from maskpro_lightning.optim.units import unit_of
 
 Tracker = dict[str, Tensor]
-# In units; the square of a larger residual would not fit into float32.
+# In units; the square of a larger residual would overflow float32.
 _LARGEST = 1e18
 
 
@@ -30,25 +36,26 @@ def new() -> Tracker:
 def judge(
     tracker: Tracker, residual: Tensor, momentum: float, *, published: bool
 ) -> tuple[Tensor, Tracker]:
-    """How much worse than expected a drawn mask was, and the tracker after it.
+    """Compute the advantage, how much worse than expected a drawn mask was; update the tracker.
 
-    The expectation is the tracker *before* this residual enters it, so that it does not depend on
-    the mask that it judges. Divided by its spread, an advantage is at most 1 / sqrt(1 - momentum).
+    The expectation comes from the tracker *before* this residual enters it, so it does not depend
+    on the mask that it judges. An advantage divided by its spread is at most
+    1 / sqrt(1 - momentum).
 
     Args:
         tracker: The tracker before.
         residual: Scalar; the loss of the drawn mask minus that of the initial one on a batch.
         momentum: Decay of the moving averages, alpha in [0, 1).
-        published: Leave the advantage as it is, and the average's start from zero. Otherwise divide
-            it by its running spread, and correct that start.
+        published: The paper's rule: the advantage is the residual minus ``delta``. Otherwise it is
+            divided by its running spread, and the averages are corrected for their start at zero.
 
     Returns:
-        The advantage, zero where the residual is not finite (or above 1e18 units), and the new
-        tracker, in which such a residual is only counted.
+        The advantage, and the tracker after it. A residual that is not finite (or above 1e18 units)
+        gives an advantage of zero, and changes only the tracker's counts of skipped updates.
     """
     before = {k: v.to(residual.device, residual.dtype) for k, v in tracker.items()}
     unit = before["unit"]
-    if published:  # its advantages are residuals
+    if published:  # whose advantages are in units of the loss
         unit = torch.ones_like(unit)
     unit = unit.where(unit > 0, unit_of(residual.abs().float()).to(unit.dtype))
     finite = residual.abs() / unit <= _LARGEST
@@ -58,7 +65,7 @@ def judge(
     delta = delta / unit
     expected = delta
     if not published:
-        # Started from zero, a moving average lags behind; Adam's correction undoes that.
+        # A moving average that starts at zero lags behind; this is Adam's correction.
         expected = (delta / _correction(momentum, count)).where(count > 0, residual)
     advantage = residual - expected
     after = {
@@ -68,7 +75,7 @@ def judge(
     }
     if not published:
         spread = (after["variance"] / _correction(momentum, after["count"])).sqrt()
-        # Equal residuals differ by rounding; that is no spread.
+        # Equal residuals differ by rounding, which is no spread.
         rounding = 16 * torch.finfo(residual.dtype).eps * residual.abs()
         advantage = (advantage / spread).where(spread > rounding, 0)
     after["delta"] = after["delta"] * unit
@@ -78,7 +85,7 @@ def judge(
 
 
 def skips(tracker: Tracker, share: Tensor) -> Tracker:
-    """The tracker's counts after an update that was skipped for a share of weights, in [0, 1]."""
+    """The counts of skipped updates after one that was skipped for a share of weights, 0 to 1."""
     before = {name: tracker[name].to(share.device) for name in ("skipped", "skipped_in_a_row")}
     return {
         "skipped": before["skipped"] + share,
@@ -87,7 +94,7 @@ def skips(tracker: Tracker, share: Tensor) -> Tracker:
 
 
 def _correction(momentum: float, count: Tensor) -> Tensor:
-    """1 - momentum ** count, without losing digits where that is small."""
+    """1 - momentum ** count, without a loss of digits where that is small."""
     if momentum == 0:
         return torch.ones_like(count)
     return -torch.expm1(count * math.log(momentum))

@@ -1,8 +1,10 @@
-"""The mask step of a block of groups: one pure function, which a compiler makes one loop of.
+"""The arithmetic of a step on one block of groups: pure functions, which can be compiled.
 
-Run as it is, each of its operations goes over the block once. ``torch.compile`` makes of it a
-vectorized loop on a CPU and a kernel on a GPU, in which all but the block itself stays in
-registers.
+:func:`transition` draws the next masks, after a move of the logits where the policy learned from a
+loss. For straight-through, :func:`directed` turns a gradient into a direction for the logits, and
+:func:`moved` moves them. ``torch.compile`` makes one vectorized loop of each on a CPU, and one
+kernel on a GPU, which keeps temporaries in registers; uncompiled, each operation goes over the
+block once.
 
 Shape suffix: ``M`` group size; lists over ``M`` hold columns.
 """
@@ -19,9 +21,9 @@ from torch import Tensor
 from maskpro_lightning.masks import columns, distribution, inclusion, philox
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.optim.words import (
-    are_low,
     columns_in,
     flags_of,
+    hold_bfloat16,
     in_words,
     logits_as,
     logits_in,
@@ -47,17 +49,17 @@ def transition(
         pattern: The pattern.
         groups: int64 (...), the groups' numbers.
         words: The weights under the drawn mask, see :func:`words_of`.
-        rest: What is kept beside the weights, see :func:`exchange`.
-        logits: Of float32, or of bfloat16, which are rounded at random; see :func:`logits_of`.
+        rest: What is stored beside the weights, see :func:`exchange`.
+        logits: float32, or bfloat16, which is rounded at random; see :func:`logits_of`.
         masks: uint8 (..., B), the initial and the drawn mask, see :func:`flags_of`.
-        key: What draws depend on besides, see :func:`philox.exponential`.
+        key: The draw's key, see :func:`philox.exponential`.
         step: int64 scalar, the number of the draw.
-        lean: What ``rest`` holds, see :func:`exchange`.
+        lean: Whether ``rest`` holds the pruned weights alone, see :func:`exchange`.
         change: Scalar; the logits move against it along grad log P(drawn mask).
 
     Returns:
-        The next words, logits and masks; the next ``rest`` if lean, which is the same otherwise;
-        and int32 (...), 1 for each group whose mask has changed.
+        The next words, logits and masks; the next ``rest`` if lean (it is the same otherwise); and
+        int32 (...), 1 for each group whose mask has changed.
     """
     initial_M, held_M = flags_of(masks, pattern.m)
     logits_M = logits_in(logits, pattern.m)
@@ -83,20 +85,19 @@ def exchange(
 ) -> tuple[Tensor, ...]:
     """Bring weights from one mask (None: dense) to another.
 
-    The dense weights are decoded from what the weights hold and the rest, and encoded under the
-    next mask.
+    Decodes the dense weights from ``words`` and ``rest``, and encodes them under the next mask.
 
     Args:
         pattern: The pattern.
-        words: The weights under the mask that they hold, see :func:`words_of`.
-        rest: The words of a copy of the dense weights, (..., M values), whatever ``words`` are; or,
-            if lean, of those that the mask leaves out, in their order, (..., M - N values).
-        held_M: The columns of the mask that the weights hold.
-        next_M: Those of the mask that they shall hold.
+        words: The weights under the mask that they hold now, see :func:`words_of`.
+        rest: If lean, the words of the weights that this mask prunes, in order, (..., M - N
+            values). Otherwise the words of a copy of the dense weights, (..., M values).
+        held_M: The columns of the mask that the weights hold now; looked at only if lean.
+        next_M: The columns of the mask that they are to hold.
         lean: What ``rest`` holds.
 
     Returns:
-        The next words; and the next ``rest`` if lean, which is the same otherwise.
+        The next words; and the next ``rest`` if lean (it is the same otherwise).
     """
     bits_M = _decoded(pattern, words, rest, held_M, lean)
     if next_M is None:
@@ -128,7 +129,7 @@ def _decoded(
 def _left_out(
     pattern: NMPattern, bits_M: Sequence[Tensor], kept_M: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The M - N columns of what a mask leaves out, in their order."""
+    """The M - N columns of the values that a mask prunes, in order."""
     places = [
         torch.where(kept > 0, -1, place)
         for kept, place in zip(kept_M, _places(kept_M), strict=True)
@@ -150,15 +151,15 @@ def directed(
     dense: Tensor,
     logits: Tensor,
 ) -> tuple[Tensor]:
-    """The gradient of the expected loss in a block's logits, from that in its weights.
+    """The gradient of the expected loss in a block's logits, from the gradient in its weights.
 
-    To first order: with c the gradient with respect to the mask (that in the weights times the
-    dense weights), that of sum_j c_j P(j kept).
+    To first order, the expected loss is sum_j c_j P(j kept), where c is the gradient with respect
+    to the mask: the gradient in the weights times the dense weights.
 
     Args:
         pattern: The pattern.
-        groups: int64 (...), the groups' numbers, for their shape.
-        unit: Power of two that the gradient is divided by, a scalar or one for each group.
+        groups: int64 (...), the groups' numbers; only their shape is used.
+        unit: The power of two that the gradient is divided by, a scalar or one for each group.
         gradient: (..., M).
         dense: The dense weights, (..., M).
         logits: As for :func:`transition`.
@@ -187,19 +188,19 @@ def moved(
     bound: Tensor,
     part: int | Tensor,
 ) -> tuple[Tensor]:
-    """Move a block's logits against a direction, none of them by more than a bound.
+    """Move a block's logits against a direction, each by at most a bound.
 
     Args:
         pattern: The pattern.
         groups: int64 (...), the groups' numbers.
         logits: As for :func:`transition`.
         direction: (..., M) of any dtype.
-        key: What rounding depends on besides, see :func:`philox.exponential`.
+        key: The key of the rounding, see :func:`philox.exponential`.
         step: int64 scalar, the number of the draw that follows.
-        scale: How far to go along the direction, a scalar or one for each group; at 0 it may be
-            anything.
+        scale: What the direction is multiplied by, a scalar or one for each group. Where it is 0,
+            the direction may be NaN.
         bound: Scalar, the largest move of a logit.
-        part: Number of the move before that draw, from 0.
+        part: The number of this move among those before the draw, from 0.
 
     Returns:
         The next logits.
@@ -214,7 +215,7 @@ def moved(
 
 
 def _places(kept_M: Sequence[Tensor]) -> list[Tensor]:
-    """How many of its group's pruned weights come before each weight."""
+    """The number of pruned weights of its group before each weight."""
     places = [torch.zeros_like(kept_M[0])]
     for kept in kept_M[:-1]:
         places.append(places[-1] + 1 - kept)
@@ -222,7 +223,7 @@ def _places(kept_M: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _at(place: Tensor, columns: Sequence[Tensor], *, last: int, number: int) -> Tensor:
-    """The column at a place, which lies in ``[last - number, last]``."""
+    """Each group's value in the column of a number that lies in ``[last - number, last]``."""
     first = max(0, last - number)
     found = columns[min(first, len(columns) - 1)]
     for k in range(first + 1, min(last, len(columns) - 1) + 1):
@@ -238,11 +239,11 @@ def _rounded(
     step: Tensor,
     stream: int | Tensor = 1,
 ) -> Sequence[Tensor]:
-    """Columns rounded, if stored as bfloat16, up or down, to their own value on average.
+    """Columns of logits; stored as bfloat16, they are rounded at random, unbiased.
 
-    Rounded to the nearest, a logit would never notice steps below half of its last bit.
+    Rounded to the nearest, a logit would never move by steps below half of its last bit.
     """
-    if not are_low(like, len(logits_M)):
+    if not hold_bfloat16(like, len(logits_M)):
         return logits_M
     noise_M = philox.random_words(key, step, groups, len(logits_M), stream=stream)
     return [

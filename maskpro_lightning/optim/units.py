@@ -1,22 +1,22 @@
-"""Powers of two by which numbers of any size come near one, which costs none of their digits."""
+"""Powers of two that bring numbers of any size near 1 without a loss of digits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Of float32: the bits behind the exponent, and the exponents of the units there are.
+# Of float32: bits of the fraction; the least and the largest biased exponent of a unit.
 _FRACTION, _LEAST, _MOST = 23, 1, 253
 
 
 def unit_of(size: Tensor) -> Tensor:
     """The largest power of two that is not above a size, in the range of float32.
 
-    What is computed from numbers in this unit by sums and products alone is, to the bit, what it
-    would be without, but that it leaves float32 neither above nor below.
+    A division by it is exact. So sums and products of numbers in this unit have the digits that
+    they would have without it, but neither overflow nor underflow.
 
     Args:
-        size: float32, not negative. Zero and what is not finite give the ends of the range.
+        size: float32, not negative. Zero gives the least unit, infinity and NaN the largest.
     """
     exponents = (size.view(torch.int32) >> _FRACTION).clamp(_LEAST, _MOST)
     return (exponents << _FRACTION).view(torch.float32)

@@ -1,4 +1,4 @@
-"""How a block's numbers lie in words of 32 and 64 bits, which a step reads and writes at once.
+"""A block's numbers as words of 32 or 64 bits, in which the mask step reads and writes them.
 
 Shape suffix: ``M`` group size; lists over ``M`` hold columns.
 """
@@ -12,26 +12,26 @@ from operator import or_
 import torch
 from torch import Tensor
 
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from maskpro_lightning.weights.layout import INTEGERS
 
 
 def integers_of(block: Tensor, *alike: Tensor) -> Tensor:
-    """A view of a block (..., M) as integers of 64 or 32 bits, each of as many values as fit.
+    """A view of a block (..., M) as integers of 64 or 32 bits, each holding as many values as fit.
 
-    A group's values are then read and written at once, not one by one. And PyTorch's compiler
-    vectorizes integers of 32 and 64 bits, not of 16. Where no such view exists, one value each.
+    So several values are read and written at once, and PyTorch's compiler vectorizes integers of 32
+    and 64 bits, but not of 16. Where memory allows no such view, each integer holds one value.
 
     Args:
         block: The block.
-        alike: Others of its size and dtype, whose view is to have the same shape.
+        alike: Blocks of the same size and dtype; the view is one that all of them allow.
     """
     each, blocks = block.element_size(), (block, *alike)
     fitting = (size for size in (8, 4) if size > each and all(_holds(b, size) for b in blocks))
-    return block.view(_INTEGER[next(fitting, each)])
+    return block.view(INTEGERS[next(fitting, each)])
 
 
 def _holds(block: Tensor, size: int) -> bool:
-    """Whether a block can be seen as integers of so many bytes."""
+    """Whether a block can be viewed as integers of so many bytes."""
     *strides, last = block.stride()
     sizes = (block.shape[-1], *strides, block.storage_offset())
     number = size // block.element_size()
@@ -39,46 +39,46 @@ def _holds(block: Tensor, size: int) -> bool:
 
 
 def words_of(block: Tensor, *alike: Tensor) -> Tensor:
-    """A block's bits as int32 or int64 (..., M / V), V values to a word or one, see above."""
+    """A block's bits as int32 or int64 (..., M / V), V values to a word: :func:`integers_of`."""
     integers = integers_of(block, *alike)
     return integers.int() if integers.element_size() < 4 else integers
 
 
 def logits_of(block: Tensor) -> Tensor:
-    """A block of logits as a step takes it: words, or float32 that cannot be seen as pairs."""
+    """A block of logits as a step takes it: words if bfloat16, else pairs or plain float32."""
     return words_of(block) if block.dtype == torch.bfloat16 else logits_to(block)
 
 
 def logits_to(block: Tensor) -> Tensor:
-    """The view of a block of logits that what a step gives is written to."""
+    """The view of a block of logits that a step's result is copied into."""
     pairs = block.dtype == torch.bfloat16 or _holds(block, 8)
     return integers_of(block) if pairs else block
 
 
 def one_by_one(logits: Tensor) -> Tensor:
-    """The view of a block of logits that has a number for each, whatever pairs it could be in."""
+    """The view of a block of logits with one number for each: float32, or int16 if bfloat16."""
     return logits.view(torch.int16) if logits.dtype == torch.bfloat16 else logits
 
 
 def columns_in(words: Tensor, m: int) -> list[Tensor]:
-    """The M columns of bits that words hold; what is above a value's bits is anything."""
+    """The M columns of bits in words; bits above a value's width can be anything."""
     number = m // words.shape[-1]
     if number == 1:
         return list(words.unbind(-1))
     width = 8 * words.element_size() // number
-    if not torch.compiler.is_compiling():  # a view does it in fewer passes, but is no loop
-        return [value.int() for value in words.view(_INTEGER[width // 8]).unbind(-1)]
+    if not torch.compiler.is_compiling():  # a view takes fewer passes, but breaks a compiled loop
+        return [value.int() for value in words.view(INTEGERS[width // 8]).unbind(-1)]
     return [(word >> width * k).int() for word in words.unbind(-1) for k in range(number)]
 
 
 def in_words(bits_M: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Columns of bits in words of a shape and dtype."""
+    """Columns of bits as words of the shape and dtype of others."""
     number = len(bits_M) // like.shape[-1]
     if number == 1:
         return torch.stack(list(bits_M), dim=-1)
     width = 8 * like.element_size() // number
     if not torch.compiler.is_compiling():
-        narrow = [bits.to(_INTEGER[width // 8]) for bits in bits_M]
+        narrow = [bits.to(INTEGERS[width // 8]) for bits in bits_M]
         return torch.stack(narrow, dim=-1).view(like.dtype)
     low = 2**width - 1
     parts = [(bits.to(like.dtype) & low) << width * (j % number) for j, bits in enumerate(bits_M)]
@@ -87,23 +87,23 @@ def in_words(bits_M: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def logits_in(logits: Tensor, m: int) -> Sequence[Tensor]:
-    """Columns of float32."""
+    """The M columns of a block of logits in the form that a step takes, float32."""
     if logits.dtype == torch.float32:
         return logits.unbind(-1)
-    up = 16 if are_low(logits, m) else 0
+    up = 16 if hold_bfloat16(logits, m) else 0
     return [(bits << up).view(torch.float32) for bits in columns_in(logits, m)]
 
 
 def logits_as(logits_M: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Columns as a block of logits is stored."""
+    """The inverse of :func:`logits_in`: columns in the form of another block of logits."""
     if like.dtype == torch.float32:
         return torch.stack(list(logits_M), dim=-1)
-    down = 16 if are_low(like, len(logits_M)) else 0
+    down = 16 if hold_bfloat16(like, len(logits_M)) else 0
     return in_words([logit.view(torch.int32) >> down for logit in logits_M], like)
 
 
-def are_low(logits: Tensor, m: int) -> bool:
-    """Whether logits are stored as bfloat16: not as they are, nor in pairs of 64 bits."""
+def hold_bfloat16(logits: Tensor, m: int) -> bool:
+    """Whether logits are words of bfloat16, and not float32, plain or in pairs of 64 bits."""
     pairs = logits.dtype == torch.int64 and 2 * logits.shape[-1] == m
     return not pairs and logits.dtype != torch.float32
 
@@ -116,7 +116,7 @@ def flags_of(masks: Tensor, m: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def masks_of(initial_M: Sequence[Tensor], drawn_M: Sequence[Tensor]) -> Tensor:
-    """Two bits per weight, of which :func:`flags_of` gives the columns: uint8 (..., B)."""
+    """The inverse of :func:`flags_of`: two bits per weight, uint8 (..., B)."""
     bits = [flag << bit % 8 for bit, flag in enumerate((*initial_M, *drawn_M))]
     octets = [reduce(or_, bits[first : first + 8]) for first in range(0, len(bits), 8)]
     return torch.stack(octets, dim=-1).to(torch.uint8)

@@ -1,1 +1,1 @@
-"""What a run logs, writes and draws."""
+"""Logs, writes and draws the numbers of a run."""

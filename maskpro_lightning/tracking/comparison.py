@@ -1,4 +1,4 @@
-"""Masks that were compared, in MLflow: a run for each, below one that holds the table."""
+"""Logs a comparison of masks to MLflow: a run for each mask, nested under one with the table."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _PREFIX = "compare"
 def log_comparison(
     logger: Any, rows: Mapping[str, Mapping[str, float]], pattern: str, name: str, learned: str
 ) -> None:
-    """Log rows so that they can be sorted and drawn: metrics ``compare/…`` of each mask's run.
+    """Log each row as metrics ``compare/…`` of a run, so that they can be sorted and drawn.
 
-    The run above all has those of the learned mask, to sort comparisons by, and the table.
+    The parent run has the metrics of the learned mask, to sort comparisons by, and the table.
 
     Args:
         logger: An MLFlowLogger, whose run is that of the learned mask.
-        rows: By mask, what was measured.
+        rows: What was measured, by the mask's name.
         pattern: The pattern.
-        name: Of the run above all of them.
-        learned: The row whose run the logger's is.
+        name: The parent run's name.
+        learned: The name of the learned mask.
     """
     client, experiment = logger.experiment, logger.experiment_id
     tags = {"mlflow.runName": name, "maskpro.pattern": pattern, "maskpro.command": "compare"}

@@ -1,4 +1,4 @@
-"""The configuration of a command line's run, kept where its loggers keep files."""
+"""Keeps the configuration of a command line's run where its loggers keep files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class SaveConfig(SaveConfigCallback):
     """Keeps a run's configuration as ``config.yaml`` with every logger that keeps files.
 
     For a ``LightningCLI`` of your own: ``LightningCLI(Module, save_config_callback=SaveConfig)``.
-    Lightning's own ends in an AssertionError where a logger has no folder, as ``MLFlowLogger`` on a
-    database or a server. Users and passwords in it are not written.
+    Lightning's own ends in an AssertionError if a logger has no folder, such as an ``MLFlowLogger``
+    on a database or a server. Users and passwords are not written.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a log, a console or a file must not show."""
+"""Removes users, passwords and tokens from texts before they are logged, printed or written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 from urllib.parse import quote
 
 _HIDDEN = "***"
-# Variables that hold a secret. Short values are words that stand elsewhere, too, but for MLflow's.
+# Environment variables that hold a secret. Short values may be common words, so they are not
+# replaced, except MLflow's.
 _SECRET_NAME = re.compile(
     r"PASSWORD|PASSWD|SECRET|MYSQL_PWD|(^|_)(TOKEN|API_?KEY|ACCESS_KEY|ACCOUNT_KEY"
     r"|CONNECTION_STRING|SAS)$"
@@ -16,8 +17,8 @@ _PLACE_NAME = re.compile(r"_(FILE|PATH|DIR|URL|URI|NAME|ID)$")
 _SHORTEST = 8
 _MLFLOW = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
-# A user and a password before a host. A password may hold "/", "?" and "#", and even a space, where
-# what follows the colon is no port.
+# A user and a password before a host. A password may hold "/", "?" and "#"; also a space, if what
+# follows the colon is no port.
 _USERS = (
     re.compile(r"(\w://)[^/\s]*@"),
     re.compile(r"(\w://)[^/\s@:?#]*:(?:(?!\w://)\S)*@"),
@@ -25,13 +26,14 @@ _USERS = (
 )
 _KEY = r"password|passwd|passphrase|pwd|secret|api[_-]?key|access[_-]?key|account[_-]?key"
 _QUOTED = r"'(?:[^'\n]|'')*'|\"(?:[^\"\\\n]|\\.)*\""
-# As in a query, a connection string, or one that was quoted.
+# name=value, as in a query or a connection string; also percent-encoded.
 _EQUAL = re.compile(
     rf"((?:{_KEY}|token|credential|signature|(?<![a-z])sig)(?:=|%3D))"
     rf"(?:{_QUOTED}|(?:(?!%3B|%26)[^&;\s#'\"])+)",
     re.IGNORECASE,
 )
-# As in YAML or JSON; "eos_token: </s>" is no secret. On a line of its own a value may have spaces.
+# name: value, as in YAML or JSON; "eos_token: </s>" is no secret. On a line of its own a value may
+# have spaces.
 _NAMED = rf"(?:{_KEY}|(?:access|auth|bearer|hf|refresh)[_-]token)"
 _COLON = re.compile(
     rf"(^[ \t-]*[\w.-]*{_NAMED}: *(?!null\b)(?=[^\s'\"])).+$"
@@ -41,10 +43,10 @@ _COLON = re.compile(
 
 
 def without_credentials(text: str) -> str:
-    """A text for eyes that need not see users, passwords and tokens.
+    """A text in which users, passwords and tokens are replaced by "***".
 
-    Hidden are the values of environment variables whose names say that they are secret, users and
-    passwords in URIs, and what follows a name such as "password=" or "sig=".
+    These are the values of environment variables with names of secrets, users and passwords in
+    URIs, and what follows a name such as "password=" or "sig=".
     """
     for secret in sorted(_secrets(), key=len, reverse=True):
         text = text.replace(secret, _HIDDEN)
@@ -55,7 +57,7 @@ def without_credentials(text: str) -> str:
 
 
 def _secrets() -> set[str]:
-    """The secrets that the environment holds, as they are and as in a URI."""
+    """The secrets in the environment, as they are and percent-encoded."""
     found = {os.environ.get(name, "") for name in _MLFLOW}
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and _SECRET_NAME.search(name) and not _PLACE_NAME.search(name):

@@ -1,4 +1,4 @@
-"""MLflow's database, made by one process before others use it."""
+"""Makes MLflow's database in one process at a time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def make_database(tracking_uri: str) -> None:
-    """Make the SQLite database of an MLflow store, or bring it up to date; others are left alone.
+    """Create or upgrade MLflow's SQLite database; does nothing for other stores.
 
-    MLflow does that when a client is made, and processes that do so at once get in each other's
-    way. Call this in each of them before ``MLFlowLogger(...)``: all wait for the first.
+    MLflow does so when a client is made, and fails if several processes do it at once. Call this in
+    each of them before ``MLFlowLogger(...)``: they then wait for the first one.
 
     Args:
         tracking_uri: Such as "sqlite:///mlflow.db".

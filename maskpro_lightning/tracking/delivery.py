@@ -1,4 +1,4 @@
-"""What a run kept on disk while its tracker was away, sent to MLflow later."""
+"""Sends a run to MLflow later, from the files that it kept while the server was away."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from maskpro_lightning.tracking.runs import HISTORY, PARAMETERS, TAGGED, UNSENT
 
-# MLflow takes no more in one request, and Lightning gives it no longer values.
+# The most that MLflow takes in one request, and the longest value that Lightning gives it.
 _MOST_METRICS, _MOST_PARAMETERS, _LONGEST = 1000, 100, 250
 
 
@@ -24,14 +24,13 @@ def send(
 ) -> str:
     """Send a run's folder to MLflow: parameters, history, what a failed logger missed, files.
 
-    Sending twice does no harm: what the run has already is left alone, files are replaced by
-    themselves.
+    Sending twice does no harm: numbers that the run has already are not sent again.
 
     Args:
         folder: The folder ``maskpro`` of the run.
-        tracking_uri: MLflow's server or database; by default the one that MLflow is set up for.
-        run_id: The run to complete; a new one by default.
-        experiment: Where a new run goes.
+        tracking_uri: MLflow's server or database; by default the one in MLflow's own settings.
+        run_id: The run to complete; by default a new one.
+        experiment: The experiment of a new run.
 
     Returns:
         The run's id.
@@ -105,16 +104,16 @@ def _points(folder: Path) -> Iterator[tuple[str, int, float]]:
     if (folder / HISTORY).exists():
         with (folder / HISTORY).open(newline="") as file:
             for row in csv.DictReader(file):
-                # Counted after the update, where Lightning logs under the number before it.
+                # The history counts steps after an update, Lightning's loggers before it.
                 step = int(row.pop("step")) - 1
                 yield from ((f"maskpro/{name}", step, float(v)) for name, v in row.items() if v)
     for row in _unsent(folder):
         for name, value in row.get("metrics", {}).items():
-            # MLflow takes no other names, and its logger takes this for no step.
+            # MLflow refuses other characters in names, and step None becomes 0, as in MLFlowLogger.
             yield re.sub(r"[^\w/. -]+", "", name, flags=re.ASCII), row["step"] or 0, value
 
 
 def _unsent(folder: Path) -> list[dict[str, Any]]:
-    """What loggers that failed missed."""
+    """The rows that failed loggers have missed."""
     path = folder / UNSENT
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,4 +1,4 @@
-"""What a fit leaves behind: history, masks, distributions and figures, as files and artifacts."""
+"""Writes the files of a fit, history, masks, logits and figures, and hands them to the loggers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MOST_ROWS = 4096
 class Journal:
     """Keeps the rows that were logged, and writes a run's files into one folder.
 
-    The history is part of the callback's state, so a resumed run's figures show all of it.
+    The history is part of the callback's state, so the figures of a resumed run show all of it.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,13 @@ class Journal:
         self._comparison: dict[str, dict[str, float]] = {}
 
     def open(self, folder: Path, keeps: bool, writes: bool) -> None:
-        """Start a run that ``keeps`` files in a folder; the rank that ``writes`` writes them."""
+        """Start a run.
+
+        Args:
+            folder: The folder of its files.
+            keeps: Whether it keeps files.
+            writes: Whether this rank writes them.
+        """
         self._folder, self.keeps, self._writes = folder, keeps, keeps and writes
 
     def parameters(self, parameters: Mapping[str, Any], tracking: Tracking) -> None:
@@ -61,7 +67,7 @@ class Journal:
             self._rows = self._rows[::2]
 
     def knows(self, step: int) -> bool:
-        """Whether the history's last row is of this step."""
+        """Whether the last row of the history is of this step."""
         return bool(self._rows) and self._rows[-1]["step"] == step
 
     def layers(self, layers: Mapping[str, Mapping[str, float]]) -> None:
@@ -69,17 +75,18 @@ class Journal:
         self._layers = {name: dict(values) for name, values in layers.items()}
 
     def validation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add what the module logged in a validation, under the most likely mask."""
+        """Add what the module logged in a validation under the most likely mask."""
         self._validation.append({"step": step, **{name: float(v) for name, v in values.items()}})
 
     def compare(self, what: str, values: Mapping[str, Any]) -> None:
-        """Remember what the module logged in a validation of something else, as "dense"."""
+        """Remember what the module logged in a validation of other weights, such as "dense"."""
         self._comparison[what] = {name: float(v) for name, v in values.items()}
 
     def distributions(self, optimizer: MaskPro, tracking: Tracking, step: int) -> None:
         """Write the logits and hand them to the loggers, in a folder of the step.
 
-        Not those of sharded weights: no rank shall hold them all, and the checkpoint has them.
+        Logits of sharded weights are not written: no rank is to hold them all, and checkpoints have
+        them.
         """
         if self._writes and not optimizer.sharded:
             path = self._folder / "distributions.safetensors"
@@ -87,7 +94,7 @@ class Journal:
                 tracking.file(path, f"step={step}")
 
     def close(self, optimizer: MaskPro, deployed: Version, tracking: Tracking) -> None:
-        """Write the deployed masks, the history and the figures; to be called on all ranks."""
+        """Write the deployed masks, the history and the figures; a collective."""
         if not self.keeps or not optimizer.begun:
             return
         masks = {n: m.cpu() for n, m in optimizer.whole_masks(deployed) if self._writes}

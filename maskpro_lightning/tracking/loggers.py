@@ -1,6 +1,6 @@
-"""Numbers, files and figures for whatever loggers a Trainer has; MLflow gets the most.
+"""Sends numbers, files and figures to the loggers of a Trainer; MLflow gets the most.
 
-Loggers are told apart by class name, since ``lightning.pytorch`` and ``pytorch_lightning`` hold
+Loggers are recognized by class name, since ``lightning.pytorch`` and ``pytorch_lightning`` have
 different classes of the same name.
 """
 
@@ -29,9 +29,9 @@ class Tracking:
 
     Args:
         trainer: The trainer whose loggers are used.
-        on_error: What a logger that fails does to the fit: "raise" lets the error through;
-            "warn" tells it once, goes on without that logger and keeps its numbers and parameters
-            in the run's folder. The same holds for the folder itself, whose disk may be full.
+        on_error: What happens if a logger fails. "raise" raises its error. "warn" warns once, goes
+            on without the logger and keeps its numbers and parameters in the run's folder. The same
+            holds for the folder itself, whose disk may be full.
     """
 
     def __init__(self, trainer: Any, on_error: OnError) -> None:
@@ -45,7 +45,7 @@ class Tracking:
                     self._guard(logger)
 
     def circumstances(self) -> dict[str, Any]:
-        """Parameters of a fit that its trainer knows: the model, and how it is trained."""
+        """Parameters of a fit from its trainer: the model, and how it is trained."""
         trainer, module = self._trainer, self._trainer.lightning_module
         return {
             "model": str(module.hparams.get("model") or type(module).__name__),
@@ -57,7 +57,7 @@ class Tracking:
         }
 
     def parameters(self, parameters: Mapping[str, Any]) -> None:
-        """Log hyperparameters under ``maskpro/``; a resumed run keeps those it has."""
+        """Log hyperparameters under ``maskpro/``; a resumed run keeps those that it has."""
         if self._trainer.is_global_zero:
             for logger in self._trainer.loggers:
                 self._send(logger, self._parameters, logger, parameters)
@@ -68,17 +68,17 @@ class Tracking:
             logger.log_metrics(dict(metrics), step=self._trainer.global_step)
 
     def write(self, path: Path, write: Callable[[], Any]) -> bool:
-        """Write a file of the run by calling ``write``; return whether it is there."""
+        """Write a file of the run by calling ``write``; returns whether that worked."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write()
-        except Exception as error:  # noqa: BLE001, _fail tells it or raises it
+        except Exception as error:  # noqa: BLE001, _fail warns or raises it
             self._fail(path.parent, f"{path} could not be written, and the fit goes on", error)
             return False
         return True
 
     def file(self, path: Path, subfolder: str = "") -> None:
-        """Hand a file to the loggers that keep files, in a folder ``maskpro``."""
+        """Hand a file to MLflow, in a folder ``maskpro``."""
         folder = f"maskpro/{subfolder}".rstrip("/")
         for logger in self._trainer.loggers:
             if type(logger).__name__ == "MLFlowLogger":
@@ -97,27 +97,23 @@ class Tracking:
                 self._send(logger, logger.log_image, f"maskpro/figures/{path.stem}", [str(path)])
 
     def describe(self, text: str) -> None:
-        """Let MLflow's run have a description, in Markdown."""
+        """Give MLflow's run a description in Markdown."""
         self.each(
             "MLFlowLogger", lambda lg: lg.experiment.set_tag(lg.run_id, "mlflow.note.content", text)
         )
 
     def each(self, kind: str, call: Callable[[Any], None]) -> None:
-        """Call something with every logger of a class of this name, on one rank."""
+        """On rank 0, call ``call`` with every logger whose class has the name ``kind``."""
         for logger in self._trainer.loggers if self._trainer.is_global_zero else ():
             if type(logger).__name__ == kind:
                 self._send(logger, call, logger)
 
     def resume(self) -> None:
-        """Mark an MLflow run that goes on as running; MLFlowLogger leaves it finished."""
-        for logger in self._trainer.loggers if self._trainer.is_global_zero else ():
-            if type(logger).__name__ == "MLFlowLogger":
-                self._send(
-                    logger, lambda lg: lg.experiment.update_run(lg.run_id, status="RUNNING"), logger
-                )
+        """Mark the MLflow run of a resumed fit as running, which MLFlowLogger does not do."""
+        self.each("MLFlowLogger", lambda lg: lg.experiment.update_run(lg.run_id, status="RUNNING"))
 
     def folder(self) -> Path:
-        """Where the run keeps its files; a collective call, the same every time in a fit."""
+        """The folder of the run's files, the same throughout a fit; a collective."""
         if self._folder is None:
             self._folder = self._find_folder()
             for logger in self._trainer.loggers:
@@ -164,7 +160,7 @@ class Tracking:
                 vars(logger)[name] = functools.wraps(bound)(functools.partial(send, logger, bound))
 
     def _finalize(self, logger: Any, finalize: Callable[..., Any], *args: Any) -> None:
-        """The last call of a fit, failed or not, also gives a logger its own methods back."""
+        """Finalize a logger, which ends the fit, and give it back its own methods."""
         self._send(logger, finalize, *args)
         for name in _GUARDED:
             vars(logger).pop(name, None)
@@ -176,14 +172,14 @@ class Tracking:
         metrics: Mapping[str, Any],
         step: int | None = None,
     ) -> None:
-        """Log numbers, or keep them on disk for later where the logger fails."""
+        """Log numbers, or keep them on disk if the logger fails."""
         if not self._send(logger, log_metrics, metrics, step=step):
             self._keep(row_of_metrics(type(logger).__name__, metrics, step))
 
     def _hyperparameters(
         self, logger: Any, log_hyperparams: Callable[..., Any], params: Any, *args: Any
     ) -> None:
-        """The same for what describes a run, but for what says nothing."""
+        """Log hyperparameters that say something, or keep them on disk if the logger fails."""
         params = _telling(params)
         if not self._send(logger, log_hyperparams, params, *args):
             self._keep(row_of_parameters(type(logger).__name__, params))
@@ -200,19 +196,19 @@ class Tracking:
         self.write(path, append)
 
     def _send(self, logger: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
-        """Call a logger unless it failed before; return whether that worked."""
+        """Call a logger unless it has failed before; returns whether that worked."""
         if id(logger) in self._broken:
             return False
         try:
             call(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001, _fail tells it or raises it
+        except Exception as error:  # noqa: BLE001, _fail warns or raises it
             what = f"{type(logger).__name__} failed and gets nothing more of this fit"
             self._fail(logger, f"{what}, which goes on", error)
             return False
         return True
 
     def _fail(self, culprit: Any, what: str, error: Exception) -> None:
-        """Tell a failure, of each logger or of the folder once, or let it through."""
+        """Raise a failure, or warn of it, once for each logger and for the folder."""
         if self._on_error == "raise":
             raise error
         key = hash(culprit) if isinstance(culprit, Path) else id(culprit)
@@ -222,7 +218,7 @@ class Tracking:
 
 
 def _telling(params: Any) -> Any:
-    """Parameters without those that were not given, and what LightningCLI adds for itself."""
+    """Parameters without those that are None, and without LightningCLI's own."""
     given = vars(params) if isinstance(params, Namespace) else params
     if not isinstance(given, Mapping):
         return params

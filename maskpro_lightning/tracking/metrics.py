@@ -1,4 +1,4 @@
-"""What a run of MaskPro looks like from outside, as torchmetrics."""
+"""Statistics of masks and logits during a fit: how undecided they are, and how much they change."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from maskpro_lightning.optim.optimizer import MaskPro
 
 #: Bins of :func:`histograms`, of equal width over [0, 1].
 BINS = 20
-# Probabilities above 1 - 10^-5 are not told apart.
+# Probabilities above 1 - 10^-5 count as the same.
 _NINES = 5
-# Above, a group's entropy is estimated from its draw instead of summed over all masks.
+# With more masks than this, a group's entropy is estimated from its draw, not summed over masks.
 _LARGEST_SUM = 128
 
 
 class MaskChange(Metric):
-    """Share of groups, in [0, 1], whose mask is not the same in two sets of masks."""
+    """Share of groups, in [0, 1], whose masks differ between two sets of masks."""
 
     is_differentiable = False
     higher_is_better = None
@@ -48,10 +48,10 @@ class MaskChange(Metric):
 
 
 class MaskEntropy(Metric):
-    """Mean entropy of a group's mask in [0, 1], in units of log C(M, N), a group undecided.
+    """Mean entropy of a group's mask in units of log C(M, N), in [0, 1]; 1 is undecided.
 
-    Exact where a group has up to 128 masks. Beyond, the mean of -log P of the drawn masks, whose
-    expectation it is.
+    Exact if a group has at most 128 masks. Otherwise estimated by the mean of -log P of the drawn
+    masks, whose expectation is the entropy.
     """
 
     is_differentiable = False
@@ -82,12 +82,12 @@ class MaskEntropy(Metric):
 
 
 def mask_metrics(optimizer: MaskPro) -> dict[str, dict[str, float]]:
-    """Statistics of each weight's masks, and of all under the name "".
+    """Statistics of each weight's masks, and of all together under the name ""; a collective.
 
     Returns:
-        By parameter name: ``entropy`` (in units of log C(M, N)), ``changed`` (share of groups
-        whose most likely mask is not the initial one), ``churn`` (share of groups whose mask was
-        changed by the last draw); each in [0, 1].
+        By parameter name, each in [0, 1]: ``entropy`` (in units of log C(M, N)), ``changed`` (the
+        share of groups whose most likely mask, of the N highest logits, is not the initial one),
+        ``churn`` (the share of groups whose mask was changed by the last draw).
     """
     layers = {name: (MaskEntropy(), MaskChange()) for name in optimizer.names}
     for groups in optimizer.groups():
@@ -98,13 +98,12 @@ def mask_metrics(optimizer: MaskPro) -> dict[str, dict[str, float]]:
         entropy.update(groups.logits_GM, groups.drawn_GM, groups.pattern)
         changed.update(mode_GM, groups.initial_GM)
     redrawn = optimizer.redrawn()
-    # Not torchmetrics' own way of joining ranks, which asks for each number on its own.
+    # One collective, since torchmetrics' own synchronization needs one for each number.
     sums = optimizer.over_ranks(
         torch.tensor(
             [
-                [float(entropy.entropy), float(changed.changed), float(redrawn[name]), groups]
+                [float(n) for n in (entropy.entropy, changed.changed, redrawn[name], entropy.total)]
                 for name, (entropy, changed) in layers.items()
-                for groups in (float(entropy.total),)
             ],
             dtype=torch.float64,
         )
@@ -119,13 +118,14 @@ def mask_metrics(optimizer: MaskPro) -> dict[str, dict[str, float]]:
 
 
 def histograms(optimizer: MaskPro) -> dict[str, list[dict[str, int]]]:
-    """Each weight's groups by how decided they are, and by what the initial mask kept of them.
+    """Counts of each weight's groups in bins of [0, 1]; a collective.
 
     Returns:
-        By parameter name ``BINS`` rows: ``bin``, the number of a bin of [0, 1]; ``confidence``, the
-        groups whose most likely mask has a probability 1 - 10^-5x with x in it; ``retained``, those
-        of whose squared weights the initial mask keeps a share in it; ``changed``, how many of
-        these left that mask.
+        By parameter name ``BINS`` rows with the bin's number, ``bin``, and numbers of groups:
+        ``confidence``, those with x in the bin, where the most likely mask has probability
+        1 - 10^-5x; ``retained``, those with the share of their squared weights that the initial
+        mask keeps in the bin; ``changed``, those of the latter whose most likely mask is not the
+        initial one.
     """
     names = ("confidence", "retained", "changed")
     counts = torch.zeros(len(optimizer.names), len(names), BINS, dtype=torch.float64)
@@ -135,7 +135,7 @@ def histograms(optimizer: MaskPro) -> dict[str, list[dict[str, int]]]:
         doubt_G = -distribution.log_prob(groups.logits_GM, mode_GM, groups.pattern).expm1()
         nines_G = -doubt_G.clamp(10.0**-_NINES, 1).log10() / _NINES
         square_GM = groups.dense_GM.float().square()
-        # Of a group of zeros nothing is lost.
+        # A group of zeros loses nothing.
         retained_G = ((square_GM * groups.initial_GM).sum(-1) / square_GM.sum(-1)).nan_to_num(1)
         changed_G = (mode_GM != groups.initial_GM).any(-1)
         for row, values_G in zip(

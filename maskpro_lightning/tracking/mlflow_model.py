@@ -1,4 +1,4 @@
-"""A sparse model in MLflow, with the numbers, the data and the run that it comes from."""
+"""Logs a sparse model to MLflow, with the metrics, the data and the run that it comes from."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def log_model(
 ) -> str:
     """Log a sparse model to the run of an MLFlowLogger, zeros included.
 
-    A Hugging Face model that generates text, with its tokenizer, is of the flavour
-    ``mlflow.transformers``; anything else is pickled, of the flavour ``mlflow.pytorch``, and needs
-    its class where it is loaded.
+    A Hugging Face model that generates text is logged, with its tokenizer, in the flavour
+    ``mlflow.transformers``. Any other model is pickled, in the flavour ``mlflow.pytorch``, and
+    needs its class where it is loaded.
 
-    The model gets the run's metrics of the step that its mask is of, the fit's result and the data
-    set. A registered version gets the run's description, and pattern and share of zeros as tags.
+    The model gets the run's metrics at the step of its mask, the fit's result and the data set. A
+    registered version gets the run's description, and the pattern and the share of zeros as tags.
 
     Args:
         logger: The logger, whose run may have ended.
         model: The model.
         tokenizer: Its tokenizer.
-        registered_name: Name under which the model is also registered.
+        registered_name: The name to register the model under; by default it is not registered.
         pattern: The pattern of its masks.
 
     Returns:
@@ -42,7 +42,7 @@ def log_model(
 
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(logger.experiment.tracking_uri)
-    # MLflow starts no run of another experiment than the active one, for which there is no getter.
+    # MLflow refuses runs of other experiments than the active one, for which there is no getter.
     fluent: Any = import_module("mlflow.tracking.fluent")
     active = fluent._active_experiment_id
     fluent._active_experiment_id = None
@@ -59,13 +59,13 @@ def log_model(
         with mlflow.start_run(logger.run_id, nested=True, log_system_metrics=False):
             if tokenizer is not None and getattr(model, "can_generate", lambda: False)():
                 parts = {"model": model, "tokenizer": tokenizer}
-                # Named, since MLflow would else look for what image models need.
+                # Named here, or MLflow would look for the requirements of image models, too.
                 kwargs |= {"task": "text-generation", "pip_requirements": ["torch", "transformers"]}
                 info = mlflow.transformers.log_model(parts, **kwargs)
             else:
                 kwargs["pip_requirements"] = ["torch"]
                 if "serialization_format" in signature(mlflow.pytorch.log_model).parameters:
-                    # Newer MLflows would trace the model, which takes an example of its input.
+                    # Newer versions of MLflow would trace the model, for which they need an input.
                     kwargs["serialization_format"] = "pickle"
                 info = mlflow.pytorch.log_model(model, **kwargs)
     finally:
@@ -84,9 +84,10 @@ def _name(run: str | None, kind: str, pattern: str | None) -> str:
 
 
 def _log_numbers(client: Any, run: Any, model_id: str, best: int) -> None:
-    """Let the model have the fit's result and what was measured last until its mask's step.
+    """Give the model the fit's result, and each metric's last value until its mask's step.
 
-    Lightning counts the step of a validation from zero, so it is not of the step that MLflow takes.
+    MLflow itself gives it metrics of exactly that step. Lightning counts the step of a validation
+    from zero, so validations are not among them.
     """
     from mlflow.entities import Metric
 
@@ -101,7 +102,7 @@ def _log_numbers(client: Any, run: Any, model_id: str, best: int) -> None:
             continue
         points = client.get_metric_history(run.info.run_id, name)
         point = max((p for p in points if result or p.step <= best), key=_when, default=None)
-        if point is not None and point.step != best:  # MLflow has taken that one
+        if point is not None and point.step != best:  # else MLflow has given it
             values = name, point.value, point.timestamp, point.step
             found.append(Metric(*values, model_id=model_id, run_id=run.info.run_id, **data))
     if found:

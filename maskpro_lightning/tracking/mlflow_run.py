@@ -1,4 +1,4 @@
-"""What an MLflow run gets beside numbers and files: its place, its data, its end."""
+"""What an MLflow run gets beside numbers and files: its parent, its data set, its final status."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _log = logging.getLogger(__name__)
 
 #: The environment variable that names the run under which the runs of a sweep are shown.
 PARENT = "MLFLOW_PARENT_RUN_ID"
-# By which MLflow 3 decides which pages an experiment has.
+# The tag by which MLflow 3 chooses an experiment's pages.
 _KIND = "mlflow.experimentKind"
-# Seconds that a server has to take note of a failure.
+# Seconds to wait for a server to record a failure.
 _PATIENCE = 10.0
 
 
 class MLflowRun:
-    """The part of a fit that only MLflow understands; without its logger, nothing happens.
+    """The MLflow run of a fit; without an MLFlowLogger, nothing happens.
 
     - The run is nested under the active MLflow run, or that of ``MLFLOW_PARENT_RUN_ID``.
     - The data set is logged, if the trainer's datamodule has a ``provenance()`` that returns name,
       digest, source_type and source, see :class:`mlflow.entities.Dataset`.
-    - Its experiment opens as one that trains models, not as one of generative AI.
-    - If Lightning kills this process, since another rank has died, the run has failed; so it has if
-      another rank ends with an error, such as that the rank that logs is no longer there.
-    - The machine's use is logged where MLflow is told to: ``MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING``.
+    - MLflow's pages show the experiment as one that trains models, not as generative AI.
+    - The run ends as failed if Lightning kills this process since another rank has died, or if
+      another rank ends with an error.
+    - System metrics are logged if ``MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING`` is set.
 
     Args:
         trainer: The trainer.
-        tracking: Guards against a server that fails.
+        tracking: Handles a server that fails.
     """
 
     def __init__(self, trainer: Any, tracking: Tracking) -> None:
@@ -48,7 +48,7 @@ class MLflowRun:
         self._runs: list[tuple[str, str]] = []
 
     def begin(self, tags: Mapping[str, str]) -> None:
-        """Log tags and data, and start watching the machine; all ranks call it."""
+        """Log tags and data, and start to log system metrics; a collective."""
         self._tracking.each("MLFlowLogger", lambda logger: self._tag(logger, tags))
         if hasattr(self._data, "provenance"):
             self._tracking.each("MLFlowLogger", self._log_data)
@@ -58,12 +58,12 @@ class MLflowRun:
         self._runs = self._strategy.broadcast(self._runs)
 
     def fail(self) -> None:
-        """End the runs as failed on the ranks that do not log: the one that does may be dead."""
+        """End the runs as failed, from ranks that do not log: the one that does may be dead."""
         for uri, run_id in () if self._logs else self._runs:
             _end_as_failed(partial(_client, uri), run_id)
 
     def end(self) -> None:
-        """Stop watching the machine and the ranks."""
+        """Stop watching the system and the ranks."""
         while self._monitors:
             self._monitors.pop().finish()
         while self._observers:
@@ -90,7 +90,7 @@ class MLflowRun:
         self._runs.append((logger.experiment.tracking_uri, logger.run_id))
 
     def _observe(self, logger: Any) -> None:
-        """Let the thread that kills this process with SIGKILL first say that the run has failed."""
+        """Let Lightning's thread end the run as failed before it kills this process by SIGKILL."""
         for thread in threading.enumerate():
             kill = getattr(thread, "_terminate_all", None)
             if thread.name == "child-process-observer" and kill is not None:
@@ -118,7 +118,7 @@ class MLflowRun:
 
 
 def parent_run() -> str | None:
-    """The run under which a new one is to be shown."""
+    """The id of the run to nest new runs under, or None."""
     if parent := os.environ.get(PARENT):
         return parent
     import mlflow
@@ -134,7 +134,7 @@ def _fail_and(kill: Callable[[], None], logger: Any) -> None:
 
 
 def _end_as_failed(client: Callable[[], Any], run_id: str) -> None:
-    """End a run as failed, with a server that may be away or slow."""
+    """End a run as failed; waits no longer than ``_PATIENCE`` for the server."""
     end = threading.Thread(target=lambda: client().set_terminated(run_id, "FAILED"), daemon=True)
     end.start()
     end.join(_PATIENCE)

@@ -1,7 +1,7 @@
-"""Figures of a run, drawn from its history: did it help, what drove it, where did masks change.
+"""Draws a run's figures from its numbers: did it help, what drove it, where did masks change?
 
-The figures are white, with a dark title that says what the run is, panels that say what they show,
-and colours that colour-blind readers tell apart. They are made without pyplot, so in any thread.
+Colours are such that colour-blind readers tell them apart. Figures are made without pyplot, so that
+any thread can make them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Groups = Mapping[str, _Rows]
 
 _TITLE, _INK, _GREY, _RULE = "#1b1f24", "#57606a", "#868686", "#d0d7de"
 _BLUE, _GREEN, _ORANGE = "#0b76b8", "#0a9670", "#d55e00"
-# What a validation is drawn beside: the dense weights are the aim, masks are to be passed.
+# Lines beside the validations: those of the dense weights and of other masks.
 _REFERENCES = {
     "dense": (_TITLE, "-"),
     "initial": (_GREY, "--"),
@@ -33,7 +33,7 @@ _REFERENCES = {
     "sparsegpt": ("#bf3989", "-."),
 }
 _COLOURS = {"baseline": _GREY, "entropy": _GREEN, "churn": _ORANGE, "baseline_hit_rate": _GREEN}
-# By key: name, meaning, what it is a share of.
+# By key: name, meaning, and the whole that it is a share of.
 _SHARES = {
     "changed": ("Left the initial mask", "another one is the most likely now", "of groups"),
     "entropy": ("Undecided (entropy)", "at 100% all masks are equally likely", "of log C(M, N)"),
@@ -41,21 +41,21 @@ _SHARES = {
 }
 _MOST_LAYERS = 40
 _MOST_METRICS = 3
-# A share of fewer groups is more noise than it tells.
+# A share of fewer groups than this is mostly noise.
 _FEW_GROUPS = 100
-# What only a run that compares with the initial mask logs.
+# Metrics that only a run with baselines logs.
 _OF_BASELINE = {"baseline", "residual", "delta", "advantage"}
 
 
 def figures(run: Run) -> dict[str, Figure]:
-    """Draw what a run logged.
+    """Draw the figures of a run; those of metrics that it did not log are left out.
 
     Returns:
-        By name: "loss", the drawn masks against the initial one; "exploration", how much masks
-        move; "signal", what draws taught and cost, where there was a baseline; "validation", the
-        most likely masks, beside other masks and none where these were compared; "layers" and
-        "groups", where masks changed; "confidence", how decided they are. What was not logged has
-        no figure. A series is a line, or bars, whose gid is its key.
+        By name: "loss", the loss of the drawn masks and, with baselines, of the initial one;
+        "exploration", how much masks move; "signal", with baselines, the advantages and how often a
+        baseline was remembered; "validation", the most likely masks beside the dense weights and
+        other masks; "layers" and "groups", where masks changed; "confidence", how decided they are.
+        The gid of a line, or of bars, is the key of its series.
     """
     rows = run.history
     drawn: dict[str, Figure] = {}
@@ -102,7 +102,7 @@ def _loss(rows: _Rows) -> Figure:
     _series(top, rows, key, "drawn masks\n{:.4g}", mean=True)
     labels = sorted(top.texts, key=lambda text: text.get_position()[1])
     for label, align in zip(labels, ("top", "bottom"), strict=False):
-        label.set(va=align)  # not over each other, however close the lines end
+        label.set(va=align)  # apart, even if the lines end close to each other
     bottom.axhline(0, color=_GREY, linewidth=1, linestyle="--")
     _series(bottom, rows, "residual")
     _series(bottom, rows, "delta", "tracker δ\n{:.3g}")
@@ -148,7 +148,7 @@ def _validation(rows: _Rows, comparison: Mapping[str, Mapping[str, float]]) -> F
 
 
 def _different(keys: Sequence[str], rows: _Rows) -> list[str]:
-    """Keys without those that repeat an earlier one, as perplexity does the loss: its exp."""
+    """Keys without those that are the exponential of an earlier one, as perplexity of the loss."""
     kept: list[str] = []
     for key in keys:
         pairs = [[(row[one], row[key]) for row in rows if {one, key} <= row.keys()] for one in kept]
@@ -196,12 +196,12 @@ def _counts(layers: _Groups, key: str) -> np.ndarray:
 
 
 def _share_of(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """A share where there are enough to tell, else NaN."""
+    """Shares, NaN where there are too few groups."""
     return part / np.where(whole >= min(_FEW_GROUPS, whole.max()), whole, np.nan)
 
 
 def _over_bins(titles: Mapping[str, str], heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
-    """A figure of panels below each other with one axis of shares from 0 to 1."""
+    """A figure of panels, one below the other, with a common axis of shares from 0 to 1."""
     figure, panels = _over_steps(titles, heights)
     for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(10))
@@ -252,7 +252,7 @@ def _layers(layers: _Layers) -> Figure:
 
 
 def _shortened(names: Sequence[str]) -> list[str]:
-    """Names without the parts that all begin or end with; of long ones a number and the end."""
+    """Names without their common first and last parts; long ones as a number and an ending."""
     parts = [name.split(".") for name in names]
     for end, rest in ((-1, slice(-1)), (0, slice(1, None))):
         while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[end] for p in parts}) == 1:
@@ -262,7 +262,7 @@ def _shortened(names: Sequence[str]) -> list[str]:
 
 
 def _over_steps(titles: Mapping[str, str], heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
-    """A figure of panels below each other, given as titles and units, with one axis of steps."""
+    """A figure of panels (titles with units), one below the other, with a common axis of steps."""
     figure = Figure((8, 4.8), dpi=150, facecolor="white", layout="constrained")
     grid = figure.subplots(len(titles), sharex=True, squeeze=False, height_ratios=heights)
     panels = list(grid[:, 0])
@@ -275,7 +275,7 @@ def _over_steps(titles: Mapping[str, str], heights: Sequence[float]) -> tuple[Fi
 
 
 def _head(figure: Figure, title: str) -> None:
-    """Put what the run is above everything; a title that is there goes below it."""
+    """Put the run's title on top, above a title that is there."""
     below = figure.get_suptitle()
     text = f"{title}\n{below}" if title and below else title or below
     if text:
@@ -294,7 +294,7 @@ def _dress(axes: Axes, title: str) -> None:
 
 
 def _series(axes: Axes, rows: _Rows, key: str, label: str = "", mean: bool = False) -> None:
-    """Draw a series, or its average over a tenth of the steps on top, and label where it ends."""
+    """Draw a series and label its end; with ``mean`` also its average over a tenth of the steps."""
     points = [(row["step"], row[key]) for row in rows if key in row]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
     colour, marker = _COLOURS.get(key, _BLUE), "." if len(points) < 20 else None
@@ -311,13 +311,13 @@ def _series(axes: Axes, rows: _Rows, key: str, label: str = "", mean: bool = Fal
 
 
 def _label(axes: Axes, height: float, text: str, colour: str) -> None:
-    """Write beside the end of a line."""
+    """Write a text beside the end of a line."""
     style = {"color": colour, "fontsize": 8, "va": "center"}
     axes.text(1.01, height, text, style, transform=axes.get_yaxis_transform())
 
 
 def _spread_labels(axes: Axes) -> None:
-    """Move labels up that lie over others, lowest first."""
+    """Move labels up that overlap others, from the lowest on."""
     figure = axes.figure
     assert isinstance(figure, Figure)
     figure.draw_without_rendering()

@@ -1,4 +1,4 @@
-"""What a fit found, in a few numbers: for a terminal, a notebook, a tracker and a model card."""
+"""The result of a fit in a few numbers: for a terminal, a notebook, a tracker and a model card."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Result:
-    """What a fit found; what was not measured is None.
+    """The result of a fit; values that were not measured are None.
 
     Attributes:
-        pattern: Such as "2:4".
-        metric: What masks are compared by, such as "val_loss".
-        mode: Whether a lower ("min") or a higher ("max") value of it is better.
-        dense: Its value with the dense weights.
-        initial: Its value under the initial mask.
-        deployed: Its value under the mask that is deployed.
+        pattern: The pattern, such as "2:4".
+        metric: The metric that masks are compared by, such as "val_loss".
+        mode: "min" if a lower value of the metric is better, "max" if a higher one is.
+        dense: The metric's value with the dense weights.
+        initial: The metric's value under the initial mask.
+        deployed: The metric's value under the deployed mask.
         sparsity: Share of zeros among the masked weights, in [0, 1].
         masked_weights: Number of masked weights.
         changed: Share of groups whose deployed mask is not the initial one, in [0, 1].
-        steps: Steps of the fit.
-        best_step: The step that the deployed mask is of.
-        seconds: Time of the fit.
-        folder: Where the run's files are.
-        to_do: What comes next, such as a line that exports the model.
+        steps: The number of steps of the fit.
+        best_step: The step of the deployed mask.
+        seconds: The time that the fit took.
+        folder: The folder of the run's files.
+        to_do: What to do next, such as a line that exports the model.
     """
 
     pattern: str
@@ -56,9 +56,10 @@ class Result:
 
     @property
     def gap_closed(self) -> float | None:
-        """Share of the way from the initial mask to the dense weights.
+        """The share of the gap that learning has closed: (initial - deployed) / (initial - dense).
 
-        None if one of them was not measured, or if the dense weights are not the better ones.
+        1 is as good as the dense weights, 0 as the initial mask, below 0 worse than that. None if a
+        value was not measured, or if the dense weights are not better than the initial mask.
         """
         if (found := self._measured) is None:
             return None
@@ -77,7 +78,7 @@ class Result:
         return (values[0], values[1], values[2]) if len(values) == 3 else None
 
     def metrics(self) -> dict[str, float]:
-        """The numbers by which runs can be sorted, under ``maskpro/``."""
+        """The numbers as metrics ``maskpro/…``, by which runs can be sorted."""
         found = {
             "dense": self.dense,
             "initial": self.initial,
@@ -89,7 +90,7 @@ class Result:
         return {f"maskpro/{name}": value for name, value in found.items() if value is not None}
 
     def rows(self) -> list[tuple[str, str]]:
-        """Names and values for a reader."""
+        """Names and values of the table that is shown."""
         closed = "unknown" if self.gap_closed is None else f"{self.gap_closed:.0%}"
         if self.gap_closed is None and self._measured is not None:
             which = "lower" if self.mode == "min" else "higher"
@@ -111,12 +112,12 @@ class Result:
         return [*found, ("next", self.to_do)]
 
     def markdown(self) -> str:
-        """The table for a tracker's description, or a model card."""
+        """The table in Markdown, for a run's description or a model card."""
         lines = [f"| {self._title} | |", "| --- | ---: |"]
         return "\n".join(lines + [f"| {name} | {value} |" for name, value in self.rows()])
 
     def write(self, path: Path) -> None:
-        """Write it as JSON, for :func:`read_result`."""
+        """Write the result as JSON, for :func:`read_result`."""
         write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     def show(self) -> None:
@@ -164,9 +165,9 @@ class Result:
 
 
 def report(result: Result, tracking: Any) -> None:
-    """Tell a result to everyone, on one rank: the screen, all loggers, the run's folder.
+    """Show a result, log it and write it into the run's folder; on one rank.
 
-    MLflow's run gets the table for its description, too.
+    The table also becomes the description of MLflow's run.
 
     Args:
         result: The result.
@@ -181,7 +182,7 @@ def report(result: Result, tracking: Any) -> None:
 
 
 def read_result(folder: Path) -> Result | None:
-    """The result that a run's folder holds, if it holds a whole one."""
+    """The result in a run's folder; None if there is no whole one."""
     try:
         found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         return Result(**{f.name: found[f.name] for f in fields(Result) if f.name in found})

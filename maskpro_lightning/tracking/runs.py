@@ -1,4 +1,4 @@
-"""What a run logged, as CSV files in its folder: written at the end of a fit, read to draw it."""
+"""The numbers of a run as CSV files in its folder: written when a fit ends, read for figures."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from maskpro_lightning.tracking.credentials import without_credentials
 Row = Mapping[str, float]
 
 HISTORY, PARAMETERS = "history.csv", "parameters.json"
-#: What a logger that failed should have got, one JSON object a line.
+#: The file of what failed loggers have missed, one JSON object a line.
 UNSENT = "unsent.jsonl"
-#: The loss in a history, where it is the distance to the dense model's outputs.
+#: The name of the loss in a history, where it is the divergence from the dense outputs.
 DISTILLED = "distillation_loss"
-#: Parameters by which MLflow can filter runs, as tags.
+#: Parameters that become tags, by which MLflow can filter runs.
 TAGGED = frozenset({"pattern", "estimator"})
 
 
 @dataclass(frozen=True)
 class Run:
-    """Numbers of one run; what it did not log is empty.
+    """The numbers of one run; those that it did not log are empty.
 
     Attributes:
-        history: Of training steps: ``step``, ``loss`` (``distillation_loss`` where that is what
-            masks learn from) and what else the callback logs.
-        layers: By parameter name: ``entropy``, ``changed`` and ``churn``.
+        history: For training steps: ``step``, ``loss`` (``distillation_loss`` if masks learn from
+            that) and the callback's other metrics.
+        layers: By parameter name: ``entropy``, ``changed`` and ``churn``, see
+            :func:`metrics.mask_metrics`.
         groups: By parameter name, a row for each bin of :func:`metrics.histograms`.
-        validation: Of validations under the most likely mask: ``step`` and what the module logged.
-        comparison: By mask what validations of other weights logged: "dense" and "initial" in
-            every fit, and "magnitude", "wanda" and so on by ``maskpro compare``.
-        title: What the run is, for a figure's head.
+        validation: For validations under the most likely mask: ``step`` and what the module logged.
+        comparison: What validations of other weights logged, by their name: "dense" and "initial"
+            in every fit, and "magnitude", "wanda" and so on by ``maskpro compare``.
+        title: The title of figures.
     """
 
     history: Sequence[Row] = ()
@@ -46,7 +47,7 @@ class Run:
     title: str = ""
 
     def write(self, folder: Path) -> list[Path]:
-        """Write what there is; returns the files."""
+        """Write the tables that are not empty; returns the files."""
         tables: dict[str, list[Mapping[str, Any]]] = {
             HISTORY: list(self.history),
             "layers.csv": [{"layer": name, **row} for name, row in self.layers.items()],
@@ -60,7 +61,7 @@ class Run:
 
 
 def folder_of(run: Path) -> Path:
-    """The folder of the callback's files: this one, or the one in it."""
+    """The folder of the callback's files: ``maskpro`` in the run's folder, or this one."""
     inside = run / "maskpro"
     return inside if inside.is_dir() else run
 
@@ -94,7 +95,7 @@ def read_run(folder: Path) -> Run:
 
 
 def title_of(parameters: Mapping[str, Any], folder: Path) -> str:
-    """What a run is, in one line: the pattern, the model, how masks were found, the run."""
+    """The title of a run's figures: the pattern, the model, how masks were found, the run."""
     if not parameters:
         return ""
     pattern, model = parameters.get("pattern"), parameters.get("model")
@@ -106,10 +107,10 @@ def title_of(parameters: Mapping[str, Any], folder: Path) -> str:
 
 
 def download_run(run_id: str, tracking_uri: str | None, folder: Path) -> None:
-    """Fetch the tables of an MLflow run into a folder, for :func:`read_run`.
+    """Download the tables of an MLflow run into a folder, for :func:`read_run`.
 
     Raises:
-        ValueError: MLflow does not give them.
+        ValueError: the download failed.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
@@ -125,16 +126,16 @@ def download_run(run_id: str, tracking_uri: str | None, folder: Path) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a table of numbers; what a row does not have is left out of it.
+    """The rows of a table of numbers; empty cells are left out of a row.
 
     Raises:
-        ValueError: names the file and the line that is not of numbers.
+        ValueError: names the file and the first line that does not hold numbers.
     """
     return [row for _, row in _named(path, None)]
 
 
 def parameters_of(folder: Path) -> dict[str, Any]:
-    """The parameters that a run's folder holds; none if it holds none that can be read."""
+    """The parameters in a run's folder; empty if there are none that can be read."""
     try:
         found = json.loads((folder / PARAMETERS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -143,7 +144,7 @@ def parameters_of(folder: Path) -> dict[str, Any]:
 
 
 def _named(path: Path, name: str | None) -> Iterable[tuple[str, Row]]:
-    """The rows of a table with what they say in the column ``name``; none without the file."""
+    """The rows of a table, each with its value in the column ``name``; none without the file."""
     if not path.is_file():
         return
     with path.open(newline="", encoding="utf-8") as file:

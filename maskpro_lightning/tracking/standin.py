@@ -1,4 +1,4 @@
-"""A logger that cannot be opened when a fit starts, and what takes its place in that fit."""
+"""Replaces, for one fit, a logger that cannot be opened when the fit starts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Row = dict[str, Any]
 
 
 class StandIn(DummyLogger):
-    """Keeps the numbers and parameters that a logger should have got; all else it lets pass.
+    """Keeps the numbers and parameters for a logger that is absent, and ignores all else.
 
-    The fit's last call to it, after a success or a failure, gives its place back.
+    ``finalize``, the fit's last call, puts the logger back into its place.
 
     Args:
         absent: The logger.
         trainer: The trainer that uses the logger.
-        error: Why the logger could not be opened.
+        error: The error that opening it raised.
     """
 
     def __init__(self, absent: Any, trainer: Any, error: Exception) -> None:
@@ -34,19 +34,19 @@ class StandIn(DummyLogger):
         self.kind = type(absent).__name__
         self.error = without_credentials(str(error))
         self._absent, self._trainer = absent, trainer
-        # As MLflow's, so that runs that start together have folders of their own.
+        # Unique, so that runs that start at the same time have folders of their own.
         self._version = f"{_safe(getattr(absent, '_run_name', None) or 'run')}_{uuid4().hex[:8]}"
         self._keep: Callable[[Row], None] | None = None
         self._early: list[Row] = []
 
     def keep_by(self, keep: Callable[[Row], None]) -> None:
-        """Hand over what there is to keep, so far and from now on."""
+        """Hand over all rows to ``keep``: those so far, and those that come."""
         self._keep = keep
         while self._early:
             keep(self._early.pop(0))
 
     def command(self, folder: Path) -> str:
-        """What a user types once the server is back."""
+        """The command for the user once the server is back."""
         given = {"tracking_uri": "_tracking_uri", "experiment": "_experiment_name"}
         given |= {"run_id": "_run_id"}
         options = {name: getattr(self._absent, private, None) for name, private in given.items()}
@@ -86,11 +86,11 @@ class StandIn(DummyLogger):
 
 
 def watch_loggers(trainer: Any) -> None:
-    """For the fit that begins, let stand-ins take the places of loggers that cannot be opened.
+    """For the fit that begins, replace loggers that cannot be opened by stand-ins.
 
-    Lightning opens all loggers before any hook of a callback. It opens them after the strategy has
-    set up its environment, from which on a rank knows that it is one; that is when they are tried.
-    On other ranks than the first, loggers do nothing, and cannot fail.
+    Lightning opens loggers before any hook of a callback, but after the strategy has set up its
+    environment. So they are tried at the end of that method, when a rank knows its number. On ranks
+    other than 0, loggers do nothing and cannot fail.
     """
     strategy = trainer.strategy
     before, set_up = vars(strategy).get("setup_environment"), strategy.setup_environment
@@ -106,13 +106,13 @@ def watch_loggers(trainer: Any) -> None:
 
 
 def row_of_metrics(kind: str, metrics: Mapping[str, Any], step: int | None) -> Row:
-    """Numbers that a logger did not get, for the file of what was not sent."""
+    """Numbers that a logger did not get, as a row of the file :data:`UNSENT`."""
     numbers = {name: float(v) for name, v in metrics.items() if not isinstance(v, str)}
     return {"logger": kind, "step": step, "metrics": numbers}
 
 
 def row_of_parameters(kind: str, parameters: Mapping[str, Any] | Namespace) -> Row:
-    """Parameters that a logger did not get, named as MLFlowLogger would."""
+    """Parameters that a logger did not get, named as MLFlowLogger names them."""
     flat = _flatten_dict(_convert_params(parameters))  # type: ignore[arg-type]
     return {"logger": kind, "parameters": {name: str(value) for name, value in flat.items()}}
 
@@ -120,7 +120,7 @@ def row_of_parameters(kind: str, parameters: Mapping[str, Any] | Namespace) -> R
 def _opened(logger: Any, trainer: Any) -> Any:
     try:
         getattr(logger, "experiment", None)
-    except Exception as error:  # noqa: BLE001, a tracker raises what it likes
+    except Exception as error:  # noqa: BLE001, a tracker may raise anything
         return StandIn(logger, trainer, error)
     return logger
 

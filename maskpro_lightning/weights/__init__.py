@@ -1,1 +1,1 @@
-"""Which weights of a model get a mask, and which part of each a rank holds."""
+"""Chooses the weights of a model that get a mask, and finds the part of each that a rank holds."""

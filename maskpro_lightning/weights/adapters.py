@@ -1,4 +1,4 @@
-"""Adapters of PEFT on sparse weights, merged without filling the zeros."""
+"""Merges PEFT's adapters into sparse weights without filling the zeros."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from maskpro_lightning.weights.targets import find_targets
 
 
 class Merged(NamedTuple):
-    """A model that its adapters were merged into.
+    """A model with its adapters merged.
 
     Attributes:
         model: The model, sparse and without adapters.
-        loss_before: The loss with the adapters beside the sparse weights, if it was asked for.
-        loss_after: The loss of the merged model, likewise; what it is more is what the mask took
-            of the adapters.
+        loss_before: The loss with the adapters beside the sparse weights; None if not measured.
+        loss_after: The loss of the merged model; None if not measured. The difference is the cost
+            of masking the adapters.
     """
 
     model: nn.Module
@@ -36,15 +36,16 @@ def merge_adapters(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
 ) -> Merged:
-    """Merge adapters of PEFT into sparse weights, where these are kept; zeros stay zero.
+    """Merge adapters of PEFT into sparse weights, of which zeros stay zero.
 
-    PEFT's own ``merge_and_unload`` adds a dense product of the adapters' factors, which fills the
-    zeros. Here its part on pruned weights is dropped, and what that costs is measured by ``loss``.
+    PEFT's own ``merge_and_unload`` adds the dense product of an adapter's factors, which fills the
+    zeros. Here the part of the product on pruned weights is dropped; ``loss`` measures the cost.
 
     Args:
         model: A PEFT model, or a module that holds one.
         pattern: The pattern of its masks.
-        loss: Called with the model before and after, in evaluation mode without gradients.
+        loss: Called with the model before and after the merge, in evaluation mode and without
+            gradients.
         include: Which layers are masked, as in :func:`find_targets`.
         exclude: Which layers are not.
 
@@ -61,13 +62,13 @@ def merge_adapters(
         model.set_submodule(name, merged)
     else:
         model = merged
-    # Observed, not hoped for: PEFT may have put other tensors in the weights' place.
+    # Checks the result, since PEFT may have put other tensors in the weights' place.
     SparseWeights(find_targets(model, pattern, include, exclude), pattern)
     return Merged(model, before, _measure(loss, model))
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names of layers that adapters of PEFT stand around, and the layers themselves."""
+    """Layers that adapters of PEFT wrap, with the names of the wrappers."""
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
         if type(module).__module__.startswith("peft.") and isinstance(base, nn.Module):

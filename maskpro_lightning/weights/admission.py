@@ -1,4 +1,4 @@
-"""What MaskPro takes: rules, weights, masks and losses. Anything else is refused by name."""
+"""Checks what MaskPro is given, rules, weights, masks and losses, and refuses it by name."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from torch import Tensor
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.layout import Layout
 
-#: Bounds a rule's numbers; with residuals up to 1e18 no product of theirs leaves float32.
+#: The largest lr and logit_scale. With residuals up to 1e18 none of their products overflows.
 LARGEST = 1e6
 
 
 def check_rule(rule: Mapping[str, Any]) -> None:
-    """Refuse an estimator's numbers, or a parameter group's, that are out of range."""
+    """Refuse numbers of an estimator or a parameter group that are out of range.
+
+    Raises:
+        TypeError: a number is none.
+        ValueError: a number is out of range.
+    """
     momentum = rule.get("tracker_momentum", 0)
     for name, value in (*((n, rule[n]) for n in ("lr", "logit_scale")), ("momentum", momentum)):
         if not isinstance(value, int | float):
@@ -46,8 +51,11 @@ def check_weights(
     """Refuse weights that cannot be masked.
 
     Args:
-        weights: Each with its parameter group, its name and the shape of the whole weight, of
-            which a rank may have a part.
+        weights: Parameter group, name, weight, and shape of the whole weight, of which a rank may
+            have a part.
+
+    Raises:
+        ValueError: names the first weight that cannot be masked, and why.
     """
     seen: dict[str, int] = {}
     for group, name, weight, shape in weights:
@@ -88,7 +96,14 @@ def _check_weight(
 
 
 def check_finite(wrong: Mapping[str, float]) -> None:
-    """Refuse weights that are not finite, from how many numbers of each, by name, are not."""
+    """Refuse weights that are not finite.
+
+    Args:
+        wrong: By name, the number of elements of each weight that are NaN or infinite.
+
+    Raises:
+        ValueError: names the first weight that has some.
+    """
     names = [name for name, number in wrong.items() if number]
     if names:
         others = f" ({len(names)} weights do)" if len(names) > 1 else ""
@@ -100,23 +115,23 @@ def check_finite(wrong: Mapping[str, float]) -> None:
 
 
 def is_maskable(weight: Tensor) -> bool:
-    """Whether a weight holds plain numbers: dense, floating-point, of at least 16 bits."""
+    """Whether a weight holds dense floating-point numbers of at least 16 bits."""
     floating = weight.is_floating_point() and weight.dtype.itemsize > 1
     return floating and weight.layout == torch.strided
 
 
 def kind_of(weight: Tensor) -> object:
-    """What makes a weight special: its layout, or else its dtype."""
+    """The layout of a weight that is not dense, else its dtype, for a message."""
     return weight.dtype if weight.layout == torch.strided else weight.layout
 
 
 def each_once(
     names: Sequence[str], masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Masks with their names, one after the other, if there is one for each name.
+    """Masks with their names, one after the other; there has to be one for each name.
 
     Raises:
-        ValueError: names the mask that nothing is named like, or the weight without a mask.
+        ValueError: names a mask of an unknown weight, or a weight without a mask.
     """
     unknown = sorted(set(masks) - set(names)) if isinstance(masks, Mapping) else []
     missing = set(names)
@@ -137,24 +152,25 @@ def each_once(
 
 
 def check_mask(name: str, mask: Any, shape: Sequence[int]) -> None:
-    """Refuse what is no mask of a weight of some shape; whether it is N:M is not looked at."""
+    """Refuse a mask that is no tensor of a weight's shape; whether it is N:M is not checked."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"The mask of {name!r} is a {type(mask).__name__}, not a bool tensor.")
     if tuple(mask.shape) != tuple(shape):
         raise ValueError(
-            f"The mask of {name!r} has shape {tuple(mask.shape)}, the weight {tuple(shape)}."
+            f"The mask of {name!r} has shape {tuple(mask.shape)}, but the weight has shape "
+            f"{tuple(shape)}: give a mask in the shape of the whole weight."
         )
 
 
 def check_loss(loss: Any, source: str = "The loss is") -> None:
-    """Refuse what is no loss, a tensor that holds one number; the message begins with a source."""
+    """Refuse a loss that is no tensor of one number; the message begins with ``source``."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"{source} {what}, but a loss is a tensor of one number.")
 
 
 def is_sparse(layout: Layout, weight: Tensor) -> bool:
-    """Whether this rank's part of a weight keeps at most N of every M already, and not nothing."""
+    """Whether this rank's part of a weight has at most N nonzeros in each group, and any at all."""
     where, weight = layout.uncut(weight.detach())
     found = False
     for _, (values,) in where.blocks(weight):

@@ -1,9 +1,10 @@
-"""Which dimension of which weight a product sums over, seen in one forward pass.
+"""Watches one forward pass: which dimension of which weight does each product sum over?
 
-Every operation of PyTorch passes by, below autograd and autocast. A storage is known if nothing of
-the batch is in it: parameters, buffers, and what is made from those alone. Of each known storage it
-is kept which parameter lies where, so that a view is understood by its strides, and a copy (a cast,
-``contiguous``, ``cat``, an expert picked by its number) by the view it was made from.
+A dispatch mode sees every operation of PyTorch, below autograd and autocast. A storage is *known*
+if nothing in it depends on the batch: parameters, buffers, and what is made from those alone. For
+each known storage the watch records where which parameter lies. So it understands a view by its
+strides, and a copy (a cast, ``contiguous``, ``cat``, an expert picked by its number) by the view
+that was copied.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from maskpro_lightning.weights.layers import own_parameters
 from maskpro_lightning.weights.operations import (
     FORGETS,
     KEEPS_ZEROS,
@@ -38,8 +40,8 @@ class Product:
     Attributes:
         dims: The dimensions of the parameter that were summed over.
         operation: PyTorch's name of the product.
-        computed_by: The operation that made other values of the weight before, zeros included;
-            None where the weight was multiplied as it is, or cast or scaled.
+        computed_by: The operation that computed other values from the weight before the product,
+            which need not be zero where the weight is; None if it kept the zeros, as a cast does.
     """
 
     dims: frozenset[int]
@@ -49,18 +51,16 @@ class Product:
 
 @dataclass
 class Observed:
-    """What :func:`observe` saw, by the parameter's id.
+    """The findings of :func:`observe`, by the parameter's id.
 
     Attributes:
         products: The products that a parameter took part in.
         with_data: Parameters that were multiplied with something that depends on the batch.
-        used_by: Other operations that a parameter went into together with such.
-        hidden: Whether a part of the model is sharded, so that parameters can be missed.
+        hidden: Whether a part of the model is sharded, so that products can be missed.
     """
 
     products: dict[int, set[Product]] = field(default_factory=dict)
     with_data: set[int] = field(default_factory=set)
-    used_by: dict[int, set[str]] = field(default_factory=dict)
     hidden: bool = False
 
 
@@ -68,22 +68,22 @@ class Observed:
 def observe(model: nn.Module) -> Iterator[Observed]:
     """Watch the products of all forward passes in the block.
 
-    Nothing is changed, and nothing stays behind: compiled modules run uncompiled meanwhile, and
-    autograd, autocast and wrappers as always. Costs some ten microseconds per operation.
+    Changes nothing and leaves nothing behind. Compiled modules run uncompiled meanwhile; autograd,
+    autocast and wrappers work as always. Costs some ten microseconds per operation.
 
     Args:
         model: Its parameters are watched.
     """
     watch = Watch(model)
     with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes long
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import is slow
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(watch)
         yield watch.observed
 
 
 class Watch(TorchDispatchMode):
-    """Sees every operation on its way to the device, and what products do with parameters.
+    """The dispatch mode that sees every operation and records the products of parameters.
 
     Args:
         model: Its parameters are watched.
@@ -97,8 +97,8 @@ class Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.observed = Observed()
-        # What is known to lie in a storage. A weak reference keeps the address of a storage that
-        # is gone from being given to another one.
+        # The pieces in each known storage. A weak reference keeps the address of a storage that is
+        # gone from being used again.
         self._known: dict[int, list[Piece]] = {}
         self._references: list[StorageWeakRef] = []
         self._parameters: set[int] = set()  # storages
@@ -108,11 +108,11 @@ class Watch(TorchDispatchMode):
     def _take_stock(self, model: nn.Module) -> None:
         shapes = flat_shapes(model)
         for module in model.modules():
-            for buffer in module._buffers.values():
-                if buffer is not None and not isinstance(buffer, DTensor):
+            for buffer in module.buffers(recurse=False):
+                if not isinstance(buffer, DTensor):
                     self._learn(buffer, [])
-            for name, parameter in module._parameters.items():
-                if parameter is None or nn.parameter.is_lazy(parameter):
+            for name, parameter in own_parameters(module).items():
+                if nn.parameter.is_lazy(parameter):
                     continue
                 key = id(parameter)
                 if isinstance(parameter, DTensor) or key in shapes:
@@ -131,7 +131,7 @@ class Watch(TorchDispatchMode):
                 self._parameters.add(storage)
 
     def _gather(self) -> None:
-        """Look whether a wrapper has put whole weights in the place of shards."""
+        """Watch whole weights that a wrapper has put in the place of shards by now."""
         for module, name, key, shape in self._missing:
             weight: Any = getattr(module, name, None)
             whole = isinstance(weight, Tensor) and not isinstance(weight, DTensor)
@@ -147,7 +147,7 @@ class Watch(TorchDispatchMode):
         self._known[storage] = pieces
 
     def _pieces(self, tensor: Tensor) -> list[Piece]:
-        """What of parameters lies where a tensor looks."""
+        """The pieces of parameters within a tensor's extent."""
         pieces = self._known.get(storage_of(tensor) or 0, [])
         if not pieces:
             return pieces
@@ -161,10 +161,10 @@ class Watch(TorchDispatchMode):
         if not isinstance(func, torch._ops.OpOverload) or func.namespace == "prim":
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
-        if name not in PRODUCTS and func._can_decompose():
+        if name not in PRODUCTS:
             with self:  # in inference mode composed operations come whole
                 result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
+            if result is not NotImplemented:  # else it is not composed
                 return result
         result = func(*args, **kwargs)
         if name in PRODUCTS and func.namespace == "aten":
@@ -180,13 +180,10 @@ class Watch(TorchDispatchMode):
         if all(storage_of(each) in self._known for each in inputs):
             self.see_made(name, args, inputs, result)
             return
-        for each in inputs:
-            for piece in self._pieces(each):
-                self.observed.used_by.setdefault(piece.parameter, set()).add(name)
         if name == "index" and self._pieces(args[0]) and args[0].dim() > 2:
             self.see_picked(args, result)
         elif func._schema.is_mutable:
-            # A buffer that something of the batch is written into; weights stay weights.
+            # Something of the batch is written into a buffer; weights stay weights.
             for declared, each in zip(func._schema.arguments, args, strict=False):
                 if declared.is_out or (declared.alias_info and declared.alias_info.is_write):
                     for written in tensors(each):
@@ -220,7 +217,7 @@ class Watch(TorchDispatchMode):
                 self._learn(each, [])
 
     def pieces_of(self, operands: Operands) -> list[list[Piece]]:
-        """What of parameters lies in each operand of a product."""
+        """The pieces of parameters in each operand of a product."""
         found = [self._pieces(operand) for operand, _ in operands]
         if self._missing and not any(found):
             self._gather()
@@ -266,7 +263,7 @@ class Watch(TorchDispatchMode):
         self._learn(made, pieces)
 
     def see_picked(self, args: tuple[Any, ...], made: Tensor) -> None:
-        """Slices of a weight were picked by their numbers, as those of some experts."""
+        """Slices of a weight were picked by number, such as some of its experts."""
         source, indices = args[:2]
         kept = source.dim() - len(indices)
         whole = kept > 0 and all(index is not None and not _is_mask(index) for index in indices)
@@ -276,7 +273,7 @@ class Watch(TorchDispatchMode):
         self._learn(made, pieces)
 
     def _copied(self, source: Tensor, made: Tensor) -> list[Piece]:
-        """Where the pieces of a tensor lie in a copy of its shape, or one broadcast to more."""
+        """The pieces of a tensor in a copy of it, which may be broadcast to more dimensions."""
         if not fits(source, made):
             return []
         copies = (piece.copied(source, made) for piece in self._pieces(source))
@@ -288,10 +285,10 @@ def _is_mask(index: Tensor) -> bool:
 
 
 def storage_of(tensor: Tensor) -> int | None:
-    """What a tensor's storage is known by; None for one without, as a sparse one."""
+    """The address of a tensor's storage; None for a tensor without one, such as a sparse one."""
     if isinstance(tensor, DTensor) or tensor.layout != torch.strided:
         return None
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return int(StorageWeakRef(tensor.untyped_storage()).cdata)
     except (NotImplementedError, RuntimeError):
         return None

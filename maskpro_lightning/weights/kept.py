@@ -1,7 +1,7 @@
-"""Weights that stay sparse while any optimizer trains them.
+"""Keeps weights sparse while any optimizer trains them.
 
-A mask is held in one bit per weight. What is pruned is zeroed by a product of integers, the bits of
-a number times 0 or 1, which leaves kept numbers as they are and takes NaN, too.
+A mask takes one bit per weight. A pruned number is zeroed by a product of integers, its bits times
+0; times 1, a kept number stays as it is. Zero times NaN would be NaN.
 
 Shape suffixes: ``W`` bytes of bits, ``8`` the bits of a byte.
 """
@@ -19,14 +19,12 @@ from torch.optim import Optimizer
 
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.admission import check_mask, each_once
-from maskpro_lightning.weights.layout import block_size, local
+from maskpro_lightning.weights.layout import INTEGERS, block_size, local
 from maskpro_lightning.weights.names import clean_name
 from maskpro_lightning.weights.sharding import layouts, reshard
 from maskpro_lightning.weights.targets import Target, find_targets
 
 Masks = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def keep_sparse(
@@ -44,16 +42,18 @@ def keep_sparse(
         optimizer: Any optimizer; it may hold other parameters, too.
         model: The model.
         pattern: The pattern of its masks.
-        masks: Bool masks by parameter name, True for kept, which are applied; by default the zeros
-            that the weights have.
+        masks: Bool masks by parameter name, True for kept, which are applied to the weights. By
+            default the weights' own zeros are the pruned ones.
         include: Which layers are masked, as in :func:`find_targets`.
         exclude: Which layers are not.
 
     Returns:
-        The weights under their masks; :meth:`SparseWeights.release` ends it.
+        The weights under their masks; :meth:`SparseWeights.release` lets the optimizer go.
 
     Raises:
-        ValueError: without masks, a weight that is not N:M; else a mask that is not.
+        TypeError: a mask is not a bool tensor.
+        ValueError: a weight, or a mask if masks are given, keeps more than N of M; or masks do not
+            fit the weights.
     """
     pattern = NMPattern.parse(pattern)
     targets = find_targets(model, pattern, include, exclude)
@@ -63,19 +63,19 @@ def keep_sparse(
 
 
 class SparseWeights:
-    """Weights, each with a mask that optimizers keep to.
+    """Weights, each with a mask; pruned values stay zero.
 
     Args:
-        targets: The weights. Those without masks have at most N nonzeros in every group.
+        targets: The weights.
         pattern: The pattern.
-        masks: Bool masks of whole weights by name, at most N kept in every group; the weights are
-            zeroed where they prune. By default the weights' own zeros.
-        model: What FSDP has wrapped, if it has.
+        masks: Bool masks of whole weights by name, at most N kept in every group; pruned values are
+            zeroed now. By default the weights' own zeros are the pruned ones.
+        model: The model that FSDP has wrapped, if it has.
 
     Raises:
         TypeError: a mask is not a bool tensor.
-        ValueError: a mask is missing, of another shape or keeps more than N; or there are none and
-            a weight has more than N nonzeros. Names it, and what to do.
+        ValueError: a mask is missing, has another shape or keeps more than N; or, without masks, a
+            weight has more than N nonzeros in a group.
     """
 
     def __init__(
@@ -106,14 +106,14 @@ class SparseWeights:
 
     @property
     def bytes(self) -> int:
-        """Memory that the masks take on this rank."""
+        """Bytes that the masks take on this rank."""
         return sum(kept.bytes for kept in self._kept.values())
 
     def follow(self, optimizer: Optimizer) -> None:
-        """See to it that an optimizer's steps leave pruned weights at zero.
+        """Keep pruned weights at zero through an optimizer's steps.
 
-        Their gradients are zeroed as they come and once more before the step, so that neither
-        norms nor moments have a part of them; moments that an optimizer has already are zeroed now.
+        Their gradients are zeroed as they come and again before the step, so that neither gradient
+        norms nor moments contain them. Moments that the optimizer has already are zeroed now.
         """
         self._handles += [
             optimizer.register_step_pre_hook(self._before_step),
@@ -132,7 +132,7 @@ class SparseWeights:
             self._handles.pop().remove()
 
     def zero_all(self) -> None:
-        """Zero what is pruned of all weights."""
+        """Zero the pruned values of all weights."""
         for name, kept in self._kept.items():
             kept.apply(self._weights[name])
 
@@ -143,23 +143,23 @@ class SparseWeights:
                 self._zero_gradient(weight)
 
     def zero_copy(self, model: nn.Module, prefix: str = "") -> None:
-        """Zero what is pruned in a copy of the model, whose parameters have the same names."""
+        """Zero the pruned values in a copy of the model with the same names of parameters."""
         for name, value in model.named_parameters():
             kept = self._kept.get(clean_name(name).removeprefix(prefix))
             if kept is not None:
                 kept.apply(value)
 
     def masks(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and whole masks, bool, True for kept; each a collective where it is sharded."""
+        """Names and whole masks, bool, True for kept; a collective for each that is sharded."""
         for name, kept in self._kept.items():
             yield name, self._layouts[name].whole(kept.mask())
 
     @torch.no_grad()
     def faults(self, state: Mapping[str, Any] | None = None) -> list[str]:
-        """What is not zero although it is pruned, a line for each weight.
+        """A line for each weight whose pruned values are not all zero.
 
         Args:
-            state: Look at a state dict's whole tensors instead of the weights.
+            state: Check the whole tensors of this state dict instead of the weights.
         """
         if state is None:
             self._reshard()
@@ -183,7 +183,7 @@ class SparseWeights:
             yield from (weight for weight in group["params"] if weight in self._names)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Zero the gradients that the step will use, be it after its closure."""
+        """Zero the gradients that the step will use: now, or when its closure has computed them."""
         closure = kwargs.get("closure") or next(iter(args[1:]), None)
         if closure is None:
             self.zero_gradients(optimizer)
@@ -206,7 +206,7 @@ class SparseWeights:
     def _zero_gradient(self, weight: Tensor) -> None:
         if weight.grad is not None:
             self._kept[self._names[weight]].apply(weight.grad)
-            if not is_initialized():  # what other ranks write into it is not counted
+            if not is_initialized():  # collectives may write into it without counting
                 self._zeroed[weight] = _state(weight.grad)
 
     def _nonzeros(self) -> Iterator[tuple[str, Tensor]]:
@@ -231,7 +231,7 @@ class SparseWeights:
             )
 
     def _excess(self, name: str, kept: Tensor) -> str | None:
-        """What groups keep more than N, if any."""
+        """The first group that keeps more than N, for a message; None if there is none."""
         layout = self._layouts[name]
         count_G = self.pattern.group(kept, layout.input_dim).sum(-1, dtype=torch.int32).flatten()
         wrong_G = count_G > self.pattern.n
@@ -260,7 +260,7 @@ def unpack_bits(bits_W: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _state(gradient: Tensor) -> tuple[int, int]:
-    """What is another once a gradient is another, or was written into."""
+    """Changes when a weight gets another gradient, or when its gradient is written into."""
     return id(gradient), gradient._version
 
 
@@ -270,12 +270,12 @@ def _powers(device: torch.device) -> Tensor:
 
 
 class _Kept:
-    """One rank's part of a mask, bool, in bits; blocks of rows, each packed on its own."""
+    """One rank's part of a mask in bits, in blocks of rows that are packed one by one."""
 
     def __init__(self, mask: Tensor) -> None:
         self.shape = mask.shape
         row = mask[:1].numel()
-        # Twice as many as the groups that a cache holds: a weight here takes a byte or two.
+        # Larger blocks than those of groups, since a weight takes only a byte or two here.
         self._rows = max(1, 4 * block_size(mask.device) // max(1, row))
         self._blocks = [pack_bits(block) for block in mask.split(self._rows)] if row else []
 
@@ -292,15 +292,15 @@ class _Kept:
 
     @torch.no_grad()
     def apply(self, tensor: Tensor) -> None:
-        """Zero what is pruned in a tensor of the mask's shape, in place."""
+        """Zero the pruned values of a tensor of the mask's shape, in place."""
         for part, kept in self._through(tensor):
             if part.dtype == torch.bool:
                 part &= kept
             else:
-                part.view(_INTEGERS[part.dtype.itemsize]).mul_(kept)
+                part.view(INTEGERS[part.dtype.itemsize]).mul_(kept)
 
     def violations(self, tensor: Tensor) -> int:
-        """How many numbers are not zero where they are pruned."""
+        """The number of pruned values that are not zero."""
         wrong = [((part != 0) & ~kept).sum() for part, kept in self._through(tensor)]
         return int(torch.stack(wrong).sum()) if wrong else 0
 

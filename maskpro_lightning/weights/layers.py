@@ -1,4 +1,4 @@
-"""What is known of layers: which weights they multiply with, and what each product sums over."""
+"""The layers of PyTorch and transformers: their weights, and what each one's product sums over."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-# Layers of transformers that multiply with parameters of their own, by the name of their class.
-# The tests watch the products of each.
+# Layers of transformers that multiply with parameters of their own, by class name: the dimension
+# that the product sums over. The tests watch the products of each.
 _BY_CLASS: Mapping[str, Mapping[str, int]] = {
     "AriaGroupedExpertsGemm": {"weight": -2},
     "Conv1D": {"weight": 0},  # (inputs, outputs)
@@ -35,6 +35,11 @@ _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight
 _RECURRENT = ("weight_ih", "weight_hh", "weight_hr")
 
 
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own parameters, without those of modules in it; a shared one under each name."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
 def weights_of(
     module: nn.Module, shapes: Mapping[int, torch.Size]
 ) -> Iterator[tuple[str, int, int]]:
@@ -42,11 +47,11 @@ def weights_of(
 
     Args:
         module: The layer, without those inside it.
-        shapes: Shapes of whole weights of which ``module`` shows pieces, by the parameter's id.
+        shapes: Shapes of the whole weights that FSDP1 shows as pieces, by the parameter's id.
 
     Yields:
-        The parameter's name in the layer, the dimension that the product sums over, and how many
-        products lie side by side in that dimension, each of which sums over its own part.
+        The parameter's name in the layer, the dimension that the product sums over, and the number
+        of products that lie side by side in that dimension, each of which sums over its own part.
     """
     if isinstance(module, TRANSPOSED):
         yield "weight", 0, module.groups
@@ -67,8 +72,7 @@ def _of_torch(module: nn.Module) -> Mapping[str, int]:
     if isinstance(module, nn.MultiheadAttention):
         return dict.fromkeys(_ATTENTION, -1)
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        names = (name for name, _ in module.named_parameters(recurse=False))
-        return {name: -1 for name in names if name.startswith(_RECURRENT)}
+        return {name: -1 for name in own_parameters(module) if name.startswith(_RECURRENT)}
     return {}
 
 
@@ -77,8 +81,8 @@ def _of_transformers(module: nn.Module, shapes: Mapping[int, torch.Size]) -> Map
     for kind in type(module).__mro__:
         if kind.__name__ in _BY_CLASS and kind.__module__.startswith("transformers"):
             return _BY_CLASS[kind.__name__]
-    if hasattr(module, "is_transposed"):  # fused experts say how they lie
-        weights = dict(module.named_parameters(recurse=False))
+    if hasattr(module, "is_transposed"):  # fused experts
         dim = -2 if module.is_transposed else -1
-        return {n: dim for n, w in weights.items() if len(shapes.get(id(w), w.shape)) == 3}
+        weights = own_parameters(module).items()
+        return {n: dim for n, w in weights if len(shapes.get(id(w), w.shape)) == 3}
     return {}

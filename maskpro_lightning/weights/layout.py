@@ -1,12 +1,13 @@
-"""Where one rank's part of a weight lies in the whole, and which groups it touches.
+"""Where one rank's part of a weight lies in the whole weight, and how it falls into groups.
 
-A draw depends on a group's number in the whole weight, so ranks that know their place draw alike
-without talking. A part is either a box of the weight (DTensor: FSDP2, tensor parallelism) or a
-run of its elements in memory order (the flat parameters of FSDP1). Both can cut a group; the part
-is then *padded* to whole groups, and all its owners keep, draw and update the group alike.
+A draw depends on a group's number in the whole weight. So ranks that know their place draw the same
+masks without communication. A part is a *box* of the weight (DTensor: FSDP2, tensor parallelism) or
+a *run* of its elements in memory order (the flat parameters of FSDP1). Both can cut a group. Then
+the part is *padded* to whole groups, and all ranks that have a piece of the group keep, draw and
+update all of it alike.
 
-Shape suffixes: ``G`` groups of a block, ``M`` group size; of a run, ``S`` slabs, which are the
-shortest pieces of memory that consist of whole groups, and ``B`` groups of a slab.
+Shape suffixes: ``G`` groups of a block, ``M`` group size. Of a run: ``S`` slabs, the shortest
+pieces of memory that consist of whole groups, and ``B`` groups of a slab.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from maskpro_lightning.masks.pattern import NMPattern
 
-# Groups handled at once: as many as a processor's cache holds, or more where each block costs a
-# launch.
+# Groups of a block: on a CPU as many as its cache holds, on other devices more, since each block
+# costs the launch of kernels.
 _BLOCK, _DEVICE_BLOCK = 2**16, 2**22
+#: Integer dtypes by their size in bytes, to view the bits of other numbers.
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,14 @@ class Layout:
     """One rank's part of one weight.
 
     Attributes:
-        pattern: What groups are.
+        pattern: The pattern.
         shape: Shape of the whole weight.
         input_dim: The dimension that groups lie along, not negative.
         size: Shape of the part; of a run, its length.
         offset: Where the part begins in the whole, for each dimension of ``size``.
-        across: The process groups that the weight is split over; no two split it alike.
-        input_ranks: Number of ranks that the input dimension of a box is split over.
+        across: The process groups that the weight is split over, one for each dimension of the
+            device mesh that splits it.
+        input_ranks: The number of ranks that the input dimension of a box is split over.
         flat: Whether the part is a run.
     """
 
@@ -84,7 +88,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """Number of ranks that the weight is split over; others hold copies of their parts."""
+        """The number of ranks that the weight is split over; further ranks hold copies."""
         return math.prod(group.size() for group in self.across)
 
     @cached_property
@@ -96,7 +100,7 @@ class Layout:
 
     @cached_property
     def cut(self) -> bool:
-        """Whether this part cuts a group; other ranks' parts may."""
+        """Whether this rank's part cuts a group."""
         return self._before + self._after > 0
 
     @property
@@ -105,11 +109,11 @@ class Layout:
         return self.flat or self.shape[self.input_dim] % (self.input_ranks * self.pattern.m) > 0
 
     def own(self, padded: Tensor) -> Tensor:
-        """The view of what is this rank's in a padded part."""
+        """The view of this rank's own values in a padded part."""
         return padded.narrow(self._axis, self._before, self.size[self._axis])
 
     def padded(self, own: Tensor) -> Tensor:
-        """A part padded with zeros, a copy; the part itself where nothing is cut."""
+        """A copy of a part, padded with zeros; the part itself if it cuts no group."""
         if not self.cut:
             return own
         padded = own.new_zeros(self.padded_size)
@@ -117,25 +121,21 @@ class Layout:
         return padded
 
     def shared(self, own: Tensor, slabs: Sequence[int]) -> Tensor:
-        """What a part has of the slabs that several parts share, zeros for what others have.
+        """This part's values in slabs that several parts share; zeros for other parts' values.
 
         Args:
             own: The part, of any dtype.
-            slabs: Their numbers along the dimension that groups lie along.
+            slabs: The slabs' numbers along the dimension that groups lie along.
 
         Returns:
-            float32 (slabs, length of a slab, ...), in the whole weight's size otherwise.
+            float32 (slabs, length of a slab, ...), with the whole weight's other dimensions.
         """
         others = () if self.flat else self.shape[: self._axis] + self.shape[self._axis + 1 :]
         values = torch.zeros(len(slabs), self._unit, *others, device=own.device)
         if not own.numel():
             return values
-        own, mine = own.movedim(self._axis, 0), values
-        places = [place for dim, place in enumerate(self.offset) if dim != self._axis]
-        for dim, (place, size) in enumerate(zip(places, own.shape[1:], strict=True), start=2):
-            mine = mine.narrow(dim, place, size)
-        start = self.offset[self._axis]
-        for values_of_slab, slab in zip(mine, slabs, strict=True):
+        own, start = own.movedim(self._axis, 0), self.offset[self._axis]
+        for values_of_slab, slab in zip(self._at_place(values, own), slabs, strict=True):
             first = max(start, slab * self._unit)
             last = min(start + len(own), (slab + 1) * self._unit)
             if first < last:
@@ -144,25 +144,29 @@ class Layout:
         return values
 
     def completed(self, own: Tensor, slabs: Sequence[int], values: Tensor) -> Tensor:
-        """A part padded with what others have of its groups; the part itself where none is cut.
+        """A part padded with other ranks' values of its groups; itself if it cuts no group.
 
         Args:
             own: The part.
             slabs: As for :meth:`shared`.
-            values: The sum of that over all ranks that have a part.
+            values: The sum over all ranks of what :meth:`shared` returned.
         """
         padded = self.padded(own)
         if not self.cut:
             return padded
         rows, start = padded.movedim(self._axis, 0), self.offset[self._axis] - self._before
-        places = [place for dim, place in enumerate(self.offset) if dim != self._axis]
-        for dim, (place, size) in enumerate(zip(places, rows.shape[1:], strict=True), start=2):
-            values = values.narrow(dim, place, size)
-        for value, slab in zip(values, slabs, strict=True):
+        for value, slab in zip(self._at_place(values, rows), slabs, strict=True):
             first = slab * self._unit - start
             if 0 <= first < len(rows):
                 rows.narrow(0, first, self._unit).copy_(value)
         return padded
+
+    def _at_place(self, values: Tensor, rows: Tensor) -> Tensor:
+        """The view of slabs of the whole weight at this part's place in the other dimensions."""
+        places = [place for dim, place in enumerate(self.offset) if dim != self._axis]
+        for dim, (place, size) in enumerate(zip(places, rows.shape[1:], strict=True), start=2):
+            values = values.narrow(dim, place, size)
+        return values
 
     @property
     def shares(self) -> int:
@@ -170,7 +174,7 @@ class Layout:
         return self.offset[self._axis] // self._unit if self._before else -1
 
     def uncut(self, own: Tensor) -> tuple[Layout, Tensor]:
-        """A part without what its edges cut of groups: where that lies, and a view of it."""
+        """A part without the groups that its edges cut: its layout, and a view of it."""
         skip = min(-self.offset[self._axis] % self._unit, self.size[self._axis])
         length = (self.size[self._axis] - skip) // self._unit * self._unit
         size, offset = list(self.size), list(self.offset)
@@ -179,7 +183,7 @@ class Layout:
         return where, own.narrow(self._axis, skip, length)
 
     def take(self, whole: Tensor) -> Tensor:
-        """This rank's padded part of a whole weight, or of anything of its shape; a view."""
+        """This rank's padded part of a tensor of the whole weight's shape; a view."""
         if self.flat:
             return whole.reshape(-1).narrow(0, self.offset[0] - self._before, *self.padded_size)
         for dim, (offset, size) in enumerate(zip(self.offset, self.padded_size, strict=True)):
@@ -188,7 +192,7 @@ class Layout:
         return whole
 
     def whole(self, own: Tensor) -> Tensor:
-        """The whole of what this rank has a part of; every rank of ``across`` has to call it."""
+        """The whole tensor from this rank's part; a collective of the ranks of ``across``."""
         if not self.across:
             return own
         whole = own.new_zeros(self.shape)
@@ -196,19 +200,19 @@ class Layout:
         for dim, (offset, size) in enumerate(zip(self.offset, self.size, strict=True)):
             part = part.narrow(dim, offset if size else 0, size)
         part.copy_(own)
-        # As bytes, since a sum with zero would take the sign of negative zeros.
+        # As bytes, since a floating-point sum would turn -0 into 0.
         for group in self.across:
             all_reduce(whole.view(torch.uint8), group=group)
         return whole
 
     def size_of(self, padded: Sequence[int], each: int) -> list[int]:
-        """The size of what has so many values for a group's M, from that of a padded part."""
+        """The size of a tensor with ``each`` values for a group, from that of a padded part."""
         size = list(padded)
         size[self._axis] = size[self._axis] // self.pattern.m * each
         return size
 
     def seen_first(self, block: int, values: Tensor) -> Tensor:
-        """Of a value for each group of a block, those of groups that no earlier part begins."""
+        """Of values for the groups of a block, those of groups that begin in this part."""
         if not self._before:
             return values
         if not self.flat and values.dim() > 1:
@@ -222,20 +226,20 @@ class Layout:
         once: bool = False,
         share: int = 1,
     ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        """Go through parts in blocks of whole groups, and through what is kept for each group.
+        """Go through parts, and state beside them, in blocks of whole groups.
 
-        Where a group is cut, a part is worked on in a padded copy, which comes back when the last
-        block is done.
+        If the part cuts a group, the blocks are views of a padded copy, which is written back after
+        the last block.
 
         Args:
-            parts: Parts of the weight, or of what has its shape.
-            state: What has the same number of values for each group, padded to whole groups.
-            once: Leave out the groups that an earlier part begins.
-            share: Take so many times fewer groups at once.
+            parts: This rank's parts of tensors of the weight's shape.
+            state: Tensors with a fixed number of values for each group, padded to whole groups.
+            once: Leave out the groups that begin in an earlier part.
+            share: Make blocks smaller by this factor.
 
         Yields:
-            int64 (G,), the groups' numbers in the weight, and a view of each tensor, of which the
-            last dimension holds what belongs to a group.
+            int64 (G,), the groups' numbers in the weight, and a view of each tensor, whose last
+            dimension holds the values of a group.
         """
         tensors = tuple(tensor.detach() for tensor in parts)
         padded = [self.padded(tensor) for tensor in tensors]
@@ -264,7 +268,7 @@ class Layout:
 
     @cached_property
     def _unit(self) -> int:
-        """Length along ``_axis`` of what is not cut without cutting a group."""
+        """The length along ``_axis`` of the shortest piece of whole groups."""
         return self.pattern.m * (math.prod(self.shape[self.input_dim + 1 :]) if self.flat else 1)
 
     @cached_property
@@ -277,7 +281,7 @@ class Layout:
         return -end % self._unit if math.prod(self.size) else 0
 
     def _grouped(self, padded: Tensor) -> Tensor:
-        """What is kept for groups as such: (..., G of a row, V), or (S, B, V) of a run; a view."""
+        """A view by groups of V values: (..., G of a row, V), or (S, B, V) of a run."""
         units = self.padded_size[self._axis] // self._unit
         each = padded.shape[self._axis] // units if units else self._unit
         if not self.flat:
@@ -289,7 +293,7 @@ class Layout:
         return padded.view(units, each // in_slab, in_slab).movedim(1, -1)
 
     def _numbers(self, first: int, block: torch.Size, skip: int, device: torch.device) -> Tensor:
-        """Numbers of a block's groups in the whole, int64 (G,)."""
+        """The numbers of a block's groups in the whole weight, int64 (G,)."""
         if self.size == self.shape and not skip:
             start = first * block[1:].numel()
             return torch.arange(start, start + block.numel(), device=device)
@@ -312,7 +316,7 @@ class Layout:
 
 
 def block_size(device: torch.device) -> int:
-    """How many groups to handle at once on a device."""
+    """The number of groups of a block on a device."""
     return _BLOCK if device.type == "cpu" else _DEVICE_BLOCK
 
 
@@ -325,7 +329,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def like(own: Tensor, weight: Tensor) -> Tensor:
-    """A part of what is laid out like a weight: a DTensor if that is one, sharing memory."""
+    """A part laid out like a weight: as a DTensor on the same memory if the weight is one."""
     if not isinstance(weight, DTensor):
         return own
     distributed: Tensor = DTensor.from_local(
@@ -346,12 +350,12 @@ def whole_of(tensor: Tensor) -> Tensor:
 
 
 def sums(parts: Sequence[Layout], values: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of parts, each summed over all parts of its weight, with few collectives.
+    """Sum each tensor over all ranks that have a part of its weight, with few collectives.
 
-    All ranks give the same weights in the same order.
+    All ranks give tensors of the same weights in the same order.
     """
     found = list(values)
-    # By ranks, as there can be several process groups of the same.
+    # By ranks, as several process groups can have the same ones.
     together: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for place, (layout, value) in enumerate(zip(parts, values, strict=True)):
         if layout.across and value.numel():
@@ -368,9 +372,9 @@ def sums(parts: Sequence[Layout], values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def shared_slabs(parts: Sequence[Layout], device: torch.device) -> list[tuple[int, ...]]:
-    """For each weight the slabs that several ranks have a part of, alike on all ranks.
+    """For each weight the slabs of which several ranks have pieces; the same on all ranks.
 
-    A collective if any weight may be cut.
+    A collective if any weight may be cut within groups.
 
     Args:
         parts: This rank's part of each weight; all ranks give the same weights in the same order.

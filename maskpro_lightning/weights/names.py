@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# What wrappers of PyTorch put into names; without it one name holds under every strategy.
+# What PyTorch's wrappers insert into names.
 _WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 
 

@@ -1,4 +1,4 @@
-"""What PyTorch's operations do with their arguments: which are products, and along what."""
+"""PyTorch's operations: which are products and along what they sum, and which keep zeros."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Operands = list[tuple[Tensor, Iterable[int]]]
 
 
 def _matrices(first: int, *, batch: bool = False) -> Callable[..., Operands]:
-    """A product of matrices, with the place of its first operand: dimensions -1 and -2."""
+    """A product of the matrices at arguments ``first`` and the next: sums over -1 and -2."""
 
     def operands(args: Sequence[Any]) -> Operands:
         left, right = args[first : first + 2]
@@ -45,7 +45,7 @@ def _trilinear(args: Sequence[Any]) -> Operands:
 
 
 def _fused(args: Sequence[Any]) -> Operands:
-    """A whole layer in one operation: its matrices are (outputs, inputs)."""
+    """A whole layer in one operation, whose matrices are (outputs, inputs)."""
     inputs = args[0]
     matrices = [tensor for tensor in tensors(args[1:]) if tensor.dim() == 2]
     return [(inputs, (inputs.dim() - 1,)), *((matrix, (1,)) for matrix in matrices)]
@@ -69,7 +69,7 @@ PRODUCTS: Mapping[str, Callable[[Sequence[Any]], Operands]] = {
     **dict.fromkeys(("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "_lstm_mps"), _fused),
     **dict.fromkeys(("_native_multi_head_attention", "_transformer_encoder_layer_fwd"), _fused),
 }
-#: Operations whose results are zero where the weight is zero.
+#: Operations whose result is zero wherever the weight is zero.
 KEEPS_ZEROS = {
     *("_to_copy", "clone", "copy_", "contiguous", "to", "alias", "detach", "lift_fresh", "_conj"),
     *("mul", "mul_", "div", "div_", "neg", "neg_", "native_dropout", "dropout", "expand_copy"),
@@ -77,7 +77,7 @@ KEEPS_ZEROS = {
     *("fake_quantize_per_tensor_affine_cachemask", "fake_quantize_per_channel_affine_cachemask"),
     *("_fake_quantize_learnable_per_tensor_affine", "where", "view_copy", "repeat"),
 }
-#: Ends of the names of operations that take nothing of their arguments but the shape.
+#: Endings of the names of operations that use only the shape of their argument.
 FORGETS = ("_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
 
 

@@ -1,4 +1,4 @@
-"""Where parameters, and copies of parts of them, lie in memory."""
+"""Where parameters, and copies of parts of them, lie in storages: the memory of the watch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Axis:
-    """Steps along one dimension of a parameter in a storage.
+    """A sequence of elements in a storage that runs along one dimension of a parameter.
 
     Attributes:
-        stride: Bytes from one to the next.
-        size: How many there are.
-        dim: The dimension.
-        step: How far each goes along it.
+        stride: Bytes from one element to the next.
+        size: The number of elements.
+        dim: The parameter's dimension.
+        step: How far each step goes along that dimension.
     """
 
     stride: int
@@ -33,10 +33,10 @@ class Piece:
     Attributes:
         parameter: The parameter's id.
         start: Its first byte in the storage.
-        stop: The byte behind its last.
+        stop: The byte after its last.
         axes: How its dimensions lie, the shortest stride first.
-        computed_by: The operation that put other values in the place of the parameter's.
-        origin: The place in the parameter of what lies at ``start``; None if that is not known.
+        computed_by: The operation that computed other values from the parameter's, if any.
+        origin: The parameter's index of the element at ``start``; None if that is not known.
     """
 
     parameter: int
@@ -48,7 +48,7 @@ class Piece:
 
     @classmethod
     def of(cls, parameter: Tensor, key: int) -> Piece:
-        """A whole parameter that goes by an id."""
+        """The piece of a whole parameter, with its id."""
         item = parameter.element_size()
         sizes = zip(parameter.stride(), parameter.shape, strict=True)
         axes = [
@@ -59,7 +59,7 @@ class Piece:
         return cls(key, *extent(parameter), _in_order(axes), origin=(0,) * parameter.dim())
 
     def along(self, stride: int, size: int) -> list[Axis] | None:
-        """What ``size`` steps of ``stride`` bytes move along; None if that cannot be told."""
+        """The axes along which ``size`` steps of ``stride`` bytes move; None if unclear."""
         found: list[Axis] = []
         for axis in self.axes:
             if size == 1 or stride == 0 or stride * size <= axis.stride:
@@ -76,7 +76,7 @@ class Piece:
         return found
 
     def summed(self, view: Tensor, dims: Iterable[int]) -> frozenset[int]:
-        """Which dimensions of the parameter dimensions of a view are; empty if unclear."""
+        """The parameter's dimensions that some of a view's dimensions are; empty if unclear."""
         found: set[int] = set()
         for dim in dims:
             axes = self.along(view.stride(dim) * view.element_size(), view.shape[dim])
@@ -86,7 +86,7 @@ class Piece:
         return frozenset(found)
 
     def copied(self, source: Tensor, made: Tensor) -> Piece | None:
-        """Where this lies in a copy of a view of it, of the view's shape or broadcast to more."""
+        """This piece in a copy of a view of it, which may be broadcast; None if unclear."""
         more = made.dim() - source.dim()
         axes: list[Axis] = []
         for dim, size in enumerate(source.shape):
@@ -102,7 +102,7 @@ class Piece:
         return replace(self, start=start, stop=stop, axes=_in_order(axes), origin=place)
 
     def place(self, view: Tensor) -> tuple[int, ...] | None:
-        """The place in the parameter of a view's first element; None if it is not of it."""
+        """The parameter's index of a view's first element; None if it is not in this piece."""
         left = extent(view)[0] - self.start
         if self.origin is None or left < 0:
             return None
@@ -115,12 +115,12 @@ class Piece:
         return None if left else tuple(place)
 
     def changed(self, by: str | None) -> Piece:
-        """The same with other values, by an operation; the first one counts."""
+        """This piece after an operation has changed its values; the first such one counts."""
         return replace(self, computed_by=self.computed_by or by)
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
-    """First byte of a tensor in its storage, and the one behind its last."""
+    """The first byte of a tensor in its storage, and the byte after its last."""
     if not tensor.numel():
         return 0, 0
     item, first = tensor.element_size(), int(tensor.storage_offset())
@@ -129,7 +129,7 @@ def extent(tensor: Tensor) -> tuple[int, int]:
 
 
 def fits(source: Tensor, made: Tensor) -> bool:
-    """Whether a tensor may be another one's copy, or that broadcast to more dimensions."""
+    """Whether ``made`` may be a copy of ``source``, broadcast or not, by its shape."""
     more = made.dim() - source.dim()
     return (
         source.numel() > 1

@@ -1,34 +1,38 @@
-"""Layers that multiply with other weights than their own, found before anything is trained."""
+"""Finds layers whose ``forward`` multiplies with other weights than ``weight``, before a fit."""
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from maskpro_lightning.weights.contractions import observe
-from maskpro_lightning.weights.layers import CONVOLUTIONS, TRANSPOSED
+from maskpro_lightning.weights.layers import CONVOLUTIONS, TRANSPOSED, own_parameters
 
 
 def computed_in_forward(module: nn.Module, shape: torch.Size) -> str | None:
-    """What operation makes other weights of a layer's ``weight`` in its ``forward``, if one does.
+    """The operation by which a layer's ``forward`` computes other weights from its ``weight``.
 
-    Weight-standardised convolutions do so: a mask on their weight is none of what is multiplied.
-    Only linear layers and convolutions of a class with a ``forward`` of its own are tried, without
-    numbers, on the meta device; nothing of the layer is changed.
+    Weight-standardised convolutions do so: their product would not see the zeros of a mask. Tries
+    linear layers and convolutions of classes with a ``forward`` of their own, on the meta device;
+    the layer itself is not changed.
 
     Args:
         module: The layer.
         shape: Shape of its whole weight.
+
+    Returns:
+        The operation's name; None if there is none, or the layer was not tried.
     """
     if not isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)) or _is_of_torch(module):
         return None
-    twin = _on_meta(module, shape)
     try:
+        twin = _on_meta(module, shape)
         with torch.no_grad(), observe(twin) as seen:
             twin.forward(_inputs(module))
-    except Exception:  # noqa: BLE001, whatever it asks for besides; the fit's first batch will tell
+    except Exception:  # noqa: BLE001, it needs other inputs; the fit's first batch will show it
         return None
     products = seen.products.get(id(twin.weight), set())
     made_by = [product.computed_by for product in products]
@@ -40,18 +44,16 @@ def _is_of_torch(module: nn.Module) -> bool:
 
 
 def _on_meta(module: nn.Module, shape: torch.Size) -> Any:
-    """A layer that shares all attributes of another one but its parameters and buffers."""
+    """A layer like another one, whose own parameters and buffers are on the meta device."""
     twin: Any = object.__new__(type(module))
-    vars(twin).update(vars(module))
-    own = {name: p for name, p in module._parameters.items() if p is not None}
-    shapes = {name: shape if name == "weight" else p.shape for name, p in own.items()}
-    twin._parameters = module._parameters | {
-        name: nn.Parameter(torch.empty(size, device="meta")) for name, size in shapes.items()
-    }
-    twin._buffers = {
-        name: None if buffer is None else torch.empty_like(buffer, device="meta")
-        for name, buffer in module._buffers.items()
-    }
+    # Dicts are copied, since a module keeps its parameters and buffers in some.
+    for name, value in vars(module).items():
+        vars(twin)[name] = copy(value) if isinstance(value, dict) else value
+    for name, parameter in own_parameters(module).items():
+        size = shape if name == "weight" else parameter.shape
+        setattr(twin, name, nn.Parameter(torch.empty(size, device="meta")))
+    for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+        setattr(twin, name, torch.empty_like(buffer, device="meta"))
     return twin
 
 

@@ -1,4 +1,4 @@
-"""Why a weight gets no mask."""
+"""The reasons for which a weight gets no mask; each reads on from the weight's name."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from torch.nn.utils.parametrize import ParametrizationList
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.admission import is_maskable, kind_of
 from maskpro_lightning.weights.contractions import storage_of
+from maskpro_lightning.weights.layers import own_parameters
 from maskpro_lightning.weights.names import clean_name
 from maskpro_lightning.weights.pieces import extent
 
-#: Of what may well be multiplied, but along a dimension that only the user can name.
+#: The reason of a weight that may be multiplied, but along a dimension that only the user knows.
 UNKNOWN = "is of a layer whose product is not known"
 _LORA = {"lora_a", "lora_b", "lora_embedding_a", "lora_embedding_b"}
 
 
 def left_out_by_default(model: nn.Module) -> dict[int, str]:
-    """Why weights are left out that could be masked, by the parameters' ids.
+    """The reasons for weights that could be masked but are left out, by the parameter's id.
 
-    Names count by their whole parts: ``flora_encoder`` is no ``lora_``.
+    Names are matched by whole parts: ``flora_encoder`` is no ``lora_``.
     """
     reasons: dict[int, str] = {}
 
@@ -41,30 +42,30 @@ def left_out_by_default(model: nn.Module) -> dict[int, str]:
             leave_out(module, "is an embedding")
         if parts[-1] in _LORA:
             leave_out(module, "is a factor of LoRA")
-        if "original_module" in module._modules and "modules_to_save" in module._modules:
+        if {"original_module", "modules_to_save"} <= dict(module.named_children()).keys():
             leave_out(module.get_submodule("original_module"), "is what PEFT trains a copy of")
     return reasons
 
 
 def is_lazy(weight: Tensor) -> bool:
-    """Whether a weight waits for its first batch to have a shape."""
+    """Whether a weight has no shape until the first batch."""
     return bool(nn.parameter.is_lazy(weight))
 
 
 def metrics_in(model: nn.Module) -> set[int]:
-    """The ids of all modules inside of metrics."""
+    """The ids of metrics and of all modules in them."""
     return {
         id(inner) for module in model.modules() if _is_metric(module) for inner in module.modules()
     }
 
 
 def unknown(module: nn.Module, name: str, metrics: set[int]) -> str:
-    """Why a weight is no candidate at all.
+    """The reason of a weight whose product is not known.
 
     Args:
         module: The module that owns it.
-        name: Its name in there.
-        metrics: What :func:`metrics_in` found.
+        name: Its name in this module.
+        metrics: What :func:`metrics_in` returned.
     """
     if id(module) in metrics:
         return "is part of a metric"
@@ -76,13 +77,13 @@ def unknown(module: nn.Module, name: str, metrics: set[int]) -> str:
 def unfit(
     weight: Tensor, shape: torch.Size, input_dim: int, products: int, pattern: NMPattern
 ) -> str | None:
-    """Why a weight of dense numbers in groups cannot be had; None if it can.
+    """The reason for which a weight cannot be masked; None if it can.
 
     Args:
         weight: The weight, or this rank's part of it.
         shape: The whole weight's shape.
         input_dim: The dimension that groups lie along.
-        products: How many products lie side by side in it.
+        products: The number of products that lie side by side in it.
         pattern: The pattern.
     """
     if not is_maskable(weight):
@@ -100,20 +101,20 @@ def unfit(
 
 
 def sharing(weights: Iterable[Tensor]) -> set[int]:
-    """The ids of those weights that have memory in common, so that a mask would change several."""
+    """The ids of weights that share memory, so that a mask of one would change others."""
     by_storage: dict[int, list[Tensor]] = {}
     for weight in weights:
         if is_lazy(weight) or weight.is_meta or not is_maskable(weight) or _is_expanded(weight):
             continue
         storage = storage_of(weight)
-        if storage is not None and weight.untyped_storage().nbytes():  # else a shard's to come
+        if storage is not None and weight.untyped_storage().nbytes():  # FSDP frees some until used
             by_storage.setdefault(storage, []).append(weight)
     found: set[int] = set()
     for several in by_storage.values():
         ends = sorted((*extent(weight), id(weight)) for weight in several if weight.numel())
         if all(one[1] <= other[0] for one, other in pairwise(ends)):
             continue
-        # Lines of one may lie between those of another: only now count what is in each place.
+        # Rows of one may lie between rows of another, so count the weights at every byte.
         count = torch.zeros(several[0].untyped_storage().nbytes(), dtype=torch.uint8)
         for step in (1, 0):
             for weight in several:
@@ -133,11 +134,11 @@ def _is_expanded(weight: Tensor) -> bool:
 
 
 def _is_parametrised(module: nn.Module, name: str) -> bool:
-    """Whether a parameter is what another one is computed from, in PyTorch's new or old way."""
+    """Whether a weight is computed from a parameter, by PyTorch's parametrization, new or old."""
     if isinstance(module, ParametrizationList):
         return True
     owner, _, _ = name.rpartition("_")
-    if not owner or owner in module._parameters:
+    if not owner or owner in own_parameters(module):
         return False
     return isinstance(getattr(module, owner, None), Tensor)
 

@@ -1,7 +1,7 @@
-"""How PyTorch's wrappers cut a model over ranks, and how to reach the weights underneath.
+"""How FSDP splits a model over ranks, and how to reach the weights underneath.
 
-The one room that knows FSDP from the inside: where its flat parameters keep a weight, and that it
-may hold a second, whole copy of weights in which a mask written into the shards does not show.
+Only this module uses FSDP's internals: where its flat parameters keep a weight, and that it may
+hold a second, whole copy of weights, which does not show a mask that is written into the shards.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from maskpro_lightning.weights.layout import Layout
 
 
 def over_ranks(parts: Sequence[Layout], numbers: Tensor, device: torch.device) -> Tensor:
-    """Add up what ranks have counted in their parts of weights; a collective if any is split.
+    """Add up numbers that ranks have counted in their parts; a collective if a weight is split.
+
+    Copies of a part count once.
 
     Args:
         parts: This rank's part of each weight.
-        numbers: (weights, ...) on the CPU, one row for each part. Copies of a part count once.
+        numbers: (weights, ...) on the CPU, one row for each part.
         device: Where collectives happen.
     """
     if not any(part.across for part in parts):
@@ -40,8 +42,8 @@ def over_ranks(parts: Sequence[Layout], numbers: Tensor, device: torch.device) -
 def reshard(model: nn.Module) -> None:
     """Drop the whole weights that FSDP keeps after a forward pass without a backward pass.
 
-    Afterwards the parameters are the shards, and the next forward pass gathers what they hold
-    then. Also clears the lists that FSDP fills in a forward and empties in a backward pass.
+    Afterwards the parameters are the shards, and the next forward pass gathers their values. Also
+    clears the lists that FSDP fills in a forward pass and empties only in a backward pass.
     """
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel):
@@ -62,23 +64,23 @@ def reshard(model: nn.Module) -> None:
 def shows_gradients_late(weight: Tensor) -> bool:
     """Whether a weight has its gradient only when the backward pass is over, as with FSDP1.
 
-    FSDP1 computes with views of a flat parameter, which is what hooks would have to be on.
+    FSDP1 computes with views of a flat parameter, so a hook on the weight would never run.
     """
     return isinstance(weight, nn.Parameter) and _is_fsdp_flattened(weight)
 
 
 def free_gradients(model: nn.Module) -> None:
-    """Let FSDP1 free the flat gradients of which no weight shows a part any more."""
+    """Let FSDP1 free each flat gradient whose views no weight holds as ``grad`` any more."""
     for module in FullyShardedDataParallel.fsdp_modules(model):
         if module._handle is not None:
             module._handle._reset_flat_param_grad_info_if_needed()
 
 
 def own_state(model: nn.Module) -> dict[str, Any]:
-    """A model's state as it lies on this rank: its own parameters, and nothing gathered.
+    """A model's state on this rank: its own parameters and buffers, nothing gathered.
 
     Raises:
-        ValueError: a part of a model whose weights lie in flat parameters outside of it.
+        ValueError: the model is a part of one whose flat parameters hold its weights.
     """
     reshard(model)
     with _without_gathering(model):
@@ -102,7 +104,7 @@ def own_state(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def _without_gathering(model: nn.Module) -> Iterator[None]:
-    """Leave out the hooks by which FSDP1 puts whole weights into a state dict."""
+    """Within a ``with`` block, remove FSDP1's hooks that gather weights for a state dict."""
     modules = FullyShardedDataParallel.fsdp_modules(model)
     kinds = ("_state_dict_hooks", "_state_dict_pre_hooks")
     hooks = [(module, kind, vars(module)[kind]) for module in modules for kind in kinds]
@@ -116,18 +118,18 @@ def _without_gathering(model: nn.Module) -> Iterator[None]:
 
 
 def flat_shapes(model: nn.Module) -> dict[int, torch.Size]:
-    """Shapes of the whole weights of which FSDP1 shows 1-D pieces, by the parameter's id."""
+    """Shapes of the whole weights that FSDP1 shows as 1-D pieces, by the parameter's id."""
     return {key: shape for key, (shape, _, _, _) in _flat_parameters(model).items()}
 
 
 def layouts(
     model: nn.Module | None, weights: Sequence[tuple[Tensor, NMPattern, int]]
 ) -> list[Layout]:
-    """Where the parts of weights, given with pattern and input dimension, lie.
+    """The layout of this rank's part of each weight.
 
     Args:
-        model: What FSDP1 has wrapped, if it has.
-        weights: Parameters of the model.
+        model: The model that FSDP1 has wrapped, if it has.
+        weights: Its parameters with pattern and input dimension.
     """
     flat = {} if model is None else _flat_parameters(model)
     found = []

@@ -1,4 +1,4 @@
-"""What a fit masks, what it leaves out and why: a table for the start."""
+"""The table at the start of a fit: which weights get a mask, which do not, and why."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from maskpro_lightning.weights.reasons import UNKNOWN, unfit
 from maskpro_lightning.weights.targets import LeftOut, Selection, count
 from maskpro_lightning.weights.verification import Verdict, verify
 
-# Names that stand for all of a row, and weights that are told of below the table.
+# The most names in a row, and in a remark below the table.
 _NAMES, _TOLD = 2, 5
-# A weight is large from this share of the model on.
+# The share of the model from which on a weight is large.
 _LARGE = 0.01
 _COLUMNS = ("", "weights", "numbers", "share", "such as")
 
@@ -26,11 +26,11 @@ class Row:
     """Some weights of a model.
 
     Attributes:
-        what: What becomes of them.
-        weights: How many there are.
-        numbers: How many numbers they hold together.
-        share: That as a share of the model.
-        names: The largest of them, and how many more there are.
+        what: "masked", or why they are not.
+        weights: The number of weights.
+        numbers: The number of their elements.
+        share: These as a share of the model's, 0 to 1.
+        names: The largest of the weights, and how many more there are.
     """
 
     what: str
@@ -47,7 +47,7 @@ class Row:
 def announce(
     model: nn.Module, selection: Selection, pattern: NMPattern, run: Callable[[], object]
 ) -> None:
-    """Watch a forward pass, refuse masks that no product would see, and print the table.
+    """Watch a forward pass, refuse masks that products would not see, and print the table.
 
     Args:
         model: The model.
@@ -72,7 +72,7 @@ def show(
         model: The model.
         selection: Its weights, masked and left out.
         pattern: The pattern of the masks.
-        verdict: What a forward pass says of the selection, if one was watched.
+        verdict: What :func:`verify` found, if a forward pass was watched.
     """
     if is_available() and is_initialized() and get_rank() != 0:
         return
@@ -97,7 +97,7 @@ def show(
 
 
 def rows(model: nn.Module, selection: Selection) -> list[Row]:
-    """The masked weights, those left out by their reasons, and the vectors; all of the model."""
+    """All of a model: the masked weights, those left out, by reason, and the vectors."""
     masked, total = count(model, selection.targets)
     targets = sorted(selection.targets, key=lambda target: -target.shape.numel())
     names = _named([target.name for target in targets])
@@ -119,7 +119,7 @@ def rows(model: nn.Module, selection: Selection) -> list[Row]:
 def remarks(
     model: nn.Module, selection: Selection, pattern: NMPattern, verdict: Verdict | None
 ) -> Iterator[str]:
-    """What the forward pass adds to the table, a sentence each."""
+    """Sentences below the table: what the forward pass has shown."""
     if verdict is None:
         return
     _, total = count(model, selection.targets)
@@ -129,7 +129,7 @@ def remarks(
         yield f"Large weights that are multiplied without a mask: {_named(told, _TOLD, '; ')}."
     fitting = [f'"{each.name}:{dim}"' for each, dim in large if _can_be_masked(each, dim, pattern)]
     if fitting:
-        yield f"A mask on them, too: include=[{', '.join(fitting[:_TOLD])}]."
+        yield f"To mask them, too: include=[{', '.join(fitting[:_TOLD])}]."
     if verdict.idle:
         names = _named([target.name for target in verdict.idle], _TOLD)
         yield f"Masked, but in no product of the first batch: {names}."

@@ -1,4 +1,4 @@
-"""Which weights of a model get a mask, and along which of their dimensions groups lie."""
+"""Chooses the weights of a model that get a mask, and the dimension that their groups lie along."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights import reasons
-from maskpro_lightning.weights.layers import weights_of
+from maskpro_lightning.weights.layers import own_parameters, weights_of
 from maskpro_lightning.weights.names import clean_name, joined
 from maskpro_lightning.weights.probing import computed_in_forward
 from maskpro_lightning.weights.sharding import flat_shapes
@@ -23,7 +23,7 @@ class Target:
     """A weight to be masked.
 
     Attributes:
-        name: The parameter's name in the model, free of wrappers' prefixes.
+        name: The parameter's name in the model, without the prefixes of wrappers.
         module: The layer that owns it.
         parameter: The weight, or this rank's part of it.
         input_dim: The dimension that the layer sums over; groups lie along it.
@@ -42,9 +42,9 @@ class LeftOut:
     """A weight of two or more dimensions that gets no mask.
 
     Attributes:
-        name: The parameter's name, as that of a target.
+        name: The parameter's name in the model, without the prefixes of wrappers.
         parameter: The weight, or this rank's part of it.
-        numbers: How many numbers the whole weight holds.
+        numbers: The number of elements of the whole weight.
         reason: Why it is left out; reads on from the name.
     """
 
@@ -77,31 +77,32 @@ def find_targets(
 ) -> list[Target]:
     """Choose the weights to mask.
 
-    By default these are the weights that layers of PyTorch and transformers multiply with, along
-    the dimension that is summed over: linear layers, convolutions (along input channels, as
-    hardware does it), attention, recurrent layers, fused experts. Left out are embeddings and
-    whatever is tied to one, output embeddings (``lm_head``), LoRA factors, everything inside a
-    metric, and what cannot be masked: inputs that are no multiple of M, and weights that are
-    quantised, parametrised or computed in ``forward``. :func:`select` tells what and why.
+    By default these are the weights that layers of PyTorch and transformers multiply with, in
+    groups along the dimension that is summed over: linear layers, convolutions (along input
+    channels, as hardware does it), attention, recurrent layers, fused experts. Left out are
+    embeddings and weights tied to one, output embeddings (``lm_head``), LoRA factors, metrics, and
+    weights that cannot be masked: those whose number of inputs is no multiple of M, and those that
+    are quantised, parametrised or computed in ``forward``. :func:`select` lists them with reasons.
 
     Args:
         model: Any module; names are relative to it.
         pattern: "2:4", or a pattern.
         include: Globs over the names of parameters, layers or whole parts of the model. They
-            replace the default choice: what they match is masked even if left out by default. With
-            a dimension, ``"*.experts.w:-2"``, a glob over the names of parameters (of two or more
-            dimensions) adds to the choice instead, and says what their product sums over, as is
-            needed where the layer is not known.
-        exclude: Globs, likewise, of what to leave out. A shared weight is left out by any of its
-            names.
-        on_meta: Whether weights without values will do, as for a plan.
+            replace the default choice: what they match is masked, even if left out by default. A
+            glob with a dimension, ``"*.experts.w:-2"``, adds to the choice instead: it matches
+            names of parameters of two or more dimensions, and says what their product sums over.
+            Layers that are not known need it.
+        exclude: Globs over the same names, of what to leave out. Any of its names leaves out a
+            shared weight.
+        on_meta: Whether weights may be without values, as for a plan.
 
     Returns:
         The targets in the model's order, each weight once.
 
     Raises:
+        TypeError: include or exclude is a string instead of a list.
         ValueError: nothing is left to mask; a glob matches nothing; weights that are included by
-            name cannot be masked, all of which are told; weights have no values yet.
+            name cannot be masked (all are named); weights have no values yet.
     """
     return select(model, pattern, include, exclude, on_meta=on_meta).targets
 
@@ -114,7 +115,7 @@ def select(
     *,
     on_meta: bool = False,
 ) -> Selection:
-    """Choose the weights to mask like :func:`find_targets`, and tell why the others are not."""
+    """Choose the weights to mask as :func:`find_targets` does, with reasons against the others."""
     pattern = NMPattern.parse(pattern)
     include, dimensions = _with_dimensions(_globs("include", include))
     exclude = _globs("exclude", exclude) or ()
@@ -166,7 +167,7 @@ def parameter_groups(targets: Iterable[Target]) -> list[dict[str, object]]:
 
 
 def count(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int]:
-    """Numbers in the targets and in the whole model, over all ranks that share it."""
+    """The number of elements of the targets and of the whole model, over all ranks."""
     shapes = flat_shapes(model)
     sizes = [_shape(parameter, shapes).numel() for parameter in model.parameters()]
     return sum(target.shape.numel() for target in targets), sum(sizes)
@@ -181,7 +182,7 @@ def _globs(argument: str, globs: Sequence[str] | None) -> tuple[str, ...] | None
 def _with_dimensions(
     globs: tuple[str, ...] | None,
 ) -> tuple[tuple[str, ...] | None, dict[str, int]]:
-    """The globs that replace the default choice, if any do, and those that name a dimension."""
+    """Globs without a dimension (None if all have one), and the dimensions of the others."""
     ends = {glob: re.fullmatch(r"(.+):(-?\d+)", glob) for glob in globs or ()}
     dimensions = {end[1]: int(end[2]) for end in ends.values() if end}
     plain = tuple(glob for glob, end in ends.items() if not end)
@@ -203,8 +204,8 @@ def _left_out(
     metrics = reasons.metrics_in(model)
     seen = {id(target.parameter) for target in targets}
     for name, module in model.named_modules():
-        for parameter_name, weight in module._parameters.items():
-            if weight is None or id(weight) in seen:
+        for parameter_name, weight in own_parameters(module).items():
+            if id(weight) in seen:
                 continue
             seen.add(id(weight))
             shape = _shape(weight, shapes)
@@ -214,13 +215,13 @@ def _left_out(
 
 
 def _shape(weight: Tensor, shapes: Mapping[int, torch.Size]) -> torch.Size:
-    """A whole weight's shape; of one that waits for its first batch, that of a number."""
+    """A whole weight's shape; () for a lazy one."""
     return torch.Size(()) if reasons.is_lazy(weight) else shapes.get(id(weight), weight.shape)
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A weight that could be masked, and how many products lie side by side along its groups."""
+    """A weight that could be masked, and the number of products side by side along its groups."""
 
     target: Target
     products: int
@@ -234,7 +235,7 @@ def _candidates(model: nn.Module, dimensions: Mapping[str, int]) -> Iterator[_Ca
         if id(module) in metrics:
             continue
         known = {name: (dim, products) for name, dim, products in weights_of(module, shapes)}
-        for parameter_name in dict.fromkeys((*known, *module._parameters)):
+        for parameter_name in dict.fromkeys((*known, *own_parameters(module))):
             full_name = joined(name, parameter_name)
             said = [(dim, 1) for glob, dim in dimensions.items() if fnmatchcase(full_name, glob)]
             said += [known[parameter_name]] if parameter_name in known else []
@@ -258,7 +259,7 @@ def _refuse_idle_globs(model: nn.Module, globs: Iterable[str]) -> None:
 
 
 def _refuse_unknown(named: Iterable[str], known: Sequence[Target]) -> None:
-    """Refuse globs that match only what cannot be multiplied with, as far as is known."""
+    """Refuse globs that match only parameters whose product is not known."""
     idle = [glob for glob in named if not any(_matches([glob], target.name) for target in known)]
     if idle:
         raise ValueError(
@@ -272,7 +273,7 @@ def _unfit(
 ) -> str | None:
     """Why a weight cannot be masked; reads on from its name. None if it can."""
     target, module = candidate.target, candidate.target.module
-    if target.name.rpartition(".")[2] not in module._parameters:
+    if target.name.rpartition(".")[2] not in own_parameters(module):
         return "is computed from other parameters (weight_norm or another parametrization)"
     if reasons.is_lazy(target.parameter):
         return None  # refused with those that have no values
@@ -314,7 +315,7 @@ def _refuse_without_values(targets: Sequence[Target], on_meta: bool) -> None:
 
 
 def _told(left_out: Sequence[LeftOut]) -> str:
-    """Why weights are left out, each reason once with a name."""
+    """Each reason for which weights are left out, once, with the first weight's name."""
     first = {each.reason: each.name for each in reversed(left_out)}
     told = [f"{name!r} {reason}" for reason, name in reversed(first.items())]
     return "; ".join(told) or "it has no weights of two dimensions"

@@ -1,4 +1,4 @@
-"""Whether masks lie along what products really sum over, and what multiplies without a mask."""
+"""Compares masks with the products of a forward pass: do groups lie along what is summed over?"""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from maskpro_lightning.weights.targets import LeftOut, Selection, Target
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a forward pass says of a selection.
+    """The result of comparing a selection with a forward pass.
 
     Attributes:
-        unmasked: Weights that were multiplied with data and get no mask, the largest first, each
-            with a dimension that was summed over; None where other weights were made of it before.
-        idle: Targets that took part in no product, with what else used them.
-        unobserved: Targets of which nothing was seen, as a part of the model is sharded.
+        unmasked: Weights without a mask that were multiplied with data, the largest first, each
+            with a dimension that was summed over; None if other values were computed from it first.
+        idle: Targets that took part in no product.
+        unobserved: Targets whose products could not be seen, as a part of the model is sharded.
     """
 
     unmasked: list[tuple[LeftOut, int | None]]
@@ -25,15 +25,15 @@ class Verdict:
 
 
 def verify(selection: Selection, observed: Observed) -> Verdict:
-    """Hold a selection against the products of a forward pass.
+    """Compare a selection with the products of a forward pass.
 
     Args:
-        selection: What is to be masked, and what is not.
+        selection: The weights to mask, and the others.
         observed: What :func:`observe` saw of the same model.
 
     Raises:
-        ValueError: names all targets that are multiplied along another dimension than their groups
-            lie along, or only through a copy whose zeros are not the weight's.
+        ValueError: names all targets whose products sum over another dimension than the one that
+            groups lie along, or see only other values that were computed from the weight.
     """
     wrong = [
         reason
@@ -59,14 +59,14 @@ def verify(selection: Selection, observed: Observed) -> Verdict:
 
 
 def _dimension(products: set[Product]) -> int | None:
-    """A dimension that all products sum over, of several the last."""
+    """The last dimension that all products sum over; None if there is none."""
     if any(product.computed_by is not None for product in products):
         return None
     return max(frozenset.intersection(*(product.dims for product in products)), default=None)
 
 
 def _wrong(target: Target, products: set[Product]) -> str | None:
-    """What is wrong with a target, if anything was seen of it and it is no right product."""
+    """Why no product sees a target's mask; None if one does, or if the target was in none."""
     own = [product for product in products if product.computed_by is None]
     dims = len(target.shape)
     if any(target.input_dim % dims in product.dims for product in own) or not products:
