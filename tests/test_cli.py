@@ -337,8 +337,9 @@ def test_without_the_packages_of_recipes_it_says_what_to_install(
     module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["maskpro", "fit"])
-    monkeypatch.delitem(sys.modules, "maskpro_lightning.cli")
-    monkeypatch.delattr("maskpro_lightning.cli")
+    for name in ("maskpro_lightning.cli", "maskpro_lightning.commands.building"):
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(name)
     monkeypatch.setitem(sys.modules, module, None)
     package = module.partition(".")[0]
     with pytest.raises(SystemExit) as caught:

@@ -1,0 +1,48 @@
+"""What comes after a command: lines to type, and a page to open."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from maskpro_lightning.catalog import recipes
+from maskpro_lightning.tracking.credentials import without_credentials
+
+# MLflow shows experiments as generative ones unless it is told otherwise.
+_AS_TRAINING = "?workflowType=machine_learning"
+
+
+def typed(command: str, words: Sequence[str]) -> str:
+    """A command as a user types it, recipes by their names and without passwords."""
+    names = {str(path): recipe for recipe, path in recipes().items()}
+    return without_credentials(shlex.join(["maskpro", command, *(names.get(w, w) for w in words)]))
+
+
+def nearby(path: str | Path) -> Path:
+    """A path from the working folder, if it is in there."""
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def tell_mlflow(loggers: Sequence[Any], console: Console) -> None:
+    """Print how to see what MLflow's loggers have got."""
+    for logger in loggers:
+        uri = getattr(logger, "_tracking_uri", None)
+        if type(logger).__name__ == "MLFlowLogger" and uri is not None:
+            if uri.startswith("sqlite:///"):
+                uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+            python = nearby(sys.executable)
+            uri = without_credentials(uri)
+            # None if no experiment was opened, which would ask the server now.
+            number = getattr(logger, "_experiment_id", None)
+            page = "" if number is None else f"#/experiments/{number}/runs{_AS_TRAINING}"
+            console.print(
+                f"MLflow: {python} -m mlflow ui --backend-store-uri {uri}, then open\n"
+                f"http://127.0.0.1:5000/{page}",
+                soft_wrap=True,
+            )
