@@ -536,7 +536,7 @@ class MaskProCallback(pl.Callback):
         # What training has logged is in there, too, but as the same objects.
         logged = {name: value for name, value in found if before.get(name) is not value}
         if trainer.sanity_checking and not self._optimizer.begun:
-            self._best.expect(logged)
+            self._best.expect(logged, trainer)
         elif trainer.sanity_checking:
             self._best.compare_with(logged, trainer)
             self._journal.compare("dense", logged)
