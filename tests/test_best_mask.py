@@ -333,6 +333,27 @@ def test_a_checkpoint_holds_what_would_be_deployed_and_the_fit_goes_on(tmp_path:
     assert identical(again._best.value, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({}, 'export_sparse(module, "sparse-model")'),
+        (
+            {"pattern": "1:4", "include": ["n*"], "exclude": ["net.0"]},
+            """export_sparse(module, "sparse-model", "1:4", include=['n*'], exclude=['net.0'])""",
+        ),
+    ],
+)
+def test_the_end_of_a_fit_tells_what_exports_this_mask(
+    given: Any, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = mask_callback(**given)
+    fit(Net(), callback, folder=tmp_path, max_steps=1)
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == f"To export it: {line}"  # and no folder, as nothing is kept
+    assert callback.result is not None
+    assert callback.result.folder is None
+
+
 def test_values_of_another_metric_are_not_compared_with(tmp_path: Path) -> None:
     told_fit(tmp_path, 4.0, 1.0, 2.0, 3.0)
     (path,) = tmp_path.rglob("*.ckpt")

@@ -79,10 +79,13 @@ def test_fit_then_export_writes_a_sparse_model_that_validates_like_the_checkpoin
 ) -> None:
     main(["fit", *tiny])
     (checkpoint,) = tmp_path.glob("runs/**/*.ckpt")
-    (told,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("To export it: "))
+    printed = capsys.readouterr().out
+    (told,) = (line for line in printed.splitlines() if line.startswith("To export it: "))
+    assert "export_sparse(" not in printed
     maskpro, *typed = shlex.split(told.removeprefix("To export it: "))
     assert maskpro == "maskpro"
     assert typed[:3] == ["export", "--config", "quickstart"]
+    assert typed[-2:] == ["--output", "sparse-model"]
     main([*typed, "--output=out"])
     assert str(tmp_path / "out") in capsys.readouterr().out.replace("\n", "")
     assert is_sparse(tmp_path / "out")
@@ -130,6 +133,8 @@ def test_compare_prints_one_row_for_each_mask_and_exports(
     )
     printed = capsys.readouterr().out
     assert all(f" {name} " in printed for name in rows)
+    assert "share of the gap closed" in printed
+    assert "To export it" not in printed
     assert "mlflow ui" in printed
     assert is_sparse(tmp_path / "sparse-model")
     card = (tmp_path / "sparse-model" / "README.md").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ def nearby(path: str | Path) -> Path:
     """A path from the working folder, if it is in there."""
     path = Path(path)
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def tell_export(checkpoint: str, output: str) -> None:
+    """Print the command that exports a checkpoint of this fit, with the options of the fit."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path")
+    _, given = parser.parse_known_args(sys.argv[2:])
+    words = [*given, f"--ckpt_path={nearby(checkpoint)}", "--output", output]
+    Console().print(f"To export it: {typed('export', words)}", soft_wrap=True, highlight=False)
 
 
 def tell_mlflow(loggers: Sequence[Any], console: Console) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
 from maskpro_lightning.catalog import resolve
-from maskpro_lightning.commands.advice import nearby, typed
+from maskpro_lightning.commands.advice import tell_export, typed
 from maskpro_lightning.commands.compare import masked_by
 from maskpro_lightning.commands.options import HELP
 from maskpro_lightning.commands.plan import Strategy
@@ -72,22 +71,24 @@ class Command(_CLI):
         """Tell how the checkpoint becomes a model for others."""
         path = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if path and self.trainer.is_global_zero:
-            parser = ArgumentParser(add_help=False, allow_abbrev=False)
-            parser.add_argument("--ckpt_path")
-            _, given = parser.parse_known_args(sys.argv[2:])
-            command = typed("export", [*given, f"--ckpt_path={nearby(path)}"])
-            Console().print(f"To export it: {command}", soft_wrap=True, highlight=False)
+            trainer: Any = self.trainer
+            trains = any(isinstance(each, SparseFinetuning) for each in trainer.callbacks)
+            tell_export(path, "trained-model" if trains else "sparse-model")
 
     def instantiate_classes(self) -> None:
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         strategy = getattr(config["trainer"]["strategy"], "class_path", "")
         if self.subcommand is None or not strategy.endswith(".ModelParallelStrategy"):
             super().instantiate_classes()
-            return
-        from maskpro_lightning.modules.loading import loading_late
+        else:
+            from maskpro_lightning.modules.loading import loading_late
 
-        with loading_late():
-            super().instantiate_classes()
+            with loading_late():
+                super().instantiate_classes()
+        trainer: Any = self.trainer
+        for callback in trainer.callbacks:
+            if isinstance(callback, MaskProCallback):
+                callback.to_do = ""  # the command is told, once the checkpoint is there
 
     #: The command, where it is not one of Lightning's.
     name = ""
