@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from maskpro_lightning.tracking.comparison import log_comparison, markdown
 from maskpro_lightning.tracking.configuration import SaveConfig
 from maskpro_lightning.tracking.loggers import Tracking
 from maskpro_lightning.tracking.result import duration, read_result
-from maskpro_lightning.tracking.runs import read_run
+from maskpro_lightning.tracking.runs import download_run, read_run
 from maskpro_lightning.weights.targets import find_targets
 
 
@@ -238,17 +239,31 @@ def _export() -> None:
     if not streams:
         load(cli.model)
     console = Console()
-    run = _run_of(path)
-    found = None if run is None else read_result(run)
-    folder = cli.export(path if streams else None)
-    cli.publish(folder, console, run, "" if found is None else found.markdown())
+    with TemporaryDirectory() as fetched:
+        run = _run_of(path) or _given_run(cli.trainer, Path(fetched))
+        found = None if run is None else read_result(run)
+        folder = cli.export(path if streams else None)
+        cli.publish(folder, console, run, "" if found is None else found.markdown())
     cli.log_model(console)
 
 
-def _run_of(checkpoint: str | None) -> Path | None:
-    """The folder of the callback's files in the run that wrote a checkpoint."""
-    folders = [] if checkpoint is None else list(Path(checkpoint).absolute().parents)[:3]
+def _run_of(checkpoint: str) -> Path | None:
+    """The folder of the callback's files in the run that wrote a checkpoint, if it lies there."""
+    folders = list(Path(checkpoint).absolute().parents)[:3]
     return next((each / "maskpro" for each in folders if (each / "maskpro").is_dir()), None)
+
+
+def _given_run(trainer: Any, folder: Path) -> Path | None:
+    """The same of the MLflow run that a logger was given, fetched into a folder."""
+    for logger in trainer.loggers:
+        run_id = getattr(logger, "_run_id", None)
+        if type(logger).__name__ == "MLFlowLogger" and run_id is not None:
+            try:
+                download_run(run_id, logger._tracking_uri, folder)
+            except ValueError as error:
+                raise SystemExit(str(error)) from None
+            return folder
+    return None
 
 
 def _measure() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,21 @@ def test_compare_of_a_finetuning_has_the_learned_mask_and_the_trained_weights(
     above = runs["quickstart_finetune compare"]
     assert child.data.tags["mlflow.parentRunId"] == above.info.run_id
     assert child.data.metrics["compare/val_loss"] == losses["finetuned"]
+
+
+def test_a_card_has_the_results_of_the_run_that_is_given(tiny: list[str], tmp_path: Path) -> None:
+    main(["fit", *tiny])
+    (checkpoint,) = Path("runs").rglob("*.ckpt")
+    run_id, moved = checkpoint.parents[1].name, tmp_path / "last.ckpt"
+    checkpoint.rename(moved)
+    shutil.rmtree("runs")
+    options = [f"--ckpt_path={moved}", "--output=out"]
+    main(["export", *tiny, *options, f"--trainer.logger.run_id={run_id}"])
+    card = Path("out", "README.md").read_text()
+    assert "| val_loss, deployed mask |" in card
+    assert "- init: sparsegpt\n" in card
+    with pytest.raises(SystemExit, match="MLflow run nope could not be read from sqlite:"):
+        main(["export", *tiny, *options, "--trainer.logger.run_id=nope"])
 
 
 def test_export_does_not_write_over_the_model_that_it_read(tiny: list[str]) -> None:
