@@ -154,11 +154,12 @@ class BestMask:
         named = mode == "min" and _HIGHER_IS_BETTER.search(monitor.lower()) is not None
         better, other = ("lower", "max") if mode == "min" else ("higher", "min")
         if dense is not None and self._sign * dense > self._sign * initial:
-            name = ", as its name says it is" if named else ""
+            name = ", as its name says" if named else ""
             _log.warning(
                 f"The dense weights' {monitor} is {dense:.4g}, the initial mask's {initial:.4g}, "
                 f"and by monitor_mode={mode!r} {better} is better, so the dense model is the worse "
-                f"one. If that is upside down{name}, set monitor_mode={other!r}."
+                f"one. If that is upside down{name}, set monitor_mode={other!r}; else see whether "
+                f"the module holds trained weights."
             )
         elif named and (dense is None or dense == initial):
             _log.warning(

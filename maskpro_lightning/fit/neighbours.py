@@ -24,9 +24,10 @@ _AUTOLOG = "__MlflowPLCallback"
 def leave_out_rivals(trainer: Any, patches: Patches) -> None:
     """Leave the callbacks that work against masks out of a fit, and say which.
 
-    MLflow's autologging, too, where a logger of MLflow gets the same numbers.
+    MLflow's autologging, too, where a logger of MLflow gets the same numbers; without a word if
+    they go into the same run.
     """
-    has_mlflow = any(type(logger).__name__ == "MLFlowLogger" for logger in trainer.loggers)
+    loggers = [each for each in trainer.loggers if type(each).__name__ == "MLFlowLogger"]
     kept = []
     for callback in trainer.callbacks:
         kinds = [kind.__name__ for kind in type(callback).__mro__]
@@ -36,15 +37,26 @@ def leave_out_rivals(trainer: Any, patches: Patches) -> None:
                 f"{kinds[0]} is left out of this fit: it {reason}. Use it in the training that "
                 f"follows."
             )
-        elif has_mlflow and _AUTOLOG in kinds:
+        elif loggers and _AUTOLOG in kinds:
             told = (
                 "mlflow.pytorch.autolog() logs nothing of this fit, of which MLFlowLogger gets "
                 "every number: leave one of them out, or give the logger autolog's run (run_id)."
             )
+            if _active_run() in [logger._run_id for logger in loggers]:
+                told = ""
         if told is None:
             kept.append(callback)
         else:
-            _log.warning(told)
+            if told:
+                _log.warning(told)
             # Trainers that are setting up callbacks go on with the list they have.
             patches.put(callback, "setup", lambda *args, **kwargs: None)
     patches.put(trainer, "callbacks", kept)
+
+
+def _active_run() -> str | None:
+    """The run that autologging writes to."""
+    import mlflow
+
+    run = mlflow.active_run()
+    return None if run is None else str(run.info.run_id)
