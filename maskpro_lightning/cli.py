@@ -161,11 +161,11 @@ def _compare() -> None:
     for path in (folder / "comparison.csv", tracking.folder() / "comparison.csv"):
         write_csv(rows, path)
     tracking.file(path)
-    _show_comparison(cli, tracking, rows)
+    above = _show_comparison(cli, tracking, rows)
     console.print(table(rows, f"{cli.masked.pattern} masks of {cli.model.hparams.get('model')}"))
     cli.publish(folder, console, tracking.folder(), markdown(_numbers(rows)))
     cli.log_model(console)
-    tell_mlflow(cli.trainer.loggers, console)
+    tell_mlflow(cli.trainer.loggers, console, above, f"compare/{next(iter(rows[0].metrics), '')}")
 
 
 def _numbers(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -174,13 +174,18 @@ def _numbers(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     }
 
 
-def _show_comparison(cli: AfterFit, tracking: Tracking, rows: Sequence[Row]) -> None:
-    """Log each mask as a run, and draw validations anew, beside what they are compared with."""
-    numbers, found = _numbers(rows), row_of(cli.masked)
+def _show_comparison(cli: AfterFit, tracking: Tracking, rows: Sequence[Row]) -> dict[str, str]:
+    """Log each mask as a run, and draw validations anew, beside what they are compared with.
+
+    Returns:
+        The run above all, by that of the fit.
+    """
+    numbers, found, above = _numbers(rows), row_of(cli.masked), {}
 
     def log(logger: Any) -> None:
         name = f"{(logger._run_name or 'maskpro').removesuffix(f' {found}')} compare"
-        log_comparison(logger, numbers, str(cli.masked.pattern), name, found)
+        parent = log_comparison(logger, numbers, str(cli.masked.pattern), name, found)
+        above[logger.run_id] = parent
 
     tracking.each("MLFlowLogger", log)
     try:
@@ -188,9 +193,10 @@ def _show_comparison(cli: AfterFit, tracking: Tracking, rows: Sequence[Row]) -> 
 
         drawn = plots.figures(read_run(tracking.folder())).get("validation")
     except (ModuleNotFoundError, ValueError):
-        return
+        return above
     if drawn is not None:
         tracking.figure(tracking.folder() / "validation.png", drawn)
+    return above
 
 
 def _evaluate() -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import torch
@@ -137,6 +138,17 @@ def test_compare_prints_one_row_for_each_mask_and_exports(
     assert "share of the gap closed" in printed
     assert "To export it" not in printed
     assert "mlflow ui" in printed
+    page = urlsplit(next(x for x in printed.splitlines() if x.startswith("http")))
+    asked = {k: v for k, (v,) in parse_qs(urlsplit(page.fragment).query).items()}
+    assert asked.pop("workflowType") == "machine_learning"
+    asked["order_by"] = f"{asked.pop('orderByKey')} ASC"
+    assert asked.pop("orderByAsc") == "true"
+    client = MlflowClient("sqlite:///mlflow.db")
+    listed = client.search_runs(["1"], asked["searchFilter"], order_by=[asked["order_by"]])
+    assert {run.data.tags["maskpro.mask"] for run in listed} == set(rows)
+    assert listed[0].data.metrics["compare/val_loss"] == min(
+        float(row["val_loss"]) for row in rows.values()
+    )
     assert is_sparse(tmp_path / "sparse-model")
     card = (tmp_path / "sparse-model" / "README.md").read_text()
     assert "\nmaskpro compare --config quickstart --model.model=" in card

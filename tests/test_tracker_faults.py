@@ -248,7 +248,7 @@ def test_no_secret_is_logged_printed_or_written(
     config = SaveConfig(SimpleNamespace(dump=lambda *_, **__: f"tracking_uri: {uri}"), None)
     config.save_config(trainer, None, "fit")
     mlflow = MLFlowLogger("secret", tracking_uri=uri)
-    tell_mlflow([mlflow], Console())
+    tell_mlflow([mlflow], Console(), {}, "")
     printed = capsys.readouterr().out
     assert "backend-store-uri https://***@host:5000" in printed
     written = [path.read_text(errors="ignore") for path in tmp_path.rglob("*") if path.is_file()]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 import sys
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 from rich.console import Console
 
@@ -39,8 +40,17 @@ def tell_export(checkpoint: str, output: str) -> None:
     Console().print(f"To export it: {typed('export', words)}", soft_wrap=True, highlight=False)
 
 
-def tell_mlflow(loggers: Sequence[Any], console: Console) -> None:
-    """Print how to see what MLflow's loggers have got."""
+def tell_mlflow(
+    loggers: Sequence[Any], console: Console, above: Mapping[str, str], metric: str
+) -> None:
+    """Print how to see a comparison.
+
+    Args:
+        loggers: Of which MLflow's have got it.
+        console: Where to print.
+        above: The run above the comparison's, by the id of the logger's; empty if there is none.
+        metric: What to sort the runs by.
+    """
     for logger in loggers:
         uri = getattr(logger, "_tracking_uri", None)
         if type(logger).__name__ == "MLFlowLogger" and uri is not None:
@@ -51,6 +61,14 @@ def tell_mlflow(loggers: Sequence[Any], console: Console) -> None:
             # None if no experiment was opened, which would ask the server now.
             number = getattr(logger, "_experiment_id", None)
             page = "" if number is None else f"#/experiments/{number}/runs{_AS_TRAINING}"
+            if page and (parent := above.get(logger._run_id)):
+                # Those below a run are listed if they are asked for, and not sorted by time.
+                asked = {
+                    "searchFilter": f"tags.mlflow.parentRunId = '{parent}'",
+                    "orderByKey": f"metrics.`{metric}`",
+                    "orderByAsc": "true",
+                }
+                page += f"&{urlencode(asked, quote_via=quote)}"
             console.print(
                 f"MLflow: {python} -m mlflow ui --backend-store-uri {uri}, then open\n"
                 f"http://127.0.0.1:5000/{page}",

@@ -12,7 +12,7 @@ _PREFIX = "compare"
 
 def log_comparison(
     logger: Any, rows: Mapping[str, Mapping[str, float]], pattern: str, name: str, learned: str
-) -> None:
+) -> str:
     """Log rows so that they can be sorted and drawn: metrics ``compare/…`` of each mask's run.
 
     The run above all has those of the learned mask, to sort comparisons by, and the table.
@@ -23,6 +23,9 @@ def log_comparison(
         pattern: The pattern.
         name: Of the run above all of them.
         learned: The row whose run the logger's is.
+
+    Returns:
+        The id of the run above.
     """
     client, experiment = logger.experiment, logger.experiment_id
     tags = {"mlflow.runName": name, "maskpro.pattern": pattern, "maskpro.command": "compare"}
@@ -49,6 +52,7 @@ def log_comparison(
         if mask != learned:
             client.set_terminated(run)
     client.set_terminated(parent)
+    return str(parent)
 
 
 def _log_data(client: Any, run: str, inputs: Any) -> None:
