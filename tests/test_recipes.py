@@ -195,7 +195,8 @@ def test_all_recipes_are_known_and_described() -> None:
     described = (RECIPES / "README.md").read_text()
     scripts = [path.name for path in RECIPES.glob("*.py")]
     assert scripts == ["existing_training.py"]
-    for name in [*recipes(), *scripts]:
+    notebooks = [path.name for path in RECIPES.glob("*.ipynb")]
+    for name in [*recipes(), *scripts, *notebooks]:
         assert f"| `{name}` |" in described, name
 
 
