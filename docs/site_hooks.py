@@ -14,6 +14,7 @@ _OUTSIDE = {
     "start.md": "README.md",
     "recipes.md": "recipes/README.md",
     "existing_training.py": "recipes/existing_training.py",
+    "quickstart.ipynb": "recipes/quickstart.ipynb",
     "benchmarks.md": "benchmarks/README.md",
     **{
         f"results/{path.name}": f"benchmarks/results/{path.name}"
@@ -24,6 +25,8 @@ _OUTSIDE = {
 _LINKS = {
     "](../recipes/README.md": "](recipes.md",
     "](../recipes/existing_training.py": "](existing_training.py",
+    "](../recipes/quickstart.ipynb": "](quickstart.ipynb",
+    "](recipes/quickstart.ipynb": "](quickstart.ipynb",
     "](../benchmarks/README.md": "](benchmarks.md",
     "](../benchmarks/results/": "](results/",
     "](../docs/": "](",

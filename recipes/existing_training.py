@@ -3,7 +3,7 @@
 import lightning as L  # noqa: N812
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from maskpro_lightning import MaskProCallback, export_sparse
 
@@ -29,13 +29,12 @@ class Classifier(L.LightningModule):
 
 if __name__ == "__main__":
     L.seed_everything(0)
-    points = torch.randn(4096, 2)
-    data = DataLoader(TensorDataset(points, (points.norm(dim=-1) < 1).long()), 256)
+    points = torch.randn(5120, 2)
+    rows = TensorDataset(points, (points.norm(dim=-1) < 1).long())
+    train, held_out = (DataLoader(part, 256) for part in random_split(rows, [4096, 1024]))
     module = Classifier()
-    L.Trainer(max_epochs=5).fit(module, data)  # the training that you have
-    L.Trainer().validate(module, data)
+    L.Trainer(max_epochs=5).fit(module, train, held_out)  # the training that you have
 
-    masks = MaskProCallback("2:4", exclude=["net.0"], estimator="straight_through")
-    L.Trainer(max_epochs=5, callbacks=[masks]).fit(module, data)
+    masks = MaskProCallback("2:4", exclude=["net.0"], monitor="accuracy", monitor_mode="max")
+    L.Trainer(max_epochs=5, callbacks=[masks]).fit(module, train, held_out)
     export_sparse(module, "sparse-model", exclude=["net.0"])
-    L.Trainer().validate(module, data)

@@ -74,7 +74,7 @@ def test_a_logger_with_autologs_run_makes_one_run_with_every_number_once(tmp_pat
     (run,), warned = runs("given", tmp_path)
     assert run["maskpro/loss"] == list(range(8))
     assert run["val_loss"] == [0, 3, 7]
-    assert "mlflow.pytorch.autolog() logs nothing of this fit" in warned
+    assert "autolog" not in warned
 
 
 @pytest.mark.slow

@@ -145,10 +145,8 @@ def pruned() -> nn.Module:
 for argument in ("include", "exclude"):
     message = f'{argument} is a list of globs: write {argument}=["net.0"].'
     add(f"{argument} as text", chosen(**{argument: "net.0"}), TypeError, message)
-    message = (
-        "'conv*' matches no layer or parameter of Net; its layers are named like 'net.0.weight'."
-    )
-    add(f"{argument} that is idle", chosen(**{argument: ["conv*"]}), ValueError, message)
+    message = "'nat*' matches no layer or parameter of Net; the nearest is 'net*'."
+    add(f"{argument} that is idle", chosen(**{argument: ["nat*"]}), ValueError, message)
 LEFT = "No layer of {} is left to mask: {}. Choose another pattern, include or exclude."
 add(
     "everything excluded",

@@ -164,6 +164,84 @@ def test_a_sanity_check_tells_whether_the_initial_mask_is_worth_a_validation(
     assert len(module.told) == 1
 
 
+class Accurate(Net):
+    """Logs an accuracy, of which the initial mask loses nearly all, and a loss."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        assert isinstance(self.trainer.callbacks[0], MaskProCallback)
+        is_dense = versions_held(self, self.trainer.callbacks[0]) == {"dense"}
+        self.log("score" if self.plain else "val_acc", 0.9 if is_dense else 0.2)
+        self.log("distance", 1.0 if is_dense else 2.0)
+
+    plain = False
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What this package has warned of."""
+    return [r.getMessage() for r in caplog.records if r.name.startswith("maskpro_lightning")]
+
+
+class Trained(pl.Callback):
+    """Keeps what was said before the first training step."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self.caplog = caplog
+        self.before: list[str] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 1:
+            self.before = said(self.caplog)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "told"),
+    [
+        ("val_acc", "min", "as its name says, set monitor_mode='max'; else"),
+        ("score", "min", "If that is upside down, set monitor_mode='max'; else"),
+        ("distance", "max", "If that is upside down, set monitor_mode='min'; else"),
+        ("val_acc", "max", None),
+        ("distance", "min", None),
+    ],
+)
+def test_a_mode_by_which_the_dense_weights_are_worse_is_told_at_once(
+    monitor: str, mode: Any, told: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, before = Accurate(), Trained(caplog)
+    module.plain = monitor == "score"
+    callback = mask_callback(monitor=monitor, monitor_mode=mode)
+    fit(module, callback, before, folder=tmp_path, max_steps=1)
+    assert len(before.before) == (told is not None)
+    if told is not None:
+        assert told in before.before[0]
+        assert f"by monitor_mode='{mode}'" in before.before[0]
+
+
+def test_where_numbers_do_not_tell_the_name_of_a_metric_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Even(Net):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log_dict({"val/f1": 0.5, "facc": 0.5})
+
+    for monitor in ("val/f1", "facc"):
+        fit(Even(), mask_callback(monitor=monitor), folder=tmp_path, max_steps=1)
+    assert said(caplog) == [
+        "By monitor_mode='min' a lower val/f1 is better, against its name: set monitor_mode='max'."
+    ]
+
+
+@pytest.mark.parametrize("checks", [0, 1])
+def test_a_monitor_that_is_not_logged_is_told_before_the_first_step_and_once(
+    checks: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback, before = mask_callback(monitor="val_los"), Trained(caplog)
+    fit(Accurate(), callback, before, folder=tmp_path, max_epochs=2, num_sanity_val_steps=checks)
+    (told,) = before.before
+    assert "validation logs no 'val_los'" in told
+    assert told.endswith("set monitor to one of 'val_acc', 'distance'.")
+    assert said(caplog) == [told]
+
+
 class Counts(pl.Callback):
     """Counts validations as callbacks do that keep to Lightning's ways."""
 
@@ -253,6 +331,27 @@ def test_a_checkpoint_holds_what_would_be_deployed_and_the_fit_goes_on(tmp_path:
     assert run.comparison == {"dense": {"val_loss": DENSE}, "initial": {"val_loss": 4.0}}
     assert not equal(logits(again), logits(callback))  # it has learned on
     assert identical(again._best.value, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({}, 'export_sparse(module, "sparse-model")'),
+        (
+            {"pattern": "1:4", "include": ["n*"], "exclude": ["net.0"]},
+            """export_sparse(module, "sparse-model", "1:4", include=['n*'], exclude=['net.0'])""",
+        ),
+    ],
+)
+def test_the_end_of_a_fit_tells_what_exports_this_mask(
+    given: Any, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = mask_callback(**given)
+    fit(Net(), callback, folder=tmp_path, max_steps=1)
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == f"To export it: {line}"  # and no folder, as nothing is kept
+    assert callback.result is not None
+    assert callback.result.folder is None
 
 
 def test_values_of_another_metric_are_not_compared_with(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import tiny_models
 import torch
 import yaml
 from test_export import masked, two_layers
-from transformers import AutoModel
 
 from maskpro_lightning import NMPattern, export_sparse, find_targets
 from maskpro_lightning.files.card import Card, push, write_card
@@ -97,11 +96,19 @@ def test_what_the_card_says_loads_the_model(
     space: dict[str, Any] = {"module": fresh}
     exec(code, space)
     if file_format == "huggingface":
-        assert isinstance(space["model"], AutoModel._model_mapping[type(held.config)])
-        found, expected = space["model"].state_dict(), held.model.state_dict()
+        assert type(space["model"]) is type(held)
+        found, expected = space["model"].state_dict(), held.state_dict()
     else:
         found, expected = fresh.state_dict(), module.state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("config", ["{}", '{"auto_map": {}, "architectures": ["Theirs"]}'])
+def test_a_class_that_transformers_does_not_have_is_not_imported_from_it(
+    config: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(config)
+    assert "import AutoModel\n" in write_card(tmp_path, FULL).read_text()
 
 
 class Hub:

@@ -200,8 +200,9 @@ def test_an_export_of_a_folder_makes_no_weights_wherever_its_path_is_given(
         seen.append(({parameter.is_meta for parameter in module.parameters()}, checkpoint))
         raise ExportedError
 
-    monkeypatch.setattr("maskpro_lightning.cli.loader_of", lambda path: lambda module: None)
-    monkeypatch.setattr("maskpro_lightning.cli.export_sparse", export)
+    building = "maskpro_lightning.commands.building"
+    monkeypatch.setattr(f"{building}.loader_of", lambda path: lambda module: None)
+    monkeypatch.setattr(f"{building}.export_sparse", export)
     with pytest.raises(ExportedError):
         main(["export", *words])
     assert seen == [({streams}, str(folder) if streams else None)]

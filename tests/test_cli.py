@@ -3,9 +3,11 @@
 import csv
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import torch
@@ -106,10 +108,13 @@ def test_fit_then_export_writes_a_sparse_model_that_validates_like_the_checkpoin
 ) -> None:
     main(["fit", *tiny])
     (checkpoint,) = tmp_path.glob("runs/**/*.ckpt")
-    (told,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("To export it: "))
+    printed = capsys.readouterr().out
+    (told,) = (line for line in printed.splitlines() if line.startswith("To export it: "))
+    assert "export_sparse(" not in printed
     maskpro, *typed = shlex.split(told.removeprefix("To export it: "))
     assert maskpro == "maskpro"
     assert typed[:3] == ["export", "--config", "quickstart"]
+    assert typed[-2:] == ["--output", "sparse-model"]
     main([*typed, "--output=out"])
     assert str(tmp_path / "out") in capsys.readouterr().out.replace("\n", "")
     assert is_sparse(tmp_path / "out")
@@ -157,7 +162,20 @@ def test_compare_prints_one_row_for_each_mask_and_exports(
     )
     printed = capsys.readouterr().out
     assert all(f" {name} " in printed for name in rows)
+    assert "share of the gap closed" in printed
+    assert "To export it" not in printed
     assert "mlflow ui" in printed
+    page = urlsplit(next(x for x in printed.splitlines() if x.startswith("http")))
+    asked = {k: v for k, (v,) in parse_qs(urlsplit(page.fragment).query).items()}
+    assert asked.pop("workflowType") == "machine_learning"
+    asked["order_by"] = f"{asked.pop('orderByKey')} ASC"
+    assert asked.pop("orderByAsc") == "true"
+    client = MlflowClient("sqlite:///mlflow.db")
+    listed = client.search_runs(["1"], asked["searchFilter"], order_by=[asked["order_by"]])
+    assert {run.data.tags["maskpro.mask"] for run in listed} == set(rows)
+    assert listed[0].data.metrics["compare/val_loss"] == min(
+        float(row["val_loss"]) for row in rows.values()
+    )
     assert is_sparse(tmp_path / "sparse-model")
     card = (tmp_path / "sparse-model" / "README.md").read_text()
     assert "\nmaskpro compare --config quickstart --model.model=" in card
@@ -200,6 +218,21 @@ def test_compare_of_a_finetuning_has_the_learned_mask_and_the_trained_weights(
     above = runs["quickstart_finetune compare"]
     assert child.data.tags["mlflow.parentRunId"] == above.info.run_id
     assert child.data.metrics["compare/val_loss"] == losses["finetuned"]
+
+
+def test_a_card_has_the_results_of_the_run_that_is_given(tiny: list[str], tmp_path: Path) -> None:
+    main(["fit", *tiny])
+    (checkpoint,) = Path("runs").rglob("*.ckpt")
+    run_id, moved = checkpoint.parents[1].name, tmp_path / "last.ckpt"
+    checkpoint.rename(moved)
+    shutil.rmtree("runs")
+    options = [f"--ckpt_path={moved}", "--output=out"]
+    main(["export", *tiny, *options, f"--trainer.logger.run_id={run_id}"])
+    card = Path("out", "README.md").read_text()
+    assert "| val_loss, deployed mask |" in card
+    assert "- init: sparsegpt\n" in card
+    with pytest.raises(SystemExit, match="MLflow run nope could not be read from sqlite:"):
+        main(["export", *tiny, *options, "--trainer.logger.run_id=nope"])
 
 
 def test_export_does_not_write_over_the_model_that_it_read(tiny: list[str]) -> None:
@@ -364,8 +397,9 @@ def test_without_the_packages_of_recipes_it_says_what_to_install(
     module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["maskpro", "fit"])
-    monkeypatch.delitem(sys.modules, "maskpro_lightning.cli")
-    monkeypatch.delattr("maskpro_lightning.cli")
+    for name in ("maskpro_lightning.cli", "maskpro_lightning.commands.building"):
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(name)
     monkeypatch.setitem(sys.modules, module, None)
     package = module.partition(".")[0]
     with pytest.raises(SystemExit) as caught:

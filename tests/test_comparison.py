@@ -29,13 +29,14 @@ def test_each_mask_is_a_run_below_one_and_the_learned_ones_is_that_of_its_fit(
     data = Dataset("python-docs", "0123", "local", "{}")
     client.log_inputs(fit, datasets=[DatasetInput(data, [])])
     client.set_terminated(fit)
-    log_comparison(logger, ROWS, "2:4", "quickstart compare", "maskpro")
+    parent = log_comparison(logger, ROWS, "2:4", "quickstart compare", "maskpro")
     runs: dict[str, Any] = {}
     for run in client.search_runs([logger.experiment_id]):
         assert run.info.status == "FINISHED"
         runs[run.data.tags.get("maskpro.mask", "above")] = run
     assert set(runs) == {*ROWS, "above"}
     above = runs.pop("above")
+    assert above.info.run_id == parent
     assert above.info.run_name == "quickstart compare"
     assert above.data.tags["mlflow.note.content"] == markdown(ROWS)
     assert above.data.metrics == {"compare/val_loss": 3.25, "compare/sparsity": 0.5}

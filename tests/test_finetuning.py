@@ -101,6 +101,58 @@ def assert_trained_under(module: nn.Module, dense: nn.Module | None = None) -> N
         assert moved[mask].float().mean() > 0.9, name
 
 
+# --- what is told -------------------------------------------------------------------------------
+
+
+class Measured(Trained):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val_loss", 1.25)
+
+
+def test_a_fit_tells_where_it_starts_and_what_it_ends_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(pruned(Measured()), SparseFinetuning("2:4"), folder=tmp_path, max_epochs=1)
+    assert capsys.readouterr().out.splitlines() == [
+        (
+            "2:4 masks on 2 weights, from their own zeros: 512 of the model's 544 numbers (94.1%), "
+            "50.00% of them zero."
+        ),
+        "Verified after 4 steps: what the 2:4 masks prune is zero; val_loss 1.25.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("init", "source"), [("magnitude", "magnitude"), (masks_of(Net()), "those given")]
+)
+def test_a_fit_tells_where_its_masks_come_from(
+    init: Any, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="last")
+    fit(Trained(), SparseFinetuning(init=init), saver, folder=tmp_path, max_epochs=1)
+    first, last = capsys.readouterr().out.splitlines()
+    assert f"from {source}: " in first
+    assert last == "Verified after 4 steps: what the 2:4 masks prune is zero."
+    path = tmp_path / "last.ckpt"
+    fit(Trained(), SparseFinetuning(init=init), folder=tmp_path, max_epochs=2, ckpt_path=path)
+    assert "from the checkpoint: " in capsys.readouterr().out
+
+
+def test_a_fit_that_fails_verifies_nothing_and_other_ranks_are_silent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fails(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fit(pruned(Trained()), SparseFinetuning(), Fails(), folder=tmp_path, max_epochs=1)
+    assert "Verified" not in capsys.readouterr().out
+    monkeypatch.setattr(pl.Trainer, "is_global_zero", False)
+    fit(pruned(Trained()), SparseFinetuning(), folder=tmp_path, max_epochs=1)
+    assert capsys.readouterr().out == ""
+
+
 # --- optimizers and precisions ------------------------------------------------------------------
 
 

@@ -464,7 +464,7 @@ def test_a_metric_that_no_validation_logs_is_named_with_those_that_there_are(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fit(Net(), masks(monitor="val_loss"), folder=tmp_path, max_steps=4)
-    assert "no validation logged 'val_loss'" in caplog.text
+    assert "validation logs no 'val_loss'" in caplog.text
     assert "set monitor to one of 'held_out_loss'" in caplog.text
 
 

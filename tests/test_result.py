@@ -30,6 +30,7 @@ FOUND = Result(
     best_step=150,
     seconds=125.4,
     folder="runs/a",
+    to_do='export_sparse(module, "sparse-model")',
 )
 
 
@@ -123,12 +124,28 @@ def test_every_form_holds_every_value() -> None:
     console.print(FOUND)
     shown = console.file.getvalue()
     for name, value in FOUND.rows():
-        for form in (str(FOUND), FOUND.markdown(), FOUND._repr_html_().replace("&quot;", '"')):
+        for form in (str(FOUND), FOUND.markdown(), FOUND._repr_html_()):
             assert name in form
             assert value in form
         assert name in shown
         assert "".join(value.split()) in "".join(shown.split())
     assert but(to_do="a < b")._repr_html_().count("a &lt; b") == 1
+
+
+def test_what_is_copied_is_on_lines_of_its_own_and_not_for_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    result = but(folder="runs/" + "long-name/" * 12 + "maskpro")
+    result.show()
+    lines = [f"Files: {result.folder}", f"To export it: {result.to_do}"]
+    assert capsys.readouterr().out.splitlines()[-2:] == lines
+    assert str(result).splitlines()[-2:] == lines
+    assert "runs/" not in result.markdown()
+    assert "export_sparse" not in result.markdown()
+    nothing = but(folder=None, to_do=None)
+    assert nothing.notes() == but(folder=None, to_do="").notes() == []
+    assert len(str(nothing).splitlines()) == len(str(result).splitlines()) - 2
 
 
 def test_it_is_told_to_screen_loggers_and_folder_and_read_back(

@@ -112,9 +112,36 @@ def test_rich_and_plain_tables_say_the_same(
     monkeypatch.setenv("COLUMNS", "200")
     rich = shown(capsys)
     assert "━" in rich
+    rich += "such as"  # names are below what they are of
     monkeypatch.setitem(sys.modules, "rich.console", None)
     cells = [cell for line in shown(capsys).splitlines() for cell in line.split("  ")]
     assert [cell for cell in cells if cell.strip() not in rich] == []
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_long_names_are_told_apart_in_a_narrow_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", str(width))
+    block = nn.ModuleDict({"gate_proj": nn.Linear(64, 64), "down_proj": nn.Linear(64, 64)})
+    model: nn.Module = nn.ModuleDict({"mlp": block})
+    for name in ("0", "layers", "language_model_of_all", "encoder", "wrapped"):
+        model = nn.ModuleDict({name: model})
+    summary.show(model, select(model, PATTERN), PATTERN)
+    told = capsys.readouterr().out
+    assert ".mlp.gate_proj.weight " in told
+    assert ".mlp.down_proj.weight " in told
+    assert max(map(len, told.splitlines())) <= width
+
+
+def test_what_is_to_be_copied_is_not_broken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    told = shown(capsys).splitlines()
+    assert 'A mask on them, too: include=["w:0"].' in told
+    assert "Masked, but in no product of the first batch: idle.weight." in told
 
 
 def test_only_the_first_rank_prints(

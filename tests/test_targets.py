@@ -253,12 +253,22 @@ def test_include_masks_what_is_left_out_by_default() -> None:
 
 
 @pytest.mark.parametrize("argument", ["include", "exclude"])
-@pytest.mark.parametrize("glob", ["fc3", "FC1", "c1", "fc1.bias.*"])
-def test_a_glob_that_matches_nothing_is_refused(argument: str, glob: str) -> None:
-    message = (
-        f"'{glob}' matches no layer or parameter of Parts; its layers are named like "
-        f"'embedding.weight'."
-    )
+@pytest.mark.parametrize(
+    ("glob", "nearest"),
+    [
+        ("fc3", "'fc2'"),
+        ("FC1", "'fc1'"),
+        ("c1", "'fc1'"),
+        ("*haed*", "'*head*'"),
+        ("*.wieght", "'*.weight'"),
+        ("*.haed.*", "'head.0' or 'head'"),
+        ("fc1.bias.*", "'fc1.bias' or 'fc2.bias'"),
+    ],
+)
+def test_a_glob_that_matches_nothing_is_refused_with_what_may_be_meant(
+    argument: str, glob: str, nearest: str
+) -> None:
+    message = f"'{glob}' matches no layer or parameter of Parts; the nearest is {nearest}."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         find_targets(Parts(), "2:4", **{argument: ["fc1", glob]})
 

@@ -36,7 +36,8 @@ from test_mlflow import FIGURES, FILES, Store, told
 from torch import nn
 
 from maskpro_lightning import NMPattern, save_masks
-from maskpro_lightning.cli import _tell_mlflow, main
+from maskpro_lightning.cli import main
+from maskpro_lightning.commands.advice import tell_mlflow
 from maskpro_lightning.files.export import save_distributions
 from maskpro_lightning.tracking.configuration import SaveConfig
 from maskpro_lightning.tracking.credentials import without_credentials
@@ -247,7 +248,7 @@ def test_no_secret_is_logged_printed_or_written(
     config = SaveConfig(SimpleNamespace(dump=lambda *_, **__: f"tracking_uri: {uri}"), None)
     config.save_config(trainer, None, "fit")
     mlflow = MLFlowLogger("secret", tracking_uri=uri)
-    _tell_mlflow(SimpleNamespace(trainer=SimpleNamespace(loggers=[mlflow])), Console())
+    tell_mlflow([mlflow], Console(), {}, "")
     printed = capsys.readouterr().out
     assert "backend-store-uri https://***@host:5000" in printed
     written = [path.read_text(errors="ignore") for path in tmp_path.rglob("*") if path.is_file()]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -187,6 +188,24 @@ def hours(model: nn.Module, rows: int, forwards: int, steps: int, tflops: float)
         if parameter.dim() > 1
     }
     return 2 * sum(weights.values()) * rows * forwards * steps / (tflops * 1e12) / 3600
+
+
+def table(found: Plan, title: str) -> Table:
+    """What is needed, part by part, for a terminal."""
+    parts = {**found.state, "largest unit, gathered": found.gathered}
+    parts |= {} if found.activations is None else {"activations (estimate)": found.activations}
+    parts |= {"or workspace of the update (estimate)": found.workspace} if found.workspace else {}
+    rows = Table(title=title)
+    rows.add_column("what")
+    rows.add_column("GB", justify="right")
+    for name, size in {**parts, "at the peak": found.total}.items():
+        rows.add_row(name, gigabytes(size), style="bold" if name == "at the peak" else None)
+    return rows
+
+
+def gigabytes(size: int) -> str:
+    """Bytes in units of 10^9."""
+    return f"{size / 1e9:,.0f}" if size >= 1e11 else f"{size / 1e9:.3g}"
 
 
 def _refuse_unknown(strategy: str, devices: int) -> None:

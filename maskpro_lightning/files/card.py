@@ -14,9 +14,9 @@ from maskpro_lightning.files.atomic import write_text
 CARD = "README.md"
 _LOAD = {
     "config.json": """```python
-from transformers import AutoModel
+from transformers import {architecture}
 
-model = AutoModel.from_pretrained("{name}")  # or the class of your task
+model = {architecture}.from_pretrained("{name}")
 ```""",
     "compressed.safetensors": """```python
 from maskpro_lightning import load_compressed
@@ -61,8 +61,13 @@ class Card:
     method: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
 
-    def text(self, files: Sequence[str]) -> str:
-        """The card in Markdown, for a folder that holds these files."""
+    def text(self, files: Sequence[str], architecture: str = "AutoModel") -> str:
+        """The card in Markdown.
+
+        Args:
+            files: The files of its folder.
+            architecture: The class of transformers that the folder is loaded with.
+        """
         kept, group = self.pattern.split(":")
         about = (
             f"A model of which {kept} of every {group} consecutive weights along the inputs of its "
@@ -71,8 +76,9 @@ class Card:
         )
         parts = [self._front_matter(files), f"# {self.name}", about]
         parts += ["## Results", self.results] if self.results else []
+        names = {"name": self.name, "pattern": self.pattern, "architecture": architecture}
         load = next((text for name, text in _LOAD.items() if name in files), _LOAD[""])
-        parts += ["## Load it", load.format(name=self.name, pattern=self.pattern)]
+        parts += ["## Load it", load.format(**names)]
         parts += ["## How it was made", self._made()]
         return "\n\n".join(parts) + "\n"
 
@@ -97,8 +103,15 @@ class Card:
 def write_card(folder: Path, card: Card) -> Path:
     """Write a model card beside the files of a model; returns its path."""
     files = [path.name for path in folder.iterdir()]
-    write_text(folder / CARD, card.text(files))
+    write_text(folder / CARD, card.text(files, _architecture(folder / "config.json")))
     return folder / CARD
+
+
+def _architecture(config: Path) -> str:
+    """The class of transformers that a model is of, head included."""
+    found = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    named = found.get("architectures") or ["AutoModel"]
+    return "AutoModel" if "auto_map" in found else str(named[0])
 
 
 def push(folder: Path, name: str, *, private: bool = False) -> str:

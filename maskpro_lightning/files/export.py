@@ -39,7 +39,7 @@ def export_sparse(
     max_shard_size: int | str = "5GB",
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write a model whose masks are applied, for others to load.
+    """Write a model whose masks are applied, for others to load; no tokenizer and no model card.
 
     The formats:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -16,6 +17,12 @@ from maskpro_lightning.optim.optimizer import MaskPro
 _log = logging.getLogger(__name__)
 
 MonitorMode = Literal["min", "max"]
+
+# Words in the names of metrics of which a higher value is better.
+_HIGHER_IS_BETTER = re.compile(
+    r"(?<![a-z])(acc|accuracy|f1|f1score|auc|auroc|auprc|precision|recall|iou|miou|dice|bleu|rouge"
+    r"|psnr|ssim|r2|r2score)(?![a-z])"
+)
 
 
 class BestMask:
@@ -44,32 +51,36 @@ class BestMask:
         self.initial: float | None = None
         self.step = self.last_step = 0
         self.expected = monitor is not None
+        self._mode = mode
         self._last: float | None = None
-        self._logged: list[str] = []
+        self._told_of_monitor = False
         self._buffers: dict[str, Tensor] = {}
         self._last_buffers: dict[str, Tensor] = {}
 
-    def expect(self, logged: Mapping[str, Any]) -> None:
+    def expect(self, logged: Mapping[str, Any], trainer: Any) -> None:
         """Learn from the sanity check whether validations log the metric."""
-        # Some modules name metrics after the trainer's stage, as in "sanity_check_loss".
-        elsewhere = any("sanity" in name.lower() for name in logged)
+        elsewhere = _are_of_a_stage(logged)
         self.expected = self.monitor in logged or (elsewhere and self.monitor is not None)
+        self._tell_if_missing(logged, trainer)
 
     def compare_with(self, logged: Mapping[str, Any], trainer: Any) -> None:
         """Take the dense weights' value from what their validation has logged; a collective."""
         self.dense = self._value(logged, trainer)
+        self._tell_if_missing(logged, trainer)
 
     def judge(
         self, logged: Mapping[str, Any], trainer: Any, module: nn.Module, optimizer: MaskPro
     ) -> None:
         """Compare a validation with the best one by what it has logged; a collective."""
-        self._logged = list(logged)
         last = self._value(logged, trainer)
+        self._tell_if_missing(logged, trainer)
         if last is None:
             return
         self._last, self.last_step = last, trainer.global_step
         if not optimizer.param_groups[0]["step"]:
             self.initial = last
+            if trainer.is_global_zero:
+                self._tell_if_upside_down()
         better = self.value is None or self._sign * last < self._sign * self.value
         if better and math.isfinite(last):
             self.value, self.step = last, trainer.global_step
@@ -113,7 +124,7 @@ class BestMask:
         }
 
     def tell(self) -> None:
-        """Warn if an earlier mask was better than the last one, or if nothing was compared."""
+        """Warn if an earlier mask was better than the last one."""
         if self._worse:
             which = "the initial mask" if self.step == 0 else f"the mask of step {self.step}"
             _log.warning(
@@ -121,10 +132,39 @@ class BestMask:
                 f"of the last validation {self._last:.4g}, and by monitor_mode "
                 f"{'lower' if self._sign > 0 else 'higher'} is better."
             )
-        elif self._logged and self.value is None and self.monitor is not None:
+
+    def _tell_if_missing(self, logged: Mapping[str, Any], trainer: Any) -> None:
+        """Say once that validations log other metrics than the one to compare by."""
+        if self._told_of_monitor or self.monitor is None or self.value is not None:
+            return
+        if logged and self.monitor not in logged and not _are_of_a_stage(logged):
+            self._told_of_monitor = True
+            if trainer.is_global_zero:
+                _log.warning(
+                    f"The last mask will be deployed, since validation logs no {self.monitor!r}, "
+                    f"by which masks are compared: set monitor to one of "
+                    f"{', '.join(map(repr, logged))}."
+                )
+
+    def _tell_if_upside_down(self) -> None:
+        """Say so if the dense weights count as worse than the initial mask."""
+        dense, initial, monitor, mode = self.dense, self.initial, self.monitor, self._mode
+        if monitor is None or initial is None:
+            return
+        named = mode == "min" and _HIGHER_IS_BETTER.search(monitor.lower()) is not None
+        better, other = ("lower", "max") if mode == "min" else ("higher", "min")
+        if dense is not None and self._sign * dense > self._sign * initial:
+            name = ", as its name says" if named else ""
             _log.warning(
-                f"The last mask is deployed, since no validation logged {self.monitor!r}, by which "
-                f"masks are compared: set monitor to one of {', '.join(map(repr, self._logged))}."
+                f"The dense weights' {monitor} is {dense:.4g}, the initial mask's {initial:.4g}, "
+                f"and by monitor_mode={mode!r} {better} is better, so the dense model is the worse "
+                f"one. If that is upside down{name}, set monitor_mode={other!r}; else see whether "
+                f"the module holds trained weights."
+            )
+        elif named and (dense is None or dense == initial):
+            _log.warning(
+                f"By monitor_mode='min' a lower {monitor} is better, against its name: set "
+                f"monitor_mode='max'."
             )
 
     def state_dict(self, module: nn.Module | None) -> dict[str, Any]:
@@ -156,6 +196,11 @@ class BestMask:
         """After a checkpoint was loaded, give a module the buffers of the step of its saving."""
         _put(self._last_buffers, module)
         self._last_buffers = {}
+
+
+def _are_of_a_stage(logged: Mapping[str, Any]) -> bool:
+    """Whether a module names metrics after the trainer's stage, as in "sanity_check_loss"."""
+    return any("sanity" in name.lower() for name in logged)
 
 
 @torch.no_grad()

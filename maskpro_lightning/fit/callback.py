@@ -94,6 +94,8 @@ class MaskProCallback(pl.Callback):
         optimizer: The :class:`MaskPro` of the last fit, with logits and dense weights; None
             before the first.
         result: What the last fit found, see :class:`Result`; None before.
+        to_do: What a fit says at its end to export the model with; None says what to write in
+            Python, "" nothing.
 
     Raises:
         TypeError, ValueError: an argument that is none of its choices, or out of range.
@@ -133,6 +135,7 @@ class MaskProCallback(pl.Callback):
         self.on_logger_error = on_logger_error
         self.optimizer: MaskPro | None = None
         self.result: Result | None = None
+        self.to_do: str | None = None
         if calibration_batches < 1:
             raise ValueError(
                 f"calibration_batches is {calibration_batches}, but calibration_batches >= 1 must "
@@ -319,8 +322,16 @@ class MaskProCallback(pl.Callback):
             steps=trainer.global_step,
             best_step=self._best.step if version == "best" else trainer.global_step,
             seconds=time.monotonic() - self._began,
-            folder=str(self._tracker.folder()),
+            folder=str(self._tracker.folder()) if self._journal.keeps else None,
+            to_do=self._export_line() if self.to_do is None else self.to_do,
         )
+
+    def _export_line(self) -> str:
+        given = ["module", '"sparse-model"']
+        given += [f'"{self.pattern}"'] if str(self.pattern) != "2:4" else []
+        given += [f"include={list(self.include)}"] if self.include is not None else []
+        given += [f"exclude={list(self.exclude)}"] if self.exclude else []
+        return f"export_sparse({', '.join(given)})"
 
     def on_exception(
         self, trainer: Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -519,7 +530,7 @@ class MaskProCallback(pl.Callback):
         # What training has logged is in there, too, but as the same objects.
         logged = {name: value for name, value in found if before.get(name) is not value}
         if trainer.sanity_checking and not self._optimizer.begun:
-            self._best.expect(logged)
+            self._best.expect(logged, trainer)
         elif trainer.sanity_checking:
             self._best.compare_with(logged, trainer)
             self._journal.compare("dense", logged)

@@ -145,11 +145,13 @@ class SparseFinetuning(pl.Callback):
             self.sparse.follow(optimizer)
         for average in _averages(trainer):
             self.sparse.zero_copy(average, prefix="module.")
-        numbers, total = count(model, targets)
-        _log.info(
-            f"{self.pattern} masks on {len(targets)} weights: {numbers:,} of the model's {total:,} "
-            f"numbers ({numbers / total:.1%})."
-        )
+        if trainer.is_global_zero:
+            numbers, total = count(model, targets)
+            print(
+                f"{self.pattern} masks on {len(targets)} weights, from {self._source()}: "
+                f"{numbers:,} of the model's {total:,} numbers ({numbers / total:.1%}), "
+                f"{self.pattern.sparsity:.2%} of them zero."
+            )
         _tell_of_adapters(model, targets)
 
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -180,6 +182,7 @@ class SparseFinetuning(pl.Callback):
         try:
             if self.sparse is not None and not self._failed:
                 self._verify(self.sparse, "The fit ended")
+                self._tell_end(self._trainer)
         finally:
             self._patches.undo()
             self._quiet.close()
@@ -191,6 +194,18 @@ class SparseFinetuning(pl.Callback):
             for name in ("_teacher", "log", "log_dict"):
                 vars(self).pop(name, None)
         teardown()
+
+    def _tell_end(self, trainer: Trainer) -> None:
+        """Say on one rank what was verified, and what the last validation logged."""
+        if not trainer.is_global_zero:
+            return
+        metric = getattr(trainer.checkpoint_callback, "monitor", None) or "val_loss"
+        value = trainer.callback_metrics.get(metric)
+        reached = "" if value is None else f"; {metric} {float(value):.4g}"
+        print(
+            f"Verified after {trainer.global_step} steps: what the {self.pattern} masks prune is "
+            f"zero{reached}."
+        )
 
     # The weights that leave
 
@@ -237,6 +252,16 @@ class SparseFinetuning(pl.Callback):
         self._resumed = state_dict["masks"]
 
     # What the fit needs once
+
+    def _source(self) -> str:
+        """Where the masks come from."""
+        if self._resumed is not None:
+            return "the checkpoint"
+        if isinstance(self.init, MaskProCallback):
+            return "the fit before"
+        if isinstance(self.init, Mapping):
+            return "those given"
+        return "their own zeros" if self.init == "nonzeros" else self.init
 
     def _masks(
         self,

@@ -25,9 +25,10 @@ _AUTOLOG = "__MlflowPLCallback"
 def leave_out_rivals(trainer: Any, patches: Patches) -> None:
     """Leave callbacks that work against masks out of a fit, with a warning for each.
 
-    So is MLflow's autologging if an MLFlowLogger logs the same numbers.
+    So is MLflow's autologging if an MLFlowLogger logs the same numbers; without a warning if both
+    log to the same run.
     """
-    has_mlflow = any(type(logger).__name__ == "MLFlowLogger" for logger in trainer.loggers)
+    loggers = [each for each in trainer.loggers if type(each).__name__ == "MLFlowLogger"]
     kept = []
     for callback in trainer.callbacks:
         kinds = [kind.__name__ for kind in type(callback).__mro__]
@@ -37,15 +38,26 @@ def leave_out_rivals(trainer: Any, patches: Patches) -> None:
                 f"{kinds[0]} is left out of this fit: it {reason}. Use it in the training that "
                 f"follows."
             )
-        elif has_mlflow and _AUTOLOG in kinds:
+        elif loggers and _AUTOLOG in kinds:
             told = (
                 "mlflow.pytorch.autolog() logs nothing of this fit, of which MLFlowLogger gets "
                 "every number: leave one of them out, or give the logger autolog's run (run_id)."
             )
+            if _active_run() in [logger._run_id for logger in loggers]:
+                told = ""
         if told is None:
             kept.append(callback)
         else:
-            _log.warning(told)
+            if told:
+                _log.warning(told)
             # A trainer that is setting up callbacks goes on with the old list.
             patches.put(callback, "setup", lambda *args, **kwargs: None)
     patches.put(trainer, "callbacks", kept)
+
+
+def _active_run() -> str | None:
+    """The run that autologging writes to."""
+    import mlflow
+
+    run = mlflow.active_run()
+    return None if run is None else str(run.info.run_id)

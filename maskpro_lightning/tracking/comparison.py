@@ -12,7 +12,7 @@ _PREFIX = "compare"
 
 def log_comparison(
     logger: Any, rows: Mapping[str, Mapping[str, float]], pattern: str, name: str, learned: str
-) -> None:
+) -> str:
     """Log each row as metrics ``compare/…`` of a run, so that they can be sorted and drawn.
 
     The parent run has the metrics of the learned mask, to sort comparisons by, and the table.
@@ -22,7 +22,10 @@ def log_comparison(
         rows: What was measured, by the mask's name.
         pattern: The pattern.
         name: The parent run's name.
-        learned: The name of the learned mask.
+        learned: The name of the learned mask, whose run is the logger's.
+
+    Returns:
+        The id of the parent run.
     """
     client, experiment = logger.experiment, logger.experiment_id
     tags = {"mlflow.runName": name, "maskpro.pattern": pattern, "maskpro.command": "compare"}
@@ -49,6 +52,7 @@ def log_comparison(
         if mask != learned:
             client.set_terminated(run)
     client.set_terminated(parent)
+    return str(parent)
 
 
 def _log_data(client: Any, run: str, inputs: Any) -> None:

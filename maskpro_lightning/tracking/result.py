@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from maskpro_lightning.files.atomic import write_text
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 #: The file of a result in a run's folder.
 RESULT = "result.json"
+_GAP = "share of the gap closed"
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Result:
         steps: The number of steps of the fit.
         best_step: The step of the deployed mask.
         seconds: The time that the fit took.
-        folder: The folder of the run's files.
-        to_do: What to do next, such as a line that exports the model.
+        folder: The folder of the run's files, if it keeps any.
+        to_do: A line of code that exports the model; None where that is told elsewhere.
     """
 
     pattern: str
@@ -51,7 +52,7 @@ class Result:
     best_step: int
     seconds: float
     folder: str | None = None
-    to_do: str = 'export_sparse(module, "sparse-model")'
+    to_do: str | None = None
     mode: Literal["min", "max"] = "min"
 
     @property
@@ -98,18 +99,21 @@ class Result:
                 f"none: the dense weights are not better than the initial mask (by monitor_mode "
                 f"{which} is better)"
             )
-        found = [
+        return [
             (f"{self.metric}, dense", _number(self.dense)),
             (f"{self.metric}, initial mask", _number(self.initial)),
             (f"{self.metric}, deployed mask", _number(self.deployed)),
-            ("share of the gap closed", closed),
+            (_GAP, closed),
             ("zeros", f"{self.sparsity:.2%} of {self.masked_weights:,} masked weights"),
             ("changed", f"{self.changed:.1%} of the groups, from the initial mask"),
             ("deployed mask", self._which),
             ("time", duration(self.seconds)),
         ]
-        found += [] if self.folder is None else [("files", self.folder)]
-        return [*found, ("next", self.to_do)]
+
+    def notes(self) -> list[tuple[str, str]]:
+        """What is to be copied, and of this machine: where files are, how to export the model."""
+        found = [("Files", self.folder), ("To export it", self.to_do)]
+        return [(name, value) for name, value in found if value]
 
     def markdown(self) -> str:
         """The table in Markdown, for a run's description or a model card."""
@@ -143,23 +147,28 @@ class Result:
 
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.rows())
-        return "\n".join([self._title, *(f"  {n:<{width}}  {value}" for n, value in self.rows())])
+        lines = [f"  {name:<{width}}  {value}" for name, value in self.rows()]
+        return "\n".join([self._title, *lines, *self._notes()])
 
-    def __rich__(self) -> Table:
+    def _notes(self) -> list[str]:
+        return [f"{name}: {value}" for name, value in self.notes()]
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title=self._title, title_justify="left", show_header=False, box=None)
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in self.rows():
-            bold = name in ("share of the gap closed", "next")
-            table.add_row(name, value, style="bold" if bold else None)
-        return table
+            table.add_row(name, value, style="bold" if name == _GAP else None)
+        return Group(table, *map(Text, self._notes()))
 
     def _repr_html_(self) -> str:
         cells = "".join(
             f"<tr><td>{escape(name)}</td><td style='text-align:left'>{escape(value)}</td></tr>"
-            for name, value in self.rows()
+            for name, value in (*self.rows(), *self.notes())
         )
         return f"<table><caption>{escape(self._title)}</caption>{cells}</table>"
 

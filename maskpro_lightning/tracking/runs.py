@@ -107,7 +107,7 @@ def title_of(parameters: Mapping[str, Any], folder: Path) -> str:
 
 
 def download_run(run_id: str, tracking_uri: str | None, folder: Path) -> None:
-    """Download the tables of an MLflow run into a folder, for :func:`read_run`.
+    """Download tables, parameters and result of an MLflow run, for :func:`read_run` and others.
 
     Raises:
         ValueError: the download failed.
@@ -118,7 +118,7 @@ def download_run(run_id: str, tracking_uri: str | None, folder: Path) -> None:
     client = MlflowClient(tracking_uri)
     try:
         for item in client.list_artifacts(run_id, "maskpro"):
-            if item.path.endswith((".csv", PARAMETERS)):
+            if item.path.endswith((".csv", ".json")):
                 client.download_artifacts(run_id, item.path, str(folder))
     except MlflowException as error:
         where = without_credentials(f"{tracking_uri}: {error}")

@@ -19,6 +19,8 @@ _NAMES, _TOLD = 2, 5
 # The share of the model from which on a weight is large.
 _LARGE = 0.01
 _COLUMNS = ("", "weights", "numbers", "share", "such as")
+# Characters that names have, however narrow the terminal is.
+_NARROWEST = 24
 
 
 @dataclass(frozen=True)
@@ -82,18 +84,23 @@ def show(
     try:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
     except ImportError:
         print("\n".join([title, *_aligned([_COLUMNS, *(row.cells() for row in found)]), *notes]))
         return
-    table = Table(title=title, title_justify="left")
-    for name in _COLUMNS:
-        table.add_column(name, justify="right" if name in _COLUMNS[1:4] else "left")
-    for row in found:
-        table.add_row(*row.cells(), style="bold" if row is found[0] else None)
     console = Console()
+    table = Table(title=title, title_justify="left")
+    for name in _COLUMNS[:4]:
+        table.add_column(name, justify="right" if name else "left")
+    cells = [_COLUMNS, *(row.cells() for row in found)]
+    numbers = sum(max(len(each[place]) for each in cells) for place in (1, 2, 3))
+    room = max(_NARROWEST, console.width - numbers - 13)  # borders and spaces between columns
+    for row in found:
+        first = Text(f"{row.what}\n").append("\n".join(_fitting(row.names, room)), "dim")
+        table.add_row(first, *row.cells()[1:4], style="bold" if row is found[0] else None)
     console.print(table)
     for note in notes:
-        console.print(note, markup=False, highlight=False)
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 def rows(model: nn.Module, selection: Selection) -> list[Row]:
@@ -149,6 +156,15 @@ def _can_be_masked(each: LeftOut, dim: int | None, pattern: NMPattern) -> bool:
 def _named(names: Sequence[str], most: int = _NAMES, comma: str = ", ") -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return comma.join(names[:most]) + more
+
+
+def _fitting(names: str, room: int) -> list[str]:
+    """Names on lines of so many characters, by their ends, which tell them apart."""
+    lines = [names] if len(names) <= room else names.split(", ")
+    return [
+        line if len(line) <= room else f"\N{HORIZONTAL ELLIPSIS}{line[1 - room :]}"
+        for line in lines
+    ]
 
 
 def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
@@ -16,6 +17,9 @@ from maskpro_lightning.weights.layers import own_parameters, weights_of
 from maskpro_lightning.weights.names import clean_name, joined
 from maskpro_lightning.weights.probing import computed_in_forward
 from maskpro_lightning.weights.sharding import flat_shapes
+
+# Names that a glob which matches nothing is answered with.
+_SUGGESTED = 2
 
 
 @dataclass(frozen=True)
@@ -249,13 +253,32 @@ def _candidates(model: nn.Module, dimensions: Mapping[str, int]) -> Iterator[_Ca
 def _refuse_idle_globs(model: nn.Module, globs: Iterable[str]) -> None:
     modules = model.named_modules(remove_duplicate=False)
     parameters = model.named_parameters(remove_duplicate=False)
-    names = [clean_name(name) for name, _ in (*modules, *parameters)]
+    names = [clean_name(name) for name, _ in (*modules, *parameters) if name]
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(
-                f"{glob!r} matches no layer or parameter of {type(model).__name__}; its layers "
-                f"are named like {max(names, key=len)!r}."
+                f"{glob!r} matches no layer or parameter of {type(model).__name__}; the nearest is "
+                f"{_nearest(glob, names)}."
             )
+
+
+def _nearest(glob: str, names: Sequence[str]) -> str:
+    """What may have been meant: the glob, its parts replaced by names of layers, or whole names."""
+    parts = dict.fromkeys(part for name in names for part in name.split("."))
+    meant = ".".join(
+        part if any(fnmatchcase(each, part) for each in parts) else _like(part, list(parts))
+        for part in glob.split(".")
+    )
+    if any(fnmatchcase(name, meant) for name in names):
+        return repr(meant)
+    return " or ".join(map(repr, get_close_matches(glob, names, _SUGGESTED, 0)))
+
+
+def _like(glob: str, parts: Sequence[str]) -> str:
+    """The name that is nearest to a part of a glob, between the same asterisks."""
+    word, names = glob.strip("*"), {part.lower(): part for part in parts}
+    near = get_close_matches(word.lower(), names, 1)
+    return glob.replace(word, names[near[0]]) if word and near else glob
 
 
 def _refuse_unknown(named: Iterable[str], known: Sequence[Target]) -> None:
