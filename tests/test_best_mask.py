@@ -104,6 +104,7 @@ def test_the_mask_of_the_best_validation_is_deployed(
     told = [r.getMessage() for r in caplog.records if "is deployed" in r.getMessage()]
     assert len(told) == (message is not None)
     assert message is None or told[0].startswith(message)
+    assert message is None or ("Learn for longer" in told[0]) == (kept == 0)
     assert callback.optimizer is not None
     assert equal(load_masks(next(tmp_path.rglob("masks.safetensors")), "2:4"), masks[kept])
     callback.optimizer.write("dense")

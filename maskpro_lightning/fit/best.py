@@ -126,11 +126,16 @@ class BestMask:
     def tell(self) -> None:
         """Warn if an earlier mask was better than the last one."""
         if self._worse:
-            which = "the initial mask" if self.step == 0 else f"the mask of step {self.step}"
+            which, remedy = f"the mask of step {self.step}", ""
+            if self.step == 0:
+                which, remedy = (
+                    "the initial mask",
+                    " Learn for longer, from more data or distilling.",
+                )
             _log.warning(
                 f"{which.capitalize()} is deployed: its {self.monitor} was {self.value:.4g}, that "
                 f"of the last validation {self._last:.4g}, and by monitor_mode "
-                f"{'lower' if self._sign > 0 else 'higher'} is better."
+                f"{'lower' if self._sign > 0 else 'higher'} is better.{remedy}"
             )
 
     def _tell_if_missing(self, logged: Mapping[str, Any], trainer: Any) -> None:
