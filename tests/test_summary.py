@@ -140,7 +140,7 @@ def test_what_is_to_be_copied_is_not_broken(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     told = shown(capsys).splitlines()
-    assert 'A mask on them, too: include=["w:0"].' in told
+    assert 'To mask them, too: include=["w:0"].' in told
     assert "Masked, but in no product of the first batch: idle.weight." in told
 
 
