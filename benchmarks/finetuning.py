@@ -38,7 +38,7 @@ from maskpro_lightning import NMPattern, keep_sparse
 RATES = {
     "llama": (3e-4, 1e-3, 3e-3),
     "vision": (3e-4, 1e-3, 3e-3),
-    "smollm2": (3e-5, 1e-4, 3e-4),
+    "smollm2": (3e-5, 1e-4, 3e-4, 1e-3),
 }
 SHARES = (0.25, 0.5, 0.75)
 #: What pulls pruned weights to zero in SR-STE (arXiv 2102.04010, equation 9 and its appendix).

@@ -104,7 +104,7 @@ def test_the_mask_of_the_best_validation_is_deployed(
     told = [r.getMessage() for r in caplog.records if "is deployed" in r.getMessage()]
     assert len(told) == (message is not None)
     assert message is None or told[0].startswith(message)
-    assert message is None or ("Learn for longer" in told[0]) == (kept == 0)
+    assert message is None or ("Learn longer" in told[0]) == (kept == 0)
     assert callback.optimizer is not None
     assert equal(load_masks(next(tmp_path.rglob("masks.safetensors")), "2:4"), masks[kept])
     callback.optimizer.write("dense")
@@ -217,6 +217,23 @@ def test_a_mode_by_which_the_dense_weights_are_worse_is_told_at_once(
         assert f"by monitor_mode='{mode}'" in before.before[0]
 
 
+def test_an_end_at_the_initial_mask_speaks_of_a_mode_by_which_the_dense_weights_are_worse(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Rising(Net):
+        seen = 0.0
+
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            assert isinstance(self.trainer.callbacks[0], MaskProCallback)
+            is_dense = versions_held(self, self.trainer.callbacks[0]) == {"dense"}
+            self.seen += 0.01
+            self.log("score", 0.9 if is_dense else 0.2 + self.seen)
+
+    fit(Rising(), mask_callback(monitor="score"), folder=tmp_path, max_epochs=2)
+    assert "The initial mask is deployed" in said(caplog)[-1]
+    assert said(caplog)[-1].endswith("That the dense weights are worse speaks against 'min'.")
+
+
 def test_where_numbers_do_not_tell_the_name_of_a_metric_does(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -232,7 +249,7 @@ def test_where_numbers_do_not_tell_the_name_of_a_metric_does(
 
 
 @pytest.mark.parametrize("checks", [0, 1])
-def test_a_monitor_that_is_not_logged_is_told_before_the_first_step_and_once(
+def test_a_monitor_that_is_not_logged_is_told_before_the_first_step_and_at_the_end(
     checks: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     callback, before = mask_callback(monitor="val_los"), Trained(caplog)
@@ -240,7 +257,7 @@ def test_a_monitor_that_is_not_logged_is_told_before_the_first_step_and_once(
     (told,) = before.before
     assert "validation logs no 'val_los'" in told
     assert told.endswith("set monitor to one of 'val_acc', 'distance'.")
-    assert said(caplog) == [told]
+    assert said(caplog) == [told, "The last mask is deployed: validation logged no 'val_los'."]
 
 
 class Counts(pl.Callback):

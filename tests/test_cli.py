@@ -115,8 +115,13 @@ def test_fit_then_export_writes_a_sparse_model_that_validates_like_the_checkpoin
     assert maskpro == "maskpro"
     assert typed[:3] == ["export", "--config", "quickstart"]
     assert typed[-2:] == ["--output", "sparse-model"]
+    assert "/runs?workflowType=machine_learning" in printed  # the page in MLflow
     main([*typed, "--output=out"])
-    assert str(tmp_path / "out") in capsys.readouterr().out.replace("\n", "")
+    told = capsys.readouterr().out
+    assert str(tmp_path / "out") in told.replace("\n", "")
+    assert "in place of what was there" not in told
+    main([*typed, "--output=out"])
+    assert "in place of what was there" in capsys.readouterr().out
     assert is_sparse(tmp_path / "out")
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()

@@ -309,6 +309,16 @@ def test_what_was_kept_is_sent_and_the_run_is_as_if_nothing_had_happened(
     assert len(points(store, live)) > 50
     assert store.artifacts(late) == FILES | FIGURES | {UNSENT, "parameters.json"}
     assert (late.info.status, late.info.run_name) == ("FINISHED", folder.parent.name)
+    (kept,) = (tmp_path / "live").rglob("result.json")  # with nothing that was not sent
+    send(kept.parent, store.uri, experiment="again")
+    again = store.only_run("again")
+    described = [run.data.tags["mlflow.note.content"] for run in (again, live)]
+    assert described[0] == described[1]
+    results = {name for name in live.data.metrics if name.endswith(("sparsity", "best_step"))}
+    assert len(results) == 2
+    assert {name: again.data.metrics[name] for name in results} == {
+        name: live.data.metrics[name] for name in results
+    }
 
 
 @pytest.mark.slow

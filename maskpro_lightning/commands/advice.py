@@ -41,12 +41,12 @@ def tell_export(checkpoint: str, output: str) -> None:
 
 
 def tell_mlflow(
-    loggers: Sequence[Any], console: Console, above: Mapping[str, str], metric: str
+    loggers: Sequence[Any], console: Console, above: Mapping[str, str] = {}, metric: str = ""
 ) -> None:
-    """Print how to see a comparison.
+    """Print how to see a fit, or a comparison, in MLflow.
 
     Args:
-        loggers: Of which MLflow's have got it.
+        loggers: The trainer's loggers; those of MLflow are told of.
         console: Where to print.
         above: The run above the comparison's, by the id of the logger's; empty if there is none.
         metric: What to sort the runs by.

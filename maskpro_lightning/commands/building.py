@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
 from maskpro_lightning.catalog import resolve
-from maskpro_lightning.commands.advice import tell_export, typed
+from maskpro_lightning.commands.advice import tell_export, tell_mlflow, typed
 from maskpro_lightning.commands.compare import masked_by
 from maskpro_lightning.commands.options import HELP
 from maskpro_lightning.commands.plan import Strategy
@@ -85,6 +85,8 @@ class Command(_CLI):
             trainer: Any = self.trainer
             trains = any(isinstance(each, SparseFinetuning) for each in trainer.callbacks)
             tell_export(path, "trained-model" if trains else "sparse-model")
+        if self.trainer.is_global_zero:
+            tell_mlflow(self.trainer.loggers, Console())
 
     def instantiate_classes(self) -> None:
         config = self.config if self.subcommand is None else self.config[self.subcommand]
@@ -211,6 +213,7 @@ class AfterFit(WithCheckpoint):
 
     def export(self, checkpoint: str | None = None) -> Path:
         callback, output = self.masked, self.config["output"]
+        self._replaces = Path(output).exists()
         folder = export_sparse(
             self.model,
             output,
@@ -241,7 +244,8 @@ class AfterFit(WithCheckpoint):
             command=typed(self.name, sys.argv[1:]),
         )
         write_card(folder, card)
-        console.print(f"Sparse model: {folder}", soft_wrap=True)
+        replaces = ", in place of what was there" if self._replaces else ""
+        console.print(f"Sparse model: {folder}{replaces}", soft_wrap=True)
         if name is not None:
             try:
                 console.print(f"On the Hub: {push(folder, name, private=self.config['private'])}")

@@ -128,15 +128,23 @@ class BestMask:
         if self._worse:
             which, remedy = f"the mask of step {self.step}", ""
             if self.step == 0:
-                which, remedy = (
-                    "the initial mask",
-                    " Learn for longer, from more data or distilling.",
-                )
+                which, remedy = "the initial mask", " Learn longer, from more data or distilling."
+            if self._is_upside_down:
+                remedy = f" That the dense weights are worse speaks against {self._mode!r}."
             _log.warning(
                 f"{which.capitalize()} is deployed: its {self.monitor} was {self.value:.4g}, that "
                 f"of the last validation {self._last:.4g}, and by monitor_mode "
                 f"{'lower' if self._sign > 0 else 'higher'} is better.{remedy}"
             )
+        elif self._told_of_monitor:
+            _log.warning(f"The last mask is deployed: validation logged no {self.monitor!r}.")
+
+    @property
+    def _is_upside_down(self) -> bool:
+        """Whether the dense weights count as worse than the initial mask."""
+        if self.dense is None or self.initial is None:
+            return False
+        return self._sign * self.dense > self._sign * self.initial
 
     def _tell_if_missing(self, logged: Mapping[str, Any], trainer: Any) -> None:
         """Say once that validations log other metrics than the one to compare by."""
@@ -158,10 +166,10 @@ class BestMask:
             return
         named = mode == "min" and _HIGHER_IS_BETTER.search(monitor.lower()) is not None
         better, other = ("lower", "max") if mode == "min" else ("higher", "min")
-        if dense is not None and self._sign * dense > self._sign * initial:
+        if self._is_upside_down:
             name = ", as its name says" if named else ""
             _log.warning(
-                f"The dense weights' {monitor} is {dense:.4g}, the initial mask's {initial:.4g}, "
+                f"The dense weights' {monitor} is {dense:.6g}, the initial mask's {initial:.6g}, "
                 f"and by monitor_mode={mode!r} {better} is better, so the dense model is the worse "
                 f"one. If that is upside down{name}, set monitor_mode={other!r}; else see whether "
                 f"the module holds trained weights."

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from maskpro_lightning.tracking.result import read_result
 from maskpro_lightning.tracking.runs import HISTORY, PARAMETERS, TAGGED, UNSENT
 
 # The most that MLflow takes in one request, and the longest value that Lightning gives it.
 _MOST_METRICS, _MOST_PARAMETERS, _LONGEST = 1000, 100, 250
+_DESCRIPTION = "mlflow.note.content"
 
 
 def send(
@@ -49,6 +51,7 @@ def send(
         run_id = _new_run(client, experiment, folder.absolute().parent.name)
     _send_parameters(client, run_id, folder)
     _send_points(client, run_id, folder)
+    _send_result(client, run_id, folder)
     for path in files:
         client.log_artifact(run_id, str(path), "maskpro")
     config = folder.absolute().parent / "config.yaml"
@@ -62,6 +65,17 @@ def _new_run(client: Any, experiment: str, name: str) -> str:
     found = client.get_experiment_by_name(experiment)
     number = found.experiment_id if found else client.create_experiment(experiment)
     return str(client.create_run(number, run_name=name).info.run_id)
+
+
+def _send_result(client: Any, run_id: str, folder: Path) -> None:
+    result, known = read_result(folder), client.get_run(run_id).data
+    if result is None:
+        return
+    for name, value in result.metrics().items():
+        if name not in known.metrics:
+            client.log_metric(run_id, name, value, step=result.steps)
+    if _DESCRIPTION not in known.tags:
+        client.set_tag(run_id, _DESCRIPTION, result.markdown())
 
 
 def _send_parameters(client: Any, run_id: str, folder: Path) -> None:
