@@ -477,7 +477,7 @@ STARTS = (
 INITS = ("wanda", "sparsegpt", "reconstruction", "random")
 GRADIENTS: dict[str, Any] = {"estimator": "straight_through", "lr": 0.1}
 FIT_STEPS, SAVED_STEP = 6, 3
-LAYERS, WIDTH = (4, 12), 32
+LAYERS, WIDTH = (4, 20), 32
 
 
 def fits_on(name: str, ranks: int) -> bool:

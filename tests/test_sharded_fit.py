@@ -205,11 +205,11 @@ def test_a_rank_that_improves_masks_holds_no_more_of_the_model_than_its_share(
 ) -> None:
     told = run(tmp_path, "calibrate")["calibrate"]
     few, many = LAYERS
-    # Of each weight its part of the dense values and of the mask; and a few weights whole, which a
-    # message that is still on its way may hold for longer.
-    growth = (many - few) * WIDTH**2 * (4 + 1)
+    # Of each weight its part of the dense values and of the mask. At either peak, gloo's own thread
+    # may still hold a message of one whole weight.
+    growth, message = (many - few) * WIDTH**2 * (4 + 1), 4 * WIDTH**2
     for ranks in RANKS:
         for name in ("fsdp1", "fsdp2"):
             for peaks in told[ranks]:
                 found = peaks[f"{name} {many}"] - peaks[f"{name} {few}"]
-                assert growth / ranks <= found < 1.5 * growth / ranks
+                assert abs(found - growth / ranks) <= 2 * message
