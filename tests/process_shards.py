@@ -746,8 +746,8 @@ def train_sparse(
     assert sparse is not None
     return {
         "weights": {
-            n: sparse._layouts[n].whole(layout.local(w.detach())).clone()
-            for n, w in sparse._weights.items()
+            n: sparse._parts.join(n, layout.local(w.detach())).clone()
+            for n, w in sparse._parts.weights.items()
         },
         "masks": dict(sparse.masks()),
         "gradients": module.losses if init == "nonzeros" else [],

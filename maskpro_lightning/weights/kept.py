@@ -21,7 +21,7 @@ from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.admission import check_mask, each_once
 from maskpro_lightning.weights.layout import INTEGERS, block_size, local
 from maskpro_lightning.weights.names import clean_name
-from maskpro_lightning.weights.sharding import layouts, reshard
+from maskpro_lightning.weights.parts import Parts
 from maskpro_lightning.weights.targets import Target, find_targets
 
 Masks = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -86,22 +86,20 @@ class SparseWeights:
         *,
         model: nn.Module | None = None,
     ) -> None:
-        self.pattern, self._model = pattern, model
-        self._reshard()
-        parts = [(t.parameter, pattern, t.input_dim) for t in targets]
-        self._layouts = dict(zip([t.name for t in targets], layouts(model, parts), strict=True))
-        self._weights: dict[str, Tensor] = {t.name: t.parameter for t in targets}
-        self._names = {weight: name for name, weight in self._weights.items()}
+        self.pattern, self._parts = pattern, Parts(targets, pattern, model)
+        self._names: dict[Tensor, str] = {
+            weight: name for name, weight in self._parts.weights.items()
+        }
         self._kept: dict[str, _Kept] = {}
         self._handles: list[Any] = []
         self._zeroed: dict[Tensor, tuple[int, int]] = {}  # gradients, since the last step
-        found = self._nonzeros() if masks is None else each_once(list(self._weights), masks)
+        found = self._nonzeros() if masks is None else each_once(list(self._parts.weights), masks)
         for name, mask in found:
             if masks is not None:
                 self._check_mask(name, mask)
-            layout = self._layouts[name]
-            own = layout.own(layout.take(mask))
-            self._kept[name] = _Kept(own.to(local(self._weights[name]).device))
+            own = self._parts.take(name, mask)
+            self._kept[name] = _Kept(own.to(self._parts.own(name).device))
+        self._parts.reshard()  # masks may have been found in forward passes
         self.zero_all()
 
     @property
@@ -134,7 +132,7 @@ class SparseWeights:
     def zero_all(self) -> None:
         """Zero the pruned values of all weights."""
         for name, kept in self._kept.items():
-            kept.apply(self._weights[name])
+            kept.apply(self._parts.weights[name])
 
     def zero_gradients(self, optimizer: Optimizer) -> None:
         """Zero the gradients that an optimizer has of pruned weights."""
@@ -152,7 +150,7 @@ class SparseWeights:
     def masks(self) -> Iterator[tuple[str, Tensor]]:
         """Names and whole masks, bool, True for kept; a collective for each that is sharded."""
         for name, kept in self._kept.items():
-            yield name, self._layouts[name].whole(kept.mask())
+            yield name, self._parts.join(name, kept.mask())
 
     @torch.no_grad()
     def faults(self, state: Mapping[str, Any] | None = None) -> list[str]:
@@ -162,8 +160,8 @@ class SparseWeights:
             state: Check the whole tensors of this state dict instead of the weights.
         """
         if state is None:
-            self._reshard()
-            state = self._weights
+            self._parts.reshard()
+            state = self._parts.weights
         found = []
         for name, value in state.items():
             kept = self._kept.get(clean_name(name))
@@ -173,10 +171,6 @@ class SparseWeights:
             if own.shape == kept.shape and (wrong := kept.violations(own)):
                 found.append(f"{name!r} has {wrong} numbers that are not zero where it is pruned")
         return found
-
-    def _reshard(self) -> None:
-        if self._model is not None:
-            reshard(self._model)
 
     def _held_by(self, optimizer: Optimizer) -> Iterator[Tensor]:
         for group in optimizer.param_groups:
@@ -210,8 +204,8 @@ class SparseWeights:
                 self._zeroed[weight] = _state(weight.grad)
 
     def _nonzeros(self) -> Iterator[tuple[str, Tensor]]:
-        for name, weight in self._weights.items():
-            mask = self._layouts[name].whole(local(weight.detach())) != 0
+        for name in self._parts.weights:
+            mask = self._parts.whole(name) != 0
             if (told := self._excess(name, mask)) is not None:
                 raise ValueError(
                     f"{name!r} is not {self.pattern}: {told}, and without masks its zeros are "
@@ -221,7 +215,7 @@ class SparseWeights:
             yield name, mask
 
     def _check_mask(self, name: str, mask: Tensor) -> None:
-        check_mask(name, mask, self._layouts[name].shape)
+        check_mask(name, mask, self._parts.layouts[name].shape)
         if mask.dtype != torch.bool:
             raise TypeError(f"The mask of {name!r} must be a bool tensor, got {mask.dtype}.")
         if (told := self._excess(name, mask)) is not None:
@@ -232,8 +226,8 @@ class SparseWeights:
 
     def _excess(self, name: str, kept: Tensor) -> str | None:
         """The first group that keeps more than N, for a message; None if there is none."""
-        layout = self._layouts[name]
-        count_G = self.pattern.group(kept, layout.input_dim).sum(-1, dtype=torch.int32).flatten()
+        input_dim = self._parts.layouts[name].input_dim
+        count_G = self.pattern.group(kept, input_dim).sum(-1, dtype=torch.int32).flatten()
         wrong_G = count_G > self.pattern.n
         if not wrong_G.any():
             return None

@@ -19,15 +19,19 @@ class Parts:
         targets: The weights.
         pattern: What groups are.
         model: What FSDP has wrapped, if it has.
+
+    Attributes:
+        weights: The parameters by name.
+        layouts: Where a rank's part of each lies in the whole weight.
     """
 
     def __init__(
         self, targets: Sequence[Target], pattern: NMPattern, model: nn.Module | None = None
     ) -> None:
         self._model = model
-        self._weights = {target.name: target.parameter for target in targets}
+        self.weights = {target.name: target.parameter for target in targets}
         weights = [(target.parameter, pattern, target.input_dim) for target in targets]
-        self._layouts = dict(zip(self._weights, layouts(model, weights), strict=True))
+        self.layouts = dict(zip(self.weights, layouts(model, weights), strict=True))
 
     def reshard(self) -> None:
         """Make sure that the weights are the shards which the next forward pass gathers."""
@@ -36,7 +40,7 @@ class Parts:
 
     def own(self, name: str) -> Tensor:
         """The part of a weight as it is now, sharing memory; right once all are resharded."""
-        return local(self._weights[name].detach())
+        return local(self.weights[name].detach())
 
     def whole(self, name: str) -> Tensor:
         """The whole of a weight as it is now; all ranks have to ask for it."""
@@ -45,9 +49,9 @@ class Parts:
 
     def take(self, name: str, whole: Tensor) -> Tensor:
         """The part of what has a weight's shape, a copy."""
-        layout = self._layouts[name]
+        layout = self.layouts[name]
         return layout.own(layout.take(whole)).clone()
 
     def join(self, name: str, own: Tensor) -> Tensor:
         """The whole of what is shaped like the parts of a weight; all ranks have to ask for it."""
-        return self._layouts[name].whole(own)
+        return self.layouts[name].whole(own)
