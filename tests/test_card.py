@@ -54,7 +54,15 @@ def test_a_card_tells_all_that_is_known_and_nothing_else(tmp_path: Path) -> None
     bare = Card("small", "1:4").text(["model.safetensors"])
     assert front_matter(bare) == {"tags": ["sparsity", "1:4", "maskpro"]}
     assert "## Results" not in bare
-    assert "dense model:" not in bare
+    assert "base model:" not in bare
+    assert "those of the dense model, bit for bit" in bare
+
+
+def test_the_card_of_trained_weights_does_not_call_them_the_dense_models() -> None:
+    text = Card("small", "2:4", trained=True).text(["model.safetensors"])
+    assert "The kept weights were trained under the mask." in text
+    assert "those of the dense model" not in text
+    assert "learned by" not in text
 
 
 def test_a_model_of_ones_own_disk_is_no_base_model_on_the_hub(

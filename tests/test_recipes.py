@@ -221,6 +221,7 @@ def test_a_recipe_trains_on_under_the_mask_and_exports(
     output = runs / f"{name}-sparse"
     main(["export", *options(name, hub), f"--ckpt_path={checkpoints[-1]}", f"--output={output}"])
     kind = type(model(TRAINED[name]))
+    assert "The kept weights were trained under the mask." in (output / "README.md").read_text()
     found = [kind.from_pretrained(path) for path in (hub / "sparse" / TRAINED[name], output)]
     for before, after in zip(*map(targets, found), strict=True):
         kept = before.parameter != 0
@@ -242,6 +243,7 @@ def test_a_recipe_is_planned_without_its_weights(
     built = model(MODELS[name])
     weights = sum(tensor.nbytes for tensor in [*built.parameters(), *built.buffers()])
     assert f" {weights / 1e9:.3g} " in told
+    assert "One device" in told
 
 
 @pytest.mark.parametrize(

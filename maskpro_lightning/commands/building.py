@@ -79,7 +79,7 @@ class Command(_CLI):
                 _prepare(logger["init_args"], command, config.get("ckpt_path"), row)
 
     def after_fit(self) -> None:
-        """Tell how the checkpoint becomes a model for others."""
+        """Tell how the checkpoint becomes a model for others, and where the run is to be seen."""
         path = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if path and self.trainer.is_global_zero:
             trainer: Any = self.trainer
@@ -213,7 +213,8 @@ class AfterFit(WithCheckpoint):
 
     def export(self, checkpoint: str | None = None) -> Path:
         callback, output = self.masked, self.config["output"]
-        self._replaces = Path(output).exists()
+        if Path(output).exists():
+            Console().print(f"Written over: what was in {output}", soft_wrap=True)
         folder = export_sparse(
             self.model,
             output,
@@ -242,10 +243,10 @@ class AfterFit(WithCheckpoint):
             results=results,
             method={k: v for k, v in method.items() if k not in ("model", "pattern")},
             command=typed(self.name, sys.argv[1:]),
+            trained=isinstance(self.masked, SparseFinetuning),
         )
         write_card(folder, card)
-        replaces = ", in place of what was there" if self._replaces else ""
-        console.print(f"Sparse model: {folder}{replaces}", soft_wrap=True)
+        console.print(f"Sparse model: {folder}", soft_wrap=True)
         if name is not None:
             try:
                 console.print(f"On the Hub: {push(folder, name, private=self.config['private'])}")

@@ -47,10 +47,11 @@ class Card:
         name: The model's name, such as its name on the Hub.
         pattern: The pattern, such as "2:4".
         base_model: The dense model's name or path.
-        data: The data that the mask was learned on.
+        data: The data that was learned from.
         results: A table in Markdown.
         method: Parameters of the fit.
         command: The command that made the model.
+        trained: Whether kept weights were trained under the mask, and differ from the dense ones.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Card:
     results: str = ""
     method: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
+    trained: bool = False
 
     def text(self, files: Sequence[str], architecture: str = "AutoModel") -> str:
         """The card in Markdown.
@@ -72,7 +74,12 @@ class Card:
         about = (
             f"A model of which {kept} of every {group} consecutive weights along the inputs of its "
             f"masked layers are kept and the others are zero ({self.pattern} sparsity; N counts "
-            f"kept weights). The kept weights are those of the dense model, bit for bit."
+            f"kept weights). "
+        )
+        about += (
+            "The kept weights were trained under the mask."
+            if self.trained
+            else "The kept weights are those of the dense model, bit for bit."
         )
         parts = [self._front_matter(files), f"# {self.name}", about]
         parts += ["## Results", self.results] if self.results else []
@@ -93,7 +100,9 @@ class Card:
 
     def _made(self) -> str:
         lines = ["The mask was learned by [MaskPro](https://arxiv.org/abs/2506.12876)."]
-        lines += [f"- dense model: {self.base_model}"] if self.base_model else []
+        if self.trained:
+            lines = ["The kept weights were trained by maskpro-lightning's SparseFinetuning."]
+        lines += [f"- base model: {self.base_model}"] if self.base_model else []
         lines += [f"- data: {self.data}"] if self.data else []
         lines += [f"- {name}: {value}" for name, value in self.method.items()]
         lines += [f"\n```\n{self.command}\n```"] if self.command else []
