@@ -127,7 +127,9 @@ def _plan() -> None:
     cli = BeforeFit()
     found, cost = _plan_of(cli, masked_by(cli.trainer))
     rows_seen, steps, tflops = _rows(cli), cli.trainer.max_steps, cli.config["tflops"]
-    rows = table_of_plan(found, f"One of {cli.config['devices']} ranks, {cli.config['strategy']}")
+    devices = cli.config["devices"]
+    where = "One device" if devices == 1 else f"One of {devices} ranks, {cli.config['strategy']}"
+    rows = table_of_plan(found, where)
     console = Console()
     told = [rows, "GB are 10^9 bytes.", cost]
     if found.sent:

@@ -119,9 +119,9 @@ def test_fit_then_export_writes_a_sparse_model_that_validates_like_the_checkpoin
     main([*typed, "--output=out"])
     told = capsys.readouterr().out
     assert str(tmp_path / "out") in told.replace("\n", "")
-    assert "in place of what was there" not in told
+    assert "Written over: " not in told
     main([*typed, "--output=out"])
-    assert "in place of what was there" in capsys.readouterr().out
+    assert "Written over: what was in out" in capsys.readouterr().out
     assert is_sparse(tmp_path / "out")
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()

@@ -5,11 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
-import signal
-import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import process_fit
 import pytest
 import torch
 from modules import identical
+from process_group import run_group
 from safetensors.torch import load_file, save_file
 from tiny_models import llama
 from torch import nn
@@ -161,15 +158,8 @@ def test_shards_and_masks_are_those_of_weights_that_came_at_once(
 ) -> None:
     saved(tmp_path / "model", torch.float16, tied=tied)
     command = [sys.executable, process_fit.__file__, "loads", str(tmp_path), "2"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=300)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output
+    status, output = run_group(command)
+    assert status == 0, output
     for rank in (0, 1):
         told = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         for dtype in ("auto", "bfloat16"):

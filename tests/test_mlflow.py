@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from modules import FAST, Net, fit, learned, loader, quiet_trainer, versions_held
+from process_group import run_group
 from rules import mask_callback
 
 from maskpro_lightning import NMPattern, load_masks
@@ -199,16 +197,8 @@ def test_two_ranks_log_one_run(store: Store) -> None:
 def test_a_rank_that_is_killed_ends_the_other_and_fails_the_run(task: str, tmp_path: Path) -> None:
     store = Store(tmp_path)
     command = [sys.executable, process_fit.__file__, task, str(tmp_path), "2"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
-        try:
-            # The output ends when all that write to it have ended.
-            told, _ = process.communicate(timeout=300)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode != 0
+    status, told = run_group(command)
+    assert status != 0
     survivor = {"first_dies": 1, "second_dies": 0}[task]
     assert f"[rank{survivor}]: RuntimeError: " in told
     assert store.only_run("ranks").info.status == "FAILED"
