@@ -40,6 +40,8 @@ RATES = {
     "vision": (3e-4, 1e-3, 3e-3),
     "smollm2": (3e-5, 1e-4, 3e-4, 1e-3),
 }
+#: More of them where less than half of the weights are kept, which have further to go.
+LARGER_RATES = (1e-2,)
 SHARES = (0.25, 0.5, 0.75)
 #: What pulls pruned weights to zero in SR-STE (arXiv 2102.04010, equation 9 and its appendix).
 DECAY = 2e-4
@@ -82,7 +84,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", nargs="+", choices=tuple(RATES), default=["llama"])
     parser.add_argument("--wikitext", type=Path, help="valid.txt and test.txt, for SmolLM2")
-    parser.add_argument("--pattern", nargs="+", type=NMPattern.parse, default=["2:4"])
+    parser.add_argument("--pattern", nargs="+", type=NMPattern.parse, default=[NMPattern(2, 4)])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
     parser.add_argument("--forwards", type=int, default=1500, help="for each row")
@@ -99,7 +101,9 @@ def wanted(
             continue  # the same for all seeds
         settings = [""]
         if method == "sr_ste" or method.endswith("_trained"):
-            settings = [f"lr={rate:g}" for rate in RATES[model]]
+            sparse = pattern.n / pattern.m < 1 / 2
+            rates = RATES[model] + (LARGER_RATES if sparse else ())
+            settings = [f"lr={rate:g}" for rate in rates]
         if method == "learned_trained":
             # At the rate that was best for the mask it starts from; else the grid would be larger.
             rate = ledger.best_setting(model, str(pattern), "sparsegpt_trained", seeds[0])

@@ -53,7 +53,7 @@ class Workbench:
         self.case, self.pattern, self.seed = case, pattern, seed
         self.targets = find_targets(case.model, pattern)
         self.weights = sum(target.parameter.numel() for target in self.targets)
-        self._dense = {t.name: t.parameter.detach().clone() for t in self.targets}
+        self.dense = {t.name: t.parameter.detach().clone() for t in self.targets}
         self._generator = torch.Generator().manual_seed(seed)
         self.calibration = self.epoch()[:CALIBRATION_BATCHES]
 
@@ -83,7 +83,7 @@ class Workbench:
         for target in self.targets:
             mask = masks[target.name]
             self.pattern.check(mask, target.input_dim, f"the mask of {target.name!r}")
-            target.parameter.detach().copy_(self._dense[target.name].where(mask, 0))
+            target.parameter.detach().copy_(self.dense[target.name].where(mask, 0))
 
     def deployed_loss(self, masks: Mapping[str, Tensor], batches: Sequence[Any]) -> float:
         """The held-out loss under masks; the weights are given back as they were."""
@@ -101,7 +101,7 @@ class Workbench:
             yield
         finally:
             for target in self.targets:
-                target.parameter.detach().copy_(self._dense[target.name])
+                target.parameter.detach().copy_(self.dense[target.name])
                 target.parameter.requires_grad_(False).grad = None
 
 
@@ -259,6 +259,17 @@ LEARNERS: dict[str, tuple[str, Sequence[Mapping[str, float]]]] = {
     "straight_through": ("sparsegpt", [{}]),
     "distilled": ("sparsegpt", [{}]),
 }
+#: Further settings of a learner, where a model's best was the smallest.
+FURTHER: dict[tuple[str, str], Sequence[Mapping[str, float]]] = {
+    ("categorical", "smollm2"): [{"lr": 1e-4}]
+}
+
+
+def settings_of(method: str, model: str) -> list[Mapping[str, float]]:
+    """The settings to choose among; of a method that has none, the empty one."""
+    if method not in LEARNERS:
+        return [{}]
+    return [*LEARNERS[method][1], *FURTHER.get((method, model), ())]
 
 
 def learner(

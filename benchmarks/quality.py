@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", nargs="+", choices=("llama", "vision", "smollm2"), default=["llama"]
     )
-    parser.add_argument("--pattern", nargs="+", type=NMPattern.parse, default=["2:4"])
+    parser.add_argument("--pattern", nargs="+", type=NMPattern.parse, default=[NMPattern(2, 4)])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--forwards", type=int, default=1500, help="for each learner")
@@ -77,7 +77,7 @@ def wanted(
 ) -> Iterator[Key]:
     """The runs of one table; those of later seeds depend on what the first has found."""
     for seed, method in product(seeds, rows):
-        settings = methods.LEARNERS[method][1] if method in methods.LEARNERS else [{}]
+        settings = methods.settings_of(method, model)
         first = seed == seeds[0]
         if not first and method in ("dense", "magnitude"):
             continue  # the same for all seeds
