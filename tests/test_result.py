@@ -89,6 +89,13 @@ def test_the_gap_is_that_between_the_initial_mask_and_the_dense_weights(
     assert shown == (f"{closed:.0%}" if closed is not None else no_gap if measured else "unknown")
 
 
+def test_a_mask_better_than_the_dense_weights_is_called_so_and_not_a_share_of_a_small_gap() -> None:
+    result = but(initial=3.01, deployed=2.8)
+    assert result.metrics()["maskpro/gap_closed"] == pytest.approx(21)
+    closed = dict(result.rows())["share of the gap closed"]
+    assert closed == "all of it: better than the dense weights"
+
+
 def test_what_was_not_measured_is_no_metric_and_named_so() -> None:
     result = but(dense=None, deployed=None)
     assert result.metrics() == {

@@ -93,7 +93,9 @@ class Result:
     def rows(self) -> list[tuple[str, str]]:
         """Names and values of the table that is shown."""
         closed = "unknown" if self.gap_closed is None else f"{self.gap_closed:.0%}"
-        if self.gap_closed is None and self._measured is not None:
+        if self.gap_closed is not None and self.gap_closed > 1:
+            closed = "all of it: better than the dense weights"
+        elif self.gap_closed is None and self._measured is not None:
             which = "lower" if self.mode == "min" else "higher"
             closed = (
                 f"none: the dense weights are not better than the initial mask (by monitor_mode "
