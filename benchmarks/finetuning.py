@@ -258,7 +258,8 @@ METHODS: Mapping[str, Callable[..., int]] = {
 
 def tables(ledger: Ledger) -> Iterator[tuple[str, str, dict[str, list[Result]]]]:
     """By model and pattern: the results of each method's best setting, one a seed."""
-    for model, pattern in dict.fromkeys(key[:2] for key in ledger.results):
+    found = dict.fromkeys(key[:2] for key in ledger.results)
+    for model, pattern in sorted(found, key=lambda table: list(RATES).index(table[0])):
         rows: dict[str, list[Result]] = {}
         for method in ROWS:
             runs = [r for k, r in ledger.results.items() if k[:3] == (model, pattern, method)]
@@ -298,8 +299,10 @@ def _line(rows: Mapping[str, list[Result]], method: str) -> list[str]:
 def draw(ledger: Ledger, path: Path) -> None:
     """Draw each method's losses, a dot a seed, on both kinds of data."""
     found = list(tables(ledger))
-    figure = Figure(figsize=(8, 0.6 + 2.6 * len(found)), dpi=150, layout="constrained")
-    grid = figure.subplots(len(found), 2, squeeze=False)
+    shown = [sum(method.endswith(_SHOWN) for method in rows) for _, _, rows in found]
+    size = 8, 0.6 + 0.9 * len(found) + 0.28 * sum(shown)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    grid = figure.subplots(len(found), 2, squeeze=False, height_ratios=shown)
     kinds = (("loss", "held out"), ("elsewhere", "other kind of data"))
     for line, (model, pattern, rows) in zip(grid, found, strict=True):
         learned = {method: runs for method, runs in rows.items() if method.endswith(_SHOWN)}
@@ -322,7 +325,7 @@ def draw(ledger: Ledger, path: Path) -> None:
             axes.set_title(f"{model}, {pattern}: {told}", loc="left", fontsize=9, pad=12)
             axes.set_yticks(range(len(learned)), [ROWS[m].replace("**", "") for m in learned])
             axes.tick_params(labelsize=8, labelleft=value == "loss")
-            axes.invert_yaxis()
+            axes.set_ylim(len(learned) - 0.5, -0.5)
             axes.grid(axis="x", alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_xlabel("loss (nats)", fontsize=8)
