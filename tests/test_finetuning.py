@@ -368,6 +368,114 @@ def test_a_layer_that_is_frozen_until_later_stays_sparse(tmp_path: Path) -> None
     assert_trained_under(module)
 
 
+class UnfreezesLater(pl.Callback):
+    """Lets the first layer be trained only from the second epoch on."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
+        module.net[0].weight.requires_grad_(False)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.current_epoch != 1:
+            return
+        weight = module.net[0].weight.requires_grad_()
+        if self.how == "another group":
+            trainer.optimizers[0].add_param_group({"params": [weight]})
+        elif self.how == "another optimizer":
+            trainer.strategy.optimizers = [module.make(module.parameters())]
+
+
+@pytest.mark.parametrize("how", ["same group", "another group", "another optimizer"])
+def test_a_layer_that_is_unfrozen_trains_as_if_the_mask_were_multiplied_in(
+    how: str, tmp_path: Path
+) -> None:
+    class Frozen(Trained):
+        def configure_optimizers(self) -> Any:
+            return self.make(list(self.parameters())[how != "same group" :])
+
+    class Reference(Frozen):
+        def loss(self, batch: Any) -> Tensor:
+            masks = masks_of(Net())
+            weights = {n: self.get_parameter(n) * mask for n, mask in masks.items()}
+            return nn.functional.mse_loss(
+                torch.func.functional_call(self, weights, (batch[0],)), batch[1]
+            )
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.net(inputs)
+
+    trained = []
+    for kind, callback in ((Frozen, SparseFinetuning()), (Reference, Rezeroes())):
+        module = pruned(kind(OPTIMIZERS["momentum"]))
+        unfreezes = UnfreezesLater(how)
+        fit(module, callback, unfreezes, folder=tmp_path, max_epochs=3, gradient_clip_val=0.05)
+        trained.append(module)
+    assert equal(*(dict(module.named_parameters()) for module in trained))
+    assert not torch.equal(trained[0].net[0].weight, pruned(Net()).net[0].weight)
+
+
+class Rezeroes(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        for name, mask in masks_of(Net()).items():
+            module.get_parameter(name).data *= mask
+
+
+class HandGradients(Trained):
+    """Sets its gradients itself."""
+
+    def backward(self, loss: Tensor, *_: Any, **__: Any) -> None:
+        parameters = list(self.parameters())
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(loss, parameters), strict=True
+        ):
+            parameter.grad = gradient
+
+
+def test_gradients_that_come_past_all_hooks_are_clipped_without_those_of_pruned_weights(
+    tmp_path: Path,
+) -> None:
+    module = pruned(HandGradients())
+    fit(module, SparseFinetuning(), folder=tmp_path, max_steps=6, gradient_clip_val=0.05)
+    expected = by_hand(Trained(), 6, 0.05)
+    for one, other in zip(module.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class InBackward(Trained):
+    """Takes its steps in the backward pass, with optimizers that the trainer does not know."""
+
+    def configure_optimizers(self) -> None:
+        for parameter in self.parameters():
+            optimizer = self.make([parameter])
+
+            def step(parameter: Tensor, optimizer: Optimizer = optimizer) -> None:
+                clip_grad_norm_(parameter, 0.05)
+                optimizer.step()
+                parameter.grad = None
+
+            parameter.register_post_accumulate_grad_hook(step)
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_no_hook_reads_gradients_of_pruned_weights(tmp_path: Path) -> None:
+    module, expected = pruned(InBackward()), pruned(Trained())
+    fit(module, SparseFinetuning(), folder=tmp_path, max_epochs=2)
+    masks, optimizer = masks_of(Net()), expected.make(expected.parameters())
+    for batch in [*loader(), *loader()]:
+        optimizer.zero_grad()
+        expected.loss(batch).backward()
+        for name, parameter in expected.named_parameters():
+            assert parameter.grad is not None
+            parameter.grad *= masks.get(name, 1)
+            clip_grad_norm_(parameter, 0.05)
+        optimizer.step()
+    assert_stays_sparse(module, masks)
+    for one, other in zip(module.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 # --- averages ------------------------------------------------------------------------------------
 
 AVERAGES: dict[str, Callable[[], pl.Callback]] = {

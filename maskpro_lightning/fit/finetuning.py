@@ -167,8 +167,12 @@ class SparseFinetuning(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        # The gradients of FSDP1 come in flat parameters, past the hooks on those of the weights.
-        if self.sparse is not None and strategies.shards(trainer.strategy):
+        """Before Lightning clips gradients, of which not all come through hooks on weights.
+
+        Those of FSDP1 come in flat parameters, and others' hooks write into gradients or set them.
+        """
+        if self.sparse is not None:
+            self.sparse.follow(optimizer)  # which may have taken the place of another one
             self.sparse.zero_gradients(optimizer)
 
     def on_exception(

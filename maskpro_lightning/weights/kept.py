@@ -92,6 +92,7 @@ class SparseWeights:
         }
         self._kept: dict[str, _Kept] = {}
         self._handles: list[Any] = []
+        self._followed: set[Optimizer] = set()
         self._zeroed: dict[Tensor, tuple[int, int]] = {}  # gradients, since the last step
         found = self._nonzeros() if masks is None else each_once(list(self._parts.weights), masks)
         for name, mask in found:
@@ -108,11 +109,17 @@ class SparseWeights:
         return sum(kept.bytes for kept in self._kept.values())
 
     def follow(self, optimizer: Optimizer) -> None:
-        """Keep pruned weights at zero through an optimizer's steps.
+        """Keep pruned weights at zero through an optimizer's steps; again changes nothing.
 
-        Their gradients are zeroed as they come and again before the step, so that neither gradient
-        norms nor moments contain them. Moments that the optimizer has already are zeroed now.
+        Gradients are zeroed as they come, also those of weights that are frozen or that no
+        optimizer holds as yet, and again before the step, so that neither gradient norms nor
+        moments contain them. Moments that the optimizer has already are zeroed now.
         """
+        if optimizer in self._followed:
+            return
+        if not self._followed:
+            self._handles += map(self._first_hook, self._names)
+        self._followed.add(optimizer)
         self._handles += [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -121,13 +128,12 @@ class SparseWeights:
             for value in optimizer.state.get(weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == weight.shape:
                     self._kept[self._names[weight]].apply(value)
-            if weight.requires_grad:
-                self._handles.append(weight.register_post_accumulate_grad_hook(self._zero_gradient))
 
     def release(self) -> None:
         """Leave optimizers and weights alone again."""
         while self._handles:
             self._handles.pop().remove()
+        self._followed.clear()
 
     def zero_all(self) -> None:
         """Zero the pruned values of all weights."""
@@ -171,6 +177,18 @@ class SparseWeights:
             if own.shape == kept.shape and (wrong := kept.violations(own)):
                 found.append(f"{name!r} has {wrong} numbers that are not zero where it is pruned")
         return found
+
+    def _first_hook(self, weight: Tensor) -> Any:
+        """Zero a weight's gradient before the user's own hooks read it."""
+        frozen = not weight.requires_grad
+        # Hooks stay through a change of requires_grad, but a frozen weight takes none.
+        weight.requires_grad_()
+        handle = weight.register_post_accumulate_grad_hook(self._zero_gradient)
+        weight.requires_grad_(not frozen)
+        hooks = weight._post_accumulate_grad_hooks
+        for key in list(hooks)[:-1]:  # PyTorch runs them in the order of a plain dict
+            hooks[key] = hooks.pop(key)
+        return handle
 
     def _held_by(self, optimizer: Optimizer) -> Iterator[Tensor]:
         for group in optimizer.param_groups:
