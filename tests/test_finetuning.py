@@ -534,6 +534,31 @@ def test_a_fit_in_which_others_fill_zeros_at_last_ends_with_an_error(
         fit(module, *(both if first else reversed(both)), folder=tmp_path, max_epochs=1)
 
 
+class Replaces(pl.Callback):
+    """Puts dense parameters in the weights' place."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if self.how == "assign":
+            module.load_state_dict(Net().state_dict(), assign=True)
+        elif self.how == "layer":
+            module.net[0] = nn.Linear(16, 16)
+        else:
+            nn.utils.parametrizations.weight_norm(module.net[0])
+
+
+@pytest.mark.parametrize("how", ["assign", "layer", "parametrization"])
+def test_a_fit_in_which_weights_were_replaced_is_not_called_verified(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "The fit ended: 'net.0.weight' is another parameter than when the training began"
+    with pytest.raises(RuntimeError, match=said):
+        fit(pruned(Trained()), SparseFinetuning(), Replaces(how), folder=tmp_path, max_epochs=1)
+    assert "Verified" not in capsys.readouterr().out
+
+
 def test_a_checkpoint_of_dense_weights_is_not_written(tmp_path: Path) -> None:
     class Dense(pl.Callback):
         def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: Any) -> None:
