@@ -934,6 +934,18 @@ def test_sparse_weights_learn_from_dense_outputs(kind: str, tmp_path: Path) -> N
         assert torch.equal(one, other)
 
 
+def test_a_dense_module_to_learn_from_stays_as_it_is_given(tmp_path: Path) -> None:
+    module, dense = pruned(Trained()), Net().net
+    dense[2].bias = module.net[2].bias  # as parts that are not masked may be shared
+    dense[1].eval()
+    before = dense[2].bias.detach().clone()
+    callback = SparseFinetuning(distillation=Distillation("net", "mse"), dense=dense)
+    fit(module, callback, folder=tmp_path, max_steps=2)
+    assert not torch.equal(module.net[2].bias, before)
+    assert all(parameter.requires_grad for parameter in dense.parameters())
+    assert [part.training for part in dense] == [True, False, True]
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (4, 4)])
 def test_dense_weights_of_another_model_are_refused(shape: tuple[int, int], tmp_path: Path) -> None:
     state = {"net.0.weight": torch.zeros(shape), "net.0.bias": torch.zeros(16)}
