@@ -837,6 +837,49 @@ def test_gradients_are_zeroed_again_only_if_they_were_written_into(
     assert len(calls) == 5 * 2 * passes
 
 
+def test_an_optimizer_of_other_weights_is_refused() -> None:
+    module, other = pruned(Trained()), pruned(Trained())
+    with pytest.raises(ValueError, match="AdamW has none of the 2 weights under masks"):
+        keep_sparse(module.make(other.parameters()), module)
+
+
+class Codes(Tensor):
+    """Numbers in a format of their own, as optimizers of 8 bits have them."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any) -> Any:
+        raise NotImplementedError
+
+
+def test_moments_in_codes_are_left_as_they_are() -> None:
+    module = pruned(Trained())
+    optimizer = module.make(module.parameters())
+    train(module, optimizer, 1, "plain")
+    weight = module.net[0].weight
+    codes = torch.full(weight.shape, 127, dtype=torch.uint8)  # where code 0 is not the number 0
+    wrapped = torch.Tensor._make_wrapper_subclass(Codes, weight.shape)  # type: ignore[attr-defined]
+    optimizer.state[weight] |= {"codes": codes, "wrapped": wrapped}
+    keep_sparse(optimizer, module, masks=masks_of(Net()))
+    assert (codes == 127).all()
+    assert not optimizer.state[weight]["exp_avg"][~masks_of(Net())["net.0.weight"]].any()
+
+
+def test_a_step_is_given_the_numbers_that_it_takes() -> None:
+    class Scaled(torch.optim.SGD):
+        def step(self, scale: float, closure: Any = None) -> Any:  # type: ignore[override]
+            assert scale == 0.5
+            return super().step(closure)
+
+    module = pruned(Trained(partial(Scaled, lr=0.1)))
+    optimizer: Any = module.make(module.parameters())
+    keep_sparse(optimizer, module)
+    module.loss(next(iter(loader()))).backward()
+    optimizer.step(0.5)
+    assert_trained_under(module)
+
+
 def test_weights_are_left_alone_once_released() -> None:
     module = pruned(Trained())
     optimizer = module.make(module.parameters())

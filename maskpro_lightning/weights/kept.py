@@ -18,7 +18,7 @@ from torch.distributed import is_initialized
 from torch.optim import Optimizer
 
 from maskpro_lightning.masks.pattern import NMPattern
-from maskpro_lightning.weights.admission import check_mask, each_once
+from maskpro_lightning.weights.admission import check_mask, each_once, is_maskable
 from maskpro_lightning.weights.layout import INTEGERS, block_size, local
 from maskpro_lightning.weights.names import clean_name
 from maskpro_lightning.weights.parts import Parts
@@ -52,11 +52,18 @@ def keep_sparse(
 
     Raises:
         TypeError: a mask is not a bool tensor.
-        ValueError: a weight, or a mask if masks are given, keeps more than N of M; or masks do not
-            fit the weights.
+        ValueError: a weight, or a mask if masks are given, keeps more than N of M; masks do not fit
+            the weights; or the optimizer has none of the weights.
     """
     pattern = NMPattern.parse(pattern)
     targets = find_targets(model, pattern, include, exclude)
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    if not any(id(target.parameter) in held for target in targets):
+        raise ValueError(
+            f"{type(optimizer).__name__} has none of the {len(targets)} weights under masks, such "
+            f"as {targets[0].name!r}: make it of this model's own parameters, not of a copy or of "
+            f"those before the model was wrapped or converted."
+        )
     sparse = SparseWeights(targets, pattern, masks, model=model)
     sparse.follow(optimizer)
     return sparse
@@ -126,7 +133,7 @@ class SparseWeights:
         ]
         for weight in self._held_by(optimizer):
             for value in optimizer.state.get(weight, {}).values():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
+                if _is_moment(value, weight):
                     self._kept[self._names[weight]].apply(value)
 
     def release(self) -> None:
@@ -197,7 +204,7 @@ class SparseWeights:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Zero the gradients that the step will use: now, or when its closure has computed them."""
         closure = kwargs.get("closure") or next(iter(args[1:]), None)
-        if closure is None:
+        if not callable(closure):
             self.zero_gradients(optimizer)
             return None
 
@@ -269,6 +276,13 @@ def unpack_bits(bits_W: Tensor, shape: Sequence[int]) -> Tensor:
     size = torch.Size(shape)
     mask_8W = (bits_W & _powers(bits_W.device)[:, None]).bool()
     return mask_8W.flatten()[: size.numel()].view(size)
+
+
+def _is_moment(value: Any, weight: Tensor) -> bool:
+    """Whether an optimizer's state has a number for each of a weight, and no code of 8 bits."""
+    if not isinstance(value, Tensor) or value.shape != weight.shape:
+        return False
+    return type(local(value)) in (Tensor, nn.Parameter) and is_maskable(value)
 
 
 def _state(gradient: Tensor) -> tuple[int, int]:
