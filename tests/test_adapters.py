@@ -81,6 +81,23 @@ def test_a_merge_under_the_mask_is_the_ordinary_one_where_weights_are_kept() -> 
         assert torch.equal(sparse.get_parameter(key), dense.get_parameter(key) * mask)
 
 
+def test_the_adapters_of_all_parts_of_a_module_are_merged() -> None:
+    several = nn.ModuleDict({"text": Adapted("lora"), "image": Adapted("lora")})
+    model = merge_adapters(several).model
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    assert not any(type(module).__module__.startswith("peft.") for module in model.modules())
+
+
+def test_a_layer_is_left_out_of_a_merge_by_the_name_that_the_error_gives() -> None:
+    model = Adapted("lora").net
+    model.base_model.model[2].base_layer.weight.data.fill_(1.0)
+    with pytest.raises(ValueError, match=r'exclude=\["base_model.model.2.base_layer"\]'):
+        merge_adapters(model)
+    merged = merge_adapters(model, exclude=["base_model.model.2.base_layer"]).model
+    assert merged.get_parameter("2.weight").all()
+    assert not merged.get_parameter("0.weight")[~masks_of(Net())["net.0.weight"]].any()
+
+
 def test_the_ordinary_merge_is_warned_of_before_the_first_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

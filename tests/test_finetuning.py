@@ -368,6 +368,114 @@ def test_a_layer_that_is_frozen_until_later_stays_sparse(tmp_path: Path) -> None
     assert_trained_under(module)
 
 
+class UnfreezesLater(pl.Callback):
+    """Lets the first layer be trained only from the second epoch on."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
+        module.net[0].weight.requires_grad_(False)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.current_epoch != 1:
+            return
+        weight = module.net[0].weight.requires_grad_()
+        if self.how == "another group":
+            trainer.optimizers[0].add_param_group({"params": [weight]})
+        elif self.how == "another optimizer":
+            trainer.strategy.optimizers = [module.make(module.parameters())]
+
+
+@pytest.mark.parametrize("how", ["same group", "another group", "another optimizer"])
+def test_a_layer_that_is_unfrozen_trains_as_if_the_mask_were_multiplied_in(
+    how: str, tmp_path: Path
+) -> None:
+    class Frozen(Trained):
+        def configure_optimizers(self) -> Any:
+            return self.make(list(self.parameters())[how != "same group" :])
+
+    class Reference(Frozen):
+        def loss(self, batch: Any) -> Tensor:
+            masks = masks_of(Net())
+            weights = {n: self.get_parameter(n) * mask for n, mask in masks.items()}
+            return nn.functional.mse_loss(
+                torch.func.functional_call(self, weights, (batch[0],)), batch[1]
+            )
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.net(inputs)
+
+    trained = []
+    for kind, callback in ((Frozen, SparseFinetuning()), (Reference, Rezeroes())):
+        module = pruned(kind(OPTIMIZERS["momentum"]))
+        unfreezes = UnfreezesLater(how)
+        fit(module, callback, unfreezes, folder=tmp_path, max_epochs=3, gradient_clip_val=0.05)
+        trained.append(module)
+    assert equal(*(dict(module.named_parameters()) for module in trained))
+    assert not torch.equal(trained[0].net[0].weight, pruned(Net()).net[0].weight)
+
+
+class Rezeroes(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        for name, mask in masks_of(Net()).items():
+            module.get_parameter(name).data *= mask
+
+
+class HandGradients(Trained):
+    """Sets its gradients itself."""
+
+    def backward(self, loss: Tensor, *_: Any, **__: Any) -> None:
+        parameters = list(self.parameters())
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(loss, parameters), strict=True
+        ):
+            parameter.grad = gradient
+
+
+def test_gradients_that_come_past_all_hooks_are_clipped_without_those_of_pruned_weights(
+    tmp_path: Path,
+) -> None:
+    module = pruned(HandGradients())
+    fit(module, SparseFinetuning(), folder=tmp_path, max_steps=6, gradient_clip_val=0.05)
+    expected = by_hand(Trained(), 6, 0.05)
+    for one, other in zip(module.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class InBackward(Trained):
+    """Takes its steps in the backward pass, with optimizers that the trainer does not know."""
+
+    def configure_optimizers(self) -> None:
+        for parameter in self.parameters():
+            optimizer = self.make([parameter])
+
+            def step(parameter: Tensor, optimizer: Optimizer = optimizer) -> None:
+                clip_grad_norm_(parameter, 0.05)
+                optimizer.step()
+                parameter.grad = None
+
+            parameter.register_post_accumulate_grad_hook(step)
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_no_hook_reads_gradients_of_pruned_weights(tmp_path: Path) -> None:
+    module, expected = pruned(InBackward()), pruned(Trained())
+    fit(module, SparseFinetuning(), folder=tmp_path, max_epochs=2)
+    masks, optimizer = masks_of(Net()), expected.make(expected.parameters())
+    for batch in [*loader(), *loader()]:
+        optimizer.zero_grad()
+        expected.loss(batch).backward()
+        for name, parameter in expected.named_parameters():
+            assert parameter.grad is not None
+            parameter.grad *= masks.get(name, 1)
+            clip_grad_norm_(parameter, 0.05)
+        optimizer.step()
+    assert_stays_sparse(module, masks)
+    for one, other in zip(module.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 # --- averages ------------------------------------------------------------------------------------
 
 AVERAGES: dict[str, Callable[[], pl.Callback]] = {
@@ -424,6 +532,31 @@ def test_a_fit_in_which_others_fill_zeros_at_last_ends_with_an_error(
     said = r"The fit ended: 'net.2.weight' has 128 numbers that are not zero where it is pruned"
     with pytest.raises(RuntimeError, match=said):
         fit(module, *(both if first else reversed(both)), folder=tmp_path, max_epochs=1)
+
+
+class Replaces(pl.Callback):
+    """Puts dense parameters in the weights' place."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if self.how == "assign":
+            module.load_state_dict(Net().state_dict(), assign=True)
+        elif self.how == "layer":
+            module.net[0] = nn.Linear(16, 16)
+        else:
+            nn.utils.parametrizations.weight_norm(module.net[0])
+
+
+@pytest.mark.parametrize("how", ["assign", "layer", "parametrization"])
+def test_a_fit_in_which_weights_were_replaced_is_not_called_verified(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "The fit ended: 'net.0.weight' is another parameter than when the training began"
+    with pytest.raises(RuntimeError, match=said):
+        fit(pruned(Trained()), SparseFinetuning(), Replaces(how), folder=tmp_path, max_epochs=1)
+    assert "Verified" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_dense_weights_is_not_written(tmp_path: Path) -> None:
@@ -704,6 +837,49 @@ def test_gradients_are_zeroed_again_only_if_they_were_written_into(
     assert len(calls) == 5 * 2 * passes
 
 
+def test_an_optimizer_of_other_weights_is_refused() -> None:
+    module, other = pruned(Trained()), pruned(Trained())
+    with pytest.raises(ValueError, match="AdamW has none of the 2 weights under masks"):
+        keep_sparse(module.make(other.parameters()), module)
+
+
+class Codes(Tensor):
+    """Numbers in a format of their own, as optimizers of 8 bits have them."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any) -> Any:
+        raise NotImplementedError
+
+
+def test_moments_in_codes_are_left_as_they_are() -> None:
+    module = pruned(Trained())
+    optimizer = module.make(module.parameters())
+    train(module, optimizer, 1, "plain")
+    weight = module.net[0].weight
+    codes = torch.full(weight.shape, 127, dtype=torch.uint8)  # where code 0 is not the number 0
+    wrapped = torch.Tensor._make_wrapper_subclass(Codes, weight.shape)  # type: ignore[attr-defined]
+    optimizer.state[weight] |= {"codes": codes, "wrapped": wrapped}
+    keep_sparse(optimizer, module, masks=masks_of(Net()))
+    assert (codes == 127).all()
+    assert not optimizer.state[weight]["exp_avg"][~masks_of(Net())["net.0.weight"]].any()
+
+
+def test_a_step_is_given_the_numbers_that_it_takes() -> None:
+    class Scaled(torch.optim.SGD):
+        def step(self, scale: float, closure: Any = None) -> Any:  # type: ignore[override]
+            assert scale == 0.5
+            return super().step(closure)
+
+    module = pruned(Trained(partial(Scaled, lr=0.1)))
+    optimizer: Any = module.make(module.parameters())
+    keep_sparse(optimizer, module)
+    module.loss(next(iter(loader()))).backward()
+    optimizer.step(0.5)
+    assert_trained_under(module)
+
+
 def test_weights_are_left_alone_once_released() -> None:
     module = pruned(Trained())
     optimizer = module.make(module.parameters())
@@ -799,6 +975,18 @@ def test_sparse_weights_learn_from_dense_outputs(kind: str, tmp_path: Path) -> N
     expected = distilled_by_hand(6)
     for one, other in zip(module.parameters(), expected.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_dense_module_to_learn_from_stays_as_it_is_given(tmp_path: Path) -> None:
+    module, dense = pruned(Trained()), Net().net
+    dense[2].bias = module.net[2].bias  # as parts that are not masked may be shared
+    dense[1].eval()
+    before = dense[2].bias.detach().clone()
+    callback = SparseFinetuning(distillation=Distillation("net", "mse"), dense=dense)
+    fit(module, callback, folder=tmp_path, max_steps=2)
+    assert not torch.equal(module.net[2].bias, before)
+    assert all(parameter.requires_grad for parameter in dense.parameters())
+    assert [part.training for part in dense] == [True, False, True]
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (4, 4)])

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, kl_div
 
+from maskpro_lightning.weights.modes import evaluating
+
 Divergence = Literal["kl", "mse", "cosine"]
 
 
@@ -135,7 +137,7 @@ class DenseTeacher:
     def __init__(self, distillation: Distillation, module: nn.Module, teacher: nn.Module) -> None:
         self._distillation = distillation
         self._part = distillation.part_of(module)
-        self._teacher = teacher.eval().requires_grad_(False)
+        self._teacher = teacher
 
     @contextmanager
     def asking(self) -> Iterator[list[Tensor]]:
@@ -152,7 +154,8 @@ class DenseTeacher:
         losses: list[Tensor] = []
 
         def compare(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            with torch.no_grad():
+            # It may be the user's own, so its modes and its requires_grad stay as they are.
+            with torch.no_grad(), evaluating(self._teacher):
                 dense = self._teacher(*args, **kwargs)
             losses.append(self._distillation.between(_tensor_of(output), _tensor_of(dense)))
 

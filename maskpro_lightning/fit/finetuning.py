@@ -140,6 +140,7 @@ class SparseFinetuning(pl.Callback):
         with ExitStack() as calibrating:  # each mask is found when it is asked for
             masks = self._masks(trainer, pl_module, batch, targets, sharded, calibrating)
             self.sparse = SparseWeights(targets, self.pattern, masks, model=sharded)
+        self._chosen = model, targets
         self._teacher = teacher
         for optimizer in trainer.strategy.optimizers:
             self.sparse.follow(optimizer)
@@ -167,8 +168,12 @@ class SparseFinetuning(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        # The gradients of FSDP1 come in flat parameters, past the hooks on those of the weights.
-        if self.sparse is not None and strategies.shards(trainer.strategy):
+        """Before Lightning clips gradients, of which not all come through hooks on weights.
+
+        Those of FSDP1 come in flat parameters, and others' hooks write into gradients or set them.
+        """
+        if self.sparse is not None:
+            self.sparse.follow(optimizer)  # which may have taken the place of another one
             self.sparse.zero_gradients(optimizer)
 
     def on_exception(
@@ -191,7 +196,7 @@ class SparseFinetuning(pl.Callback):
             # All that leads to the trainer, so that the callback can be copied and pickled.
             for name in ("_trainer", "_save_inside", "_teardown_inside", "_step_inside"):
                 vars(self).pop(name, None)
-            for name in ("_teacher", "log", "log_dict"):
+            for name in ("_teacher", "_chosen", "log", "log_dict"):
                 vars(self).pop(name, None)
         teardown()
 
@@ -220,14 +225,18 @@ class SparseFinetuning(pl.Callback):
     ) -> None:
         """End the fit on all ranks if pruned weights of one of them are not zero."""
         found = sparse.faults()
+        found += [
+            f"{name!r} is another parameter than when the training began, and no mask reaches that"
+            for name in start.replaced(*self._chosen)
+        ]
         if checkpoint is not None:
             found += sparse.faults(checkpoint.get("state_dict", {}))
         if not self._trainer.strategy.reduce_boolean_decision(not found, all=True):
             told = found[0] if found else "see the error of another rank"
             raise RuntimeError(
-                f"{what}: {told}. Something beside the optimizers writes into weights (a callback, "
-                f"a hook, or a copy that was made of them dense): let it keep zeros, or leave the "
-                f"layer out with exclude."
+                f"{what}: {told}. Something beside the optimizers writes into weights or replaces "
+                f"them (a callback, a hook, or a copy that was made of them dense): let it keep "
+                f"zeros, or leave the layer out with exclude."
             )
 
     def state_dict(self) -> dict[str, Any]:

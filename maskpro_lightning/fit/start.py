@@ -64,15 +64,19 @@ def refuse_sparse(
             )
 
 
+def replaced(module: nn.Module, targets: Sequence[Target]) -> list[str]:
+    """The names of weights that are no parameters of the module any more."""
+    there = {id(parameter) for parameter in module.parameters()}
+    return [target.name for target in targets if id(target.parameter) not in there]
+
+
 def refuse_replaced(module: nn.Module, targets: Sequence[Target]) -> None:
     """Refuse weights that the module has replaced by other parameters since they were chosen.
 
     Raises:
         ValueError: names the first such weight.
     """
-    there = {id(parameter) for parameter in module.parameters()}
-    gone = [target.name for target in targets if id(target.parameter) not in there]
-    if gone:
+    if gone := replaced(module, targets):
         raise ValueError(
             f"{gone[0]!r} is no longer the parameter that was chosen when the fit began ("
             f"{len(gone)} of the masked weights): {type(module).__name__} has put another one in "

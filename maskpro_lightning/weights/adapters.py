@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from maskpro_lightning.masks.pattern import NMPattern
 from maskpro_lightning.weights.kept import SparseWeights
-from maskpro_lightning.weights.targets import find_targets
+from maskpro_lightning.weights.modes import evaluating
+from maskpro_lightning.weights.targets import Target, find_targets
 
 
 class Merged(NamedTuple):
@@ -53,17 +55,19 @@ def merge_adapters(
         ValueError: the model has no adapters, or a weight is not N:M before them.
     """
     pattern = NMPattern.parse(pattern)
-    name, adapted = _peft_model(model)
-    sparse = SparseWeights(find_targets(model, pattern, include, exclude), pattern)
+    several = _peft_models(model)
+    targets = find_targets(model, pattern, include, exclude)
+    sparse = SparseWeights(targets, pattern)
     before = _measure(loss, model)
-    merged: nn.Module = adapted.merge_and_unload()
+    for name, adapted in several:
+        merged: nn.Module = adapted.merge_and_unload()
+        if name:
+            model.set_submodule(name, merged)
+        else:
+            model = merged
     sparse.zero_all()
-    if name:
-        model.set_submodule(name, merged)
-    else:
-        model = merged
     # Checks the result, since PEFT may have put other tensors in the weights' place.
-    SparseWeights(find_targets(model, pattern, include, exclude), pattern)
+    SparseWeights([_as_it_is(target) for target in targets], pattern)
     return Merged(model, before, _measure(loss, model))
 
 
@@ -75,26 +79,31 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, base
 
 
-def _peft_model(model: nn.Module) -> tuple[str, Any]:
-    """The outermost model with adapters, and its name."""
+def _peft_models(model: nn.Module) -> list[tuple[str, Any]]:
+    """The outermost models with adapters, with their names."""
+    found: list[tuple[str, Any]] = []
+    inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         of_peft = any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
-        if of_peft and hasattr(module, "merge_and_unload"):
-            return name, module
-    raise ValueError(
-        f"{type(model).__name__} holds no PEFT model, so there are no adapters to merge: give what "
-        f"get_peft_model returned, or a module that holds it."
-    )
+        if module not in inside and of_peft and hasattr(module, "merge_and_unload"):
+            found.append((name, module))
+            inside.update(module.modules())
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} holds no PEFT model, so there are no adapters to merge: give "
+            f"what get_peft_model returned, or a module that holds it."
+        )
+    return found
+
+
+def _as_it_is(target: Target) -> Target:
+    """A target with the parameter that its layer has now."""
+    return replace(target, parameter=getattr(target.module, target.name.rpartition(".")[2]))
 
 
 @torch.no_grad()
 def _measure(loss: Callable[[Any], Tensor | float] | None, model: nn.Module) -> float | None:
     if loss is None:
         return None
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         return float(loss(model))
-    finally:
-        for module in training:
-            module.training = True

@@ -18,7 +18,7 @@ from torch.distributed import is_initialized
 from torch.optim import Optimizer
 
 from maskpro_lightning.masks.pattern import NMPattern
-from maskpro_lightning.weights.admission import check_mask, each_once
+from maskpro_lightning.weights.admission import check_mask, each_once, is_maskable
 from maskpro_lightning.weights.layout import INTEGERS, block_size, local
 from maskpro_lightning.weights.names import clean_name
 from maskpro_lightning.weights.parts import Parts
@@ -52,11 +52,18 @@ def keep_sparse(
 
     Raises:
         TypeError: a mask is not a bool tensor.
-        ValueError: a weight, or a mask if masks are given, keeps more than N of M; or masks do not
-            fit the weights.
+        ValueError: a weight, or a mask if masks are given, keeps more than N of M; masks do not fit
+            the weights; or the optimizer has none of the weights.
     """
     pattern = NMPattern.parse(pattern)
     targets = find_targets(model, pattern, include, exclude)
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    if not any(id(target.parameter) in held for target in targets):
+        raise ValueError(
+            f"{type(optimizer).__name__} has none of the {len(targets)} weights under masks, such "
+            f"as {targets[0].name!r}: make it of this model's own parameters, not of a copy or of "
+            f"those before the model was wrapped or converted."
+        )
     sparse = SparseWeights(targets, pattern, masks, model=model)
     sparse.follow(optimizer)
     return sparse
@@ -92,6 +99,7 @@ class SparseWeights:
         }
         self._kept: dict[str, _Kept] = {}
         self._handles: list[Any] = []
+        self._followed: set[Optimizer] = set()
         self._zeroed: dict[Tensor, tuple[int, int]] = {}  # gradients, since the last step
         found = self._nonzeros() if masks is None else each_once(list(self._parts.weights), masks)
         for name, mask in found:
@@ -108,26 +116,31 @@ class SparseWeights:
         return sum(kept.bytes for kept in self._kept.values())
 
     def follow(self, optimizer: Optimizer) -> None:
-        """Keep pruned weights at zero through an optimizer's steps.
+        """Keep pruned weights at zero through an optimizer's steps; again changes nothing.
 
-        Their gradients are zeroed as they come and again before the step, so that neither gradient
-        norms nor moments contain them. Moments that the optimizer has already are zeroed now.
+        Gradients are zeroed as they come, also those of weights that are frozen or that no
+        optimizer holds as yet, and again before the step, so that neither gradient norms nor
+        moments contain them. Moments that the optimizer has already are zeroed now.
         """
+        if optimizer in self._followed:
+            return
+        if not self._followed:
+            self._handles += map(self._first_hook, self._names)
+        self._followed.add(optimizer)
         self._handles += [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
         for weight in self._held_by(optimizer):
             for value in optimizer.state.get(weight, {}).values():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
+                if _is_moment(value, weight):
                     self._kept[self._names[weight]].apply(value)
-            if weight.requires_grad:
-                self._handles.append(weight.register_post_accumulate_grad_hook(self._zero_gradient))
 
     def release(self) -> None:
         """Leave optimizers and weights alone again."""
         while self._handles:
             self._handles.pop().remove()
+        self._followed.clear()
 
     def zero_all(self) -> None:
         """Zero the pruned values of all weights."""
@@ -172,6 +185,18 @@ class SparseWeights:
                 found.append(f"{name!r} has {wrong} numbers that are not zero where it is pruned")
         return found
 
+    def _first_hook(self, weight: Tensor) -> Any:
+        """Zero a weight's gradient before the user's own hooks read it."""
+        frozen = not weight.requires_grad
+        # Hooks stay through a change of requires_grad, but a frozen weight takes none.
+        weight.requires_grad_()
+        handle = weight.register_post_accumulate_grad_hook(self._zero_gradient)
+        weight.requires_grad_(not frozen)
+        hooks = weight._post_accumulate_grad_hooks
+        for key in list(hooks)[:-1]:  # PyTorch runs them in the order of a plain dict
+            hooks[key] = hooks.pop(key)
+        return handle
+
     def _held_by(self, optimizer: Optimizer) -> Iterator[Tensor]:
         for group in optimizer.param_groups:
             yield from (weight for weight in group["params"] if weight in self._names)
@@ -179,7 +204,7 @@ class SparseWeights:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Zero the gradients that the step will use: now, or when its closure has computed them."""
         closure = kwargs.get("closure") or next(iter(args[1:]), None)
-        if closure is None:
+        if not callable(closure):
             self.zero_gradients(optimizer)
             return None
 
@@ -251,6 +276,13 @@ def unpack_bits(bits_W: Tensor, shape: Sequence[int]) -> Tensor:
     size = torch.Size(shape)
     mask_8W = (bits_W & _powers(bits_W.device)[:, None]).bool()
     return mask_8W.flatten()[: size.numel()].view(size)
+
+
+def _is_moment(value: Any, weight: Tensor) -> bool:
+    """Whether an optimizer's state has a number for each of a weight, and no code of 8 bits."""
+    if not isinstance(value, Tensor) or value.shape != weight.shape:
+        return False
+    return type(local(value)) in (Tensor, nn.Parameter) and is_maskable(value)
 
 
 def _state(gradient: Tensor) -> tuple[int, int]:
