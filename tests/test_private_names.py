@@ -111,6 +111,7 @@ TABLE = {
     "_inductor": "torch",
     "_iterator": "DataLoader",
     "_ops": "torch",
+    "_post_accumulate_grad_hooks": "a tensor",
     "_reversed_padding_repeated_twice": "a module",
     "_schema": "an operation",
     "_state_dict_hooks": "a module",
