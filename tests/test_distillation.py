@@ -136,7 +136,8 @@ def test_a_dense_teacher_neither_learns_nor_drops_out() -> None:
             module["part"](inputs)
         assert found[0] == expected
         torch.testing.assert_close(torch.autograd.grad(found[0], inputs)[0], slope)
-    assert not any(p.requires_grad for p in dense.parameters())
+    assert all(p.grad is None and p.requires_grad for p in dense.parameters())
+    assert all(part.training for part in dense.modules())
 
 
 @pytest.mark.parametrize("kind", [Teacher, DenseTeacher])
