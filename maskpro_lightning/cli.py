@@ -127,18 +127,21 @@ def _plan() -> None:
     cli = BeforeFit()
     found, cost = _plan_of(cli, masked_by(cli.trainer))
     rows_seen, steps, tflops = _rows(cli), cli.trainer.max_steps, cli.config["tflops"]
+    batches = cli.trainer.accumulate_grad_batches
     devices = cli.config["devices"]
     where = "One device" if devices == 1 else f"One of {devices} ranks, {cli.config['strategy']}"
     rows = table_of_plan(found, where)
     console = Console()
     told = [rows, "GB are 10^9 bytes.", cost]
+    if batches > 1:
+        told.append(f"A step accumulates {batches} batches, each of which costs that.")
     if found.sent:
         told.append(
-            f"In a step a rank sends {gigabytes(found.sent)} GB of weights and gradients, and "
-            f"takes as many."
+            f"In a step a rank sends {gigabytes(found.sent * batches)} GB of weights and "
+            f"gradients, and takes as many."
         )
     if rows_seen is not None and steps > 0:
-        time = hours(cli.model, rows_seen, found.forwards, steps, tflops)
+        time = hours(cli.model, rows_seen, found.forwards * batches, steps, tflops)
         told.append(
             f"The {steps} steps take about {duration(3600 * time)} at {tflops:g} TFLOP/s a device "
             f"(--tflops), initial mask and validations aside."

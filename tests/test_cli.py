@@ -68,6 +68,20 @@ def test_what_the_hub_would_have_is_named_where_it_cannot_be_reached(
         main([command, *tiny, "--data.tokenizer=nobody/nothing", "--trainer.logger=false"])
 
 
+@pytest.mark.parametrize("said", ["couldn't connect to", "sparse-model is not a local folder"])
+def test_a_sparse_model_that_was_not_written_yet_is_asked_for(
+    said: str, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, **kwargs: object) -> None:
+        raise OSError(f"{said} and is not a valid model identifier")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
+    with pytest.raises(
+        SystemExit, match=r"of 'sparse-model': .* is written first, by maskpro comp"
+    ):
+        main(["plan", "--config", "quickstart_finetune"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
 def test_weights_that_the_hub_would_have_are_named_whenever_they_are_loaded(

@@ -15,10 +15,11 @@ from live_bytes import LiveBytes
 from rules import mask_optimizer
 from torch import Tensor, nn
 
-from maskpro_lightning import find_targets, parameter_groups
+from maskpro_lightning import Distillation, find_targets, parameter_groups
 from maskpro_lightning.cli import main
 from maskpro_lightning.commands import plan as commands_plan
 from maskpro_lightning.commands.plan import Plan, Strategy, hours, plan, plan_training
+from maskpro_lightning.fit.distillation import Teacher
 from maskpro_lightning.optim.estimators import EstimatorName
 
 
@@ -164,6 +165,49 @@ def test_a_plan_is_near_what_is_measured(case: str, estimator: EstimatorName) ->
     assert 2 / 3 < planned.total / (live.peak + planned.state["weights"]) < 3 / 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", get_args(EstimatorName))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_of_a_distillation_is_near_what_is_measured(
+    dtype: torch.dtype, estimator: EstimatorName
+) -> None:
+    pytest.importorskip("transformers")
+    from maskpro_lightning.modules.language import CausalLM
+
+    words, learns = 4096, estimator == "straight_through"
+    module = nn.Module()
+    module.model, batch, rows = llama(words, dtype)
+    targets = find_targets(module, "2:4")
+    planned = [
+        plan(module, targets, devices=1, estimator=estimator, rows=rows, teacher=taught)
+        for taught in (False, True)
+    ]
+
+    def loss_of(batch: Tensor) -> Tensor:
+        return CausalLM._loss(module.model(input_ids=batch).logits, batch)
+
+    def peak(taught: bool) -> int:
+        teacher = Teacher(Distillation("model"), module)
+        with torch.set_grad_enabled(learns), LiveBytes() as live:
+            if taught:
+                with torch.no_grad(), teacher.teaching():
+                    loss_of(batch)
+                with teacher.asking() as losses:
+                    loss = loss_of(batch)
+                loss = losses[0]
+            else:
+                loss = loss_of(batch)
+            if learns:
+                loss.backward()
+        module.zero_grad()
+        return live.peak
+
+    without, with_teacher = (found.activations for found in planned)
+    assert without is not None
+    assert with_teacher is not None
+    assert 0.9 < (with_teacher - without) / (peak(True) - peak(False)) < 1.1
+
+
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_a_training_under_masks_keeps_moments_a_bit_per_weight_and_a_dense_copy(kind: Any) -> None:
     with torch.device("meta"):
@@ -237,6 +281,17 @@ def test_the_command_plans_a_recipe_without_its_weights(
     minutes, rest = divmod(round(2 * 1_114_112 * 16 * 128 * 4 * 200 / 0.01e12), 60)
     assert f"The 200 steps take about {minutes} min {rest:02} s at 0.01 TFLOP/s" in told
     assert not list(tmp_path.iterdir())
+    once = re.search(r"rank sends (\S+) GB", told)
+    twofold = ["--devices=8", "--strategy=fsdp2", "--trainer.accumulate_grad_batches=2"]
+    main(["plan", "--config", "quickstart", "--tflops=0.01", *twofold])
+    told = capsys.readouterr().out
+    assert "accumulates 2 batches" in told
+    minutes, rest = divmod(round(2 * 1_114_112 * 16 * 128 * 4 * 2 * 200 / 0.01e12), 60)
+    assert f"The 200 steps take about {minutes} min {rest:02} s at 0.01 TFLOP/s" in told
+    twice = re.search(r"rank sends (\S+) GB", told)
+    assert once is not None
+    assert twice is not None
+    assert float(twice[1]) == pytest.approx(2 * float(once[1]), rel=0.01)
     main(["plan", "--config", "quickstart_finetune", "--model.model", "quickstart/model"])
     told = capsys.readouterr().out
     assert re.search(r"optimizer\s+│\s+0\.00892", told)

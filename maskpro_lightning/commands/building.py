@@ -52,13 +52,15 @@ class _CLI(LightningCLI):
             given = {part.get(name) for part in parts for name in ("model", "tokenizer")}
             names = sorted(n for n in given if n is not None and not Path(resolve(n)).exists())
             if "couldn't connect to" not in str(error):  # which is never said of weights
-                names = [n for n in names if f"{n} does not appear to have a file" in str(error)]
+                lacks = ("does not appear to have a file", "is not a local folder")
+                names = [n for n in names if any(f"{n} {what}" in str(error) for what in lacks)]
             if not names:
                 raise
             raise SystemExit(
-                f"The Hub cannot be reached, or lacks a file, and something is not in the cache of "
-                f"{' or '.join(map(repr, names))}: fetch it once where there is a network "
-                f"(hf download NAME), or give a folder instead of the name."
+                f"No folder here, and the Hub cannot be reached or lacks a file that is not in the "
+                f"cache of {' or '.join(map(repr, names))}: fetch it once where there is a network "
+                f"(hf download NAME), or give the folder of a model. A sparse model that a recipe "
+                f"trains on is written first, by maskpro compare or export."
             ) from None
 
 

@@ -115,6 +115,8 @@ def plan(
             state[name] = state.get(name, 0) + value.numel() * value.element_size()
     forwards = {"policy": 2, "straight_through": 3}[estimator] + teacher
     seen = None if rows is None else _activations(model, rows, estimator)
+    if seen is not None and teacher:
+        seen += _compared(model, rows or 0, estimator)
     small = sum(size for size, _ in parts if size < pattern.m * SMALL)  # done as one
     largest = max(small, *(size for size, _ in parts))
     block = min(largest, pattern.m * block_size(torch.device(device)))
@@ -344,6 +346,16 @@ def _activations(model: nn.Module, rows: int, estimator: EstimatorName) -> int:
         return rows * max([loss + output * size, *map(_widest, model.modules())])
     kept = sum((inputs + outputs) * size for inputs, outputs, size in widths)
     return rows * (kept + sum(map(_normed, model.modules())) * 4 + loss)
+
+
+def _compared(model: nn.Module, rows: int, estimator: EstimatorName) -> int:
+    """Estimate what a distillation holds beside the loss of the training step, in bytes.
+
+    That is the dense output, both outputs in float32, their softmax and the gradients of all that.
+    """
+    _, output, size = ([(0, 0, 4)] + [w for module in model.modules() for w in _widths(module)])[-1]
+    full, half = (20, 24) if estimator == "straight_through" else (16, 22)
+    return rows * output * (full if size >= 4 else half)
 
 
 def _widths(module: nn.Module) -> list[tuple[int, int, int]]:
