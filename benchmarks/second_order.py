@@ -1,7 +1,7 @@
-r"""Does curvature say better than gradients alone which masks to move to?
+"""Does curvature say better than gradients alone which masks to move to?
 
-    python benchmarks/second_order.py --model llama --steps 60 240 --strengths 100 1000 10000
-    python benchmarks/second_order.py --model smollm2 --wikitext FOLDER --steps 60 --strengths 500
+    python benchmarks/second_order.py --model llama --steps 60 240 --strengths 100
+    python benchmarks/second_order.py --model smollm2 --wikitext FOLDER --seeds 0 --strengths 50
 
 Straight-through takes the loss to be linear in the mask. Here the masks of a group are scored by
 ``g d + strength / 2 d' H d``, with d the change of the weights from those drawn, and H the running
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--wikitext", type=Path, help="valid.txt and test.txt, for SmolLM2")
     parser.add_argument("--steps", type=int, nargs="+", default=[60])
     parser.add_argument("--curvatures", nargs="+", choices=tuple(BYTES), default=list(BYTES))
-    parser.add_argument("--strengths", type=float, nargs="+", default=[1000])
+    parser.add_argument("--strengths", type=float, nargs="+", default=[100])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(arguments)

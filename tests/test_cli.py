@@ -64,7 +64,7 @@ def tiny_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_what_the_hub_would_have_is_named_where_it_cannot_be_reached(
     command: str, tiny: list[str]
 ) -> None:
-    with pytest.raises(SystemExit, match="cache of 'nobody/nothing': fetch it once"):
+    with pytest.raises(SystemExit, match="files of 'nobody/nothing': fetch it once"):
         main([command, *tiny, "--data.tokenizer=nobody/nothing", "--trainer.logger=false"])
 
 
@@ -104,7 +104,7 @@ def test_weights_that_the_hub_would_have_are_named_whenever_they_are_loaded(
         text=True,
     )
     assert done.returncode == 1
-    assert "cache of 'nobody/nothing': fetch it once" in done.stderr
+    assert "files of 'nobody/nothing': fetch it once" in done.stderr
     assert "Traceback" not in done.stderr
 
 

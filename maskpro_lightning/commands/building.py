@@ -57,8 +57,8 @@ class _CLI(LightningCLI):
             if not names:
                 raise
             raise SystemExit(
-                f"No folder here, and the Hub cannot be reached or lacks a file that is not in the "
-                f"cache of {' or '.join(map(repr, names))}: fetch it once where there is a network "
+                f"No folder here, no cache and no Hub that can be reached has all the files of "
+                f"{' or '.join(map(repr, names))}: fetch it once where there is a network "
                 f"(hf download NAME), or give the folder of a model. A sparse model that a recipe "
                 f"trains on is written first, by maskpro compare or export."
             ) from None
