@@ -3,12 +3,12 @@ r"""Loss on seen and on held-out text after learning from 1, 32, 512 and 4096 se
     python benchmarks/overfitting.py --output benchmarks/results
     python benchmarks/overfitting.py --model smollm2 --wikitext FOLDER --steps 60 \
         --sequences 1 32 128 512
-    python benchmarks/overfitting.py --model smollm2 --wikitext FOLDER --steps 60 \
+    python benchmarks/overfitting.py --model smollm2 --wikitext FOLDER --steps 45 --distilled \
         --sequences 128 --written
 
 Straight-through learning from SparseGPT's mask with its defaults, for the same number of steps
-whatever the number of sequences; ``--written`` learns from what the model writes itself. Each run
-is added to ``overfitting.csv``.
+whatever the number of sequences; ``--distilled`` learns from the dense model's outputs, and
+``--written`` from text that the model writes itself. Each run is added to ``overfitting.csv``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from maskpro_lightning import NMPattern, StraightThrough
 
-COLUMNS = ("model", "text", "sequences", "seed", "step", "seen", "held_out", "groups_changed")
+COLUMNS = ("model", "text", "learned_from", "sequences", "seed", "step")
+COLUMNS += ("seen", "held_out", "elsewhere", "groups_changed")
 # Batches that the loss on seen text is measured on.
 _SEEN = 32
 
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=("llama", "smollm2"), default="llama")
     parser.add_argument("--wikitext", type=Path, help="valid.txt and test.txt, for SmolLM2")
     parser.add_argument("--written", action="store_true", help="of SmolLM2")
+    parser.add_argument("--distilled", action="store_true")
     parser.add_argument("--sequences", nargs="+", type=int, default=[1, 32, 512, 4096])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=500)
@@ -59,8 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = args.output / "overfitting.csv"
     table = Table(*COLUMNS, title="Straight-through, 2:4")
     for count, seed in product(args.sequences, args.seeds):
-        found = list(run(limited(whole, count), count, seed, args.steps, args.looks))
-        rows = [tuple(map(str, (args.model, text, *row))) for row in found]
+        learned_from = "outputs" if args.distilled else "labels"
+        bench = methods.Workbench(limited(whole, count), NMPattern(2, 4), seed)
+        found = run(bench, args.steps, args.looks, distilling=args.distilled)
+        about = (args.model, text, learned_from, count, seed)
+        rows = [tuple(map(str, (*about, *row))) for row in found]
         new = not path.exists()
         with path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows] if new else rows)
@@ -76,32 +81,28 @@ def limited(case: cases.Case, sequences: int) -> cases.Case:
 
 
 def run(
-    case: cases.Case, count: int, seed: int, steps: int, looks: int
-) -> Iterator[tuple[int, int, int, float, float, float]]:
-    """Learn, and yield a row for the initial mask and for each look."""
-    bench = methods.Workbench(case, NMPattern(2, 4), seed)
+    bench: methods.Workbench, steps: int, looks: int, *, distilling: bool
+) -> Iterator[tuple[int, float, float, float, float]]:
+    """Learn, and yield what a row ends with, for the initial mask and for each look."""
+    case = bench.case
     with bench.restored():
         masks, _ = bench.one_shot("sparsegpt")
-        learner = methods.MaskProLearner(bench, masks, steps, StraightThrough())
+        learner = methods.MaskProLearner(
+            bench, masks, steps, StraightThrough(), distilling=distilling
+        )
         order: list[int] = []
-        for step in tqdm(range(steps + 1), f"{count} sequences", leave=False, mininterval=1):
+        for step in tqdm(range(steps + 1), "Learning", leave=False, mininterval=1):
             if step:
                 order = order or bench.epoch()
                 learner.step(order.pop())
             if step % (steps // looks) == 0:
                 found = learner.masks()
-                seen, held_out = (
+                seen, held_out, elsewhere = (
                     round(bench.deployed_loss(found, batches), 4)
-                    for batches in (case.training[:_SEEN], case.reported)
+                    for batches in (case.training[:_SEEN], case.reported, case.elsewhere)
                 )
-                yield (
-                    count,
-                    seed,
-                    step,
-                    seen,
-                    held_out,
-                    round(methods.share_changed(masks, found), 4),
-                )
+                changed = round(methods.share_changed(masks, found), 4)
+                yield step, seen, held_out, elsewhere, changed
 
 
 if __name__ == "__main__":
