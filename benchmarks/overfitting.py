@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from maskpro_lightning import NMPattern, StraightThrough
 
-COLUMNS = ("model", "text", "learned_from", "sequences", "seed", "step")
-COLUMNS += ("seen", "held_out", "elsewhere", "groups_changed")
+ABOUT = ("model", "text", "learned_from", "sequences", "seed")
+COLUMNS = (*ABOUT, "step", "seen", "held_out", "elsewhere", "groups_changed")
 # Batches that the loss on seen text is measured on.
 _SEEN = 32
 

@@ -122,23 +122,31 @@ def test_few_sequences_are_all_that_is_learned_from(
     seen: list[tuple[int, int]] = []
     inside = overfitting.run
 
-    def run(case: Any, count: int, *args: int) -> Any:
-        seen.append((len(case.training), len(case.training[0])))
-        return inside(replace(case, reported=case.reported[:1]), count, *args)
+    def run(bench: Any, *args: int, distilling: bool) -> Any:
+        seen.append((len(bench.case.training), len(bench.case.training[0])))
+        few = {kind: getattr(bench.case, kind)[:1] for kind in ("reported", "elsewhere")}
+        bench.case = replace(bench.case, **few)
+        return inside(bench, *args, distilling=distilling)
 
     monkeypatch.setattr(overfitting, "run", run)
-    command = ["--sequences", "1", "16", "--steps", "2", "--looks", "2"]
-    overfitting.main([*command, "--output", str(tmp_path)])
-    assert seen == [(1, 1), (2, 8)]
+    command = ["--steps", "2", "--looks", "2", "--output", str(tmp_path)]
+    overfitting.main(["--sequences", "1", "16", *command])
+    overfitting.main(["--sequences", "16", "--distilled", *command])
+    assert seen == [(1, 1), (2, 8), (2, 8)]
     rows = rows_of(tmp_path / "overfitting.csv")
-    assert [(row["sequences"], row["step"]) for row in rows] == [
-        (count, step) for count in ("1", "16") for step in "012"
+    runs = [("labels", "1"), ("labels", "16"), ("outputs", "16")]
+    assert [(row["learned_from"], row["sequences"], row["step"]) for row in rows] == [
+        (*about, step) for about in runs for step in "012"
     ]
-    for count in ("1", "16"):
-        first, *_, last = (row for row in rows if row["sequences"] == count)
+    lasts = []
+    for about in runs:
+        found = [row for row in rows if (row["learned_from"], row["sequences"]) == about]
+        first, *_, last = found
         assert first["groups_changed"] == "0.0"
         assert float(last["groups_changed"]) > 0
         assert float(last["seen"]) < float(first["seen"])
+        lasts.append((last["held_out"], last["elsewhere"]))
+    assert len(set(lasts)) == len(runs)
 
 
 @pytest.mark.usefixtures("quality")

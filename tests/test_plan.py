@@ -292,8 +292,12 @@ def test_the_command_plans_a_recipe_without_its_weights(
     assert once is not None
     assert twice is not None
     assert float(twice[1]) == pytest.approx(2 * float(once[1]), rel=0.01)
-    main(["plan", "--config", "quickstart_finetune", "--model.model", "quickstart/model"])
+    own = ["--model.model", "quickstart/model", "--trainer.precision=bf16-mixed"]
+    main(["plan", "--config", "quickstart_finetune", "--trainer.accelerator=gpu", *own])
+    assert "at 400 TFLOP/s" in capsys.readouterr().out
+    main(["plan", "--config", "quickstart_finetune", *own[:2]])
     told = capsys.readouterr().out
+    assert "at 0.1 TFLOP/s" in told  # on a CPU, as the recipe says
     assert re.search(r"optimizer\s+│\s+0\.00892", told)
     assert re.search(r"masks\s+│\s+0\.000123", told)
     assert re.search(r"dense copy\s+│\s+0\.00446", told)

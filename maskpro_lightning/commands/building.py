@@ -278,14 +278,20 @@ class BeforeFit(_CLI):
     """Builds what a recipe describes without memory for its weights."""
 
     def __init__(self) -> None:
-        # A plan is no run, and planned for other devices than those that are here.
-        sys.argv += ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.devices=1"]
-        sys.argv += ["--trainer.strategy=auto", "--trainer.precision=32-true"]
         with torch.device("meta"):
             super().__init__(run=False, save_config_callback=None)
+
+    def before_instantiate_classes(self) -> None:
+        trainer = self.config["trainer"]
+        if self.config["tflops"] is None:
+            self.config["tflops"] = 0.1 if trainer["accelerator"] == "cpu" else 400.0
+        # A plan is no run, and planned for other devices than those that are here.
+        trainer["logger"], trainer["accelerator"], trainer["devices"] = False, "cpu", 1
+        trainer["strategy"], trainer["precision"] = "auto", "32-true"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         told = HELP["plan"]
         parser.add_argument("--devices", type=int, default=1, help=told["devices"])
         parser.add_argument("--strategy", type=Strategy, default="fsdp2", help=told["strategy"])
-        parser.add_argument("--tflops", type=PositiveFloat, default=400.0, help=told["tflops"])
+        maybe = PositiveFloat | None
+        parser.add_argument("--tflops", type=maybe, default=None, help=told["tflops"])

@@ -36,7 +36,8 @@ HELP = {
         "devices": "Number of ranks.",
         "strategy": "How to shard: ddp, fsdp1 or fsdp2.",
         "tflops": "10^12 multiplications and additions that a device does in a second: in "
-        "bfloat16 an H100 some 400, an A100 some 140, a core of a CPU 0.1.",
+        "bfloat16 an H100 some 400, an A100 some 140, a core of a CPU 0.1. By default a core's if "
+        "the recipe's accelerator is cpu, and an H100's otherwise.",
     },
 }
 HELP["compare"] = {k: v for k, v in HELP["export"].items() if k != "ckpt_path"}
