@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import process_shards
 import pytest
 import torch
 from modules import ROUNDING, equal, identical
+from process_group import run_group
 from process_shards import FAMILIES, LR, STEPS, STRATEGIES, Model, applies
 
 from maskpro_lightning import NMPattern, find_targets
@@ -25,8 +25,8 @@ Told = dict[int, list[dict[str, Any]]]
 def run(folder: Path, *tasks: str) -> dict[str, Told]:
     """What every rank tells of each task, on 1, 2 and 4 of them."""
     command = [sys.executable, "-W", "ignore", process_shards.__file__, str(folder), *tasks]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900)
-    assert not done.returncode, done.stdout + done.stderr
+    status, output = run_group(command)
+    assert not status, output
 
     def told(task: str, ranks: int, rank: int) -> Any:
         return torch.load(folder / f"{task}-{ranks}-{rank}.pt", weights_only=False)
