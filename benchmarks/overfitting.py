@@ -4,11 +4,12 @@ r"""Loss on seen and on held-out text after learning from 1, 32, 512 and 4096 se
     python benchmarks/overfitting.py --model smollm2 --wikitext FOLDER --steps 60 \
         --sequences 1 32 128 512
     python benchmarks/overfitting.py --model smollm2 --wikitext FOLDER --steps 45 --distilled \
-        --sequences 128 --written
+        --sequences 128 --text wikitext python-docs written
 
 Straight-through learning from SparseGPT's mask with its defaults, for the same number of steps
-whatever the number of sequences; ``--distilled`` learns from the dense model's outputs, and
-``--written`` from text that the model writes itself. Each run is added to ``overfitting.csv``.
+whatever the number of sequences; ``--distilled`` learns from the dense model's outputs. SmolLM2
+learns from WikiText, from the documentation that CPython carries, or from text that it writes
+itself. Each run is added to ``overfitting.csv``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -42,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", choices=("llama", "smollm2"), default="llama")
     parser.add_argument("--wikitext", type=Path, help="valid.txt and test.txt, for SmolLM2")
-    parser.add_argument("--written", action="store_true", help="of SmolLM2")
+    parser.add_argument(
+        "--text", nargs="+", choices=("wikitext", "python-docs", "written"), help="for SmolLM2"
+    )
     parser.add_argument("--distilled", action="store_true")
     parser.add_argument("--sequences", nargs="+", type=int, default=[1, 32, 512, 4096])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -51,18 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    text = "written" if args.written else "given"
-    if args.model == "llama":
-        whole = cases.llama()
-    else:
-        most = max(args.sequences) // 2 if args.written else 0
-        whole = cases.smollm2(args.wikitext, written=most)
+    texts = ["python-docs"] if args.model == "llama" else args.text or ["wikitext"]
+
+    @cache
+    def loaded(text: str) -> cases.Case:
+        if args.model == "llama":
+            return cases.llama()
+        return cases.smollm2(args.wikitext, text=text, sequences=max(args.sequences))
+
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "overfitting.csv"
     table = Table(*COLUMNS, title="Straight-through, 2:4")
-    for count, seed in product(args.sequences, args.seeds):
+    for text, count, seed in product(texts, args.sequences, args.seeds):
         learned_from = "outputs" if args.distilled else "labels"
-        bench = methods.Workbench(limited(whole, count), NMPattern(2, 4), seed)
+        bench = methods.Workbench(limited(loaded(text), count), NMPattern(2, 4), seed)
         found = run(bench, args.steps, args.looks, distilling=args.distilled)
         about = (args.model, text, learned_from, count, seed)
         rows = [tuple(map(str, (*about, *row))) for row in found]
