@@ -16,6 +16,7 @@ import torch
 from test_readme import Regression
 from torch.utils.data import DataLoader, TensorDataset
 
+import maskpro_lightning
 from maskpro_lightning.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -36,10 +37,20 @@ def commands() -> set[str]:
 def test_pages_are_listed_and_found() -> None:
     index = PAGES["README.md"].read_text()
     assert len(WITH_CODE) == 9
-    navigation = (ROOT / "mkdocs.yml").read_text()
+    settings = (ROOT / "mkdocs.yml").read_text()
+    named = re.findall(r"^ +- (?:[\w ]+: )?([\w-]+\.md)$", settings, re.MULTILINE)
+    # What the site alone has: those of other folders, and the README, which is its index.
+    made = {"README.md", "start.md", "recipes.md", "benchmarks.md"}
+    assert sorted(named) == sorted((PAGES.keys() - {"recipes"}) | made)
     for name in PAGES.keys() - {"README.md", "recipes"}:
         assert f"]({name})" in index, name
-        assert re.search(rf"^ +- (?:\w+: )?{name}$", navigation, re.MULTILINE), name
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    listed = re.findall(
+        r"^::: maskpro_lightning\.(\w+)$", PAGES["api.md"].read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(maskpro_lightning.__all__)
 
 
 @pytest.fixture

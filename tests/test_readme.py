@@ -74,5 +74,5 @@ def test_the_install_line_states_the_packages_own_lower_bounds() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bounds = {name for name in project["dependencies"] if name.startswith(("torch>", "lightning"))}
     bounds.add(f"Python{project['requires-python']}")
-    (line,) = re.findall(r"pip install 'maskpro-lightning\[all\]' +# (.*)", README)
+    (line,) = re.findall(r"pip install -c constraints.txt '\.\[all\]' +# (.*)", README)
     assert {bound.replace(" ", "") for bound in line.split(",")} == bounds
