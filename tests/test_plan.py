@@ -264,6 +264,33 @@ def test_a_model_with_memory_is_not_planned_by_a_step_of_its_optimizer() -> None
         plan_training(model, find_targets(model, "2:4"), [], devices=1)
 
 
+@pytest.mark.parametrize(
+    ("trainer", "planned"),
+    [
+        (["devices=auto"], "One device"),
+        (["devices=4", "num_nodes=2", "strategy=fsdp"], "One of 8 ranks, fsdp1"),
+        (["devices=[0,1]", "strategy=ddp_find_unused_parameters_true"], "One of 2 ranks, ddp"),
+        (
+            ["devices=2", "strategy=lightning.pytorch.strategies.ModelParallelStrategy"],
+            "One of 2 ranks, fsdp2",
+        ),
+    ],
+    ids=["auto", "fsdp1", "ddp", "fsdp2"],
+)
+def test_the_command_plans_for_the_recipes_own_devices(
+    trainer: list[str],
+    planned: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("sys.argv", ["maskpro"])
+    main(["plan", "--config", "quickstart", *(f"--trainer.{option}" for option in trainer)])
+    assert planned in capsys.readouterr().out
+    main(["plan", "--config", "quickstart", "--devices=3", "--strategy=fsdp2"])
+    assert "One of 3 ranks, fsdp2" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_command_plans_a_recipe_without_its_weights(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -283,15 +283,32 @@ class BeforeFit(_CLI):
 
     def before_instantiate_classes(self) -> None:
         trainer = self.config["trainer"]
-        if self.config["tflops"] is None:
-            self.config["tflops"] = 0.1 if trainer["accelerator"] == "cpu" else 400.0
+        asked = {
+            "devices": _ranks(trainer["devices"]) * trainer["num_nodes"],
+            "strategy": _sharding(trainer["strategy"]),
+            "tflops": 0.1 if trainer["accelerator"] == "cpu" else 400.0,
+        }
+        for name, value in asked.items():
+            if self.config[name] is None:
+                self.config[name] = value
         # A plan is no run, and planned for other devices than those that are here.
         trainer["logger"], trainer["accelerator"], trainer["devices"] = False, "cpu", 1
         trainer["strategy"], trainer["precision"] = "auto", "32-true"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         told = HELP["plan"]
-        parser.add_argument("--devices", type=int, default=1, help=told["devices"])
-        parser.add_argument("--strategy", type=Strategy, default="fsdp2", help=told["strategy"])
-        maybe = PositiveFloat | None
-        parser.add_argument("--tflops", type=maybe, default=None, help=told["tflops"])
+        for name, kind in (("devices", int), ("strategy", Strategy), ("tflops", PositiveFloat)):
+            parser.add_argument(f"--{name}", type=kind | None, default=None, help=told[name])
+
+
+def _ranks(devices: Any) -> int:
+    """The number of ranks of a node that a Trainer's ``devices`` asks for; 1 if it does not say."""
+    if isinstance(devices, list):
+        return len(devices)
+    return int(devices) if str(devices).isdigit() else 1
+
+
+def _sharding(strategy: Any) -> Strategy:
+    """What a plan calls a Trainer's strategy; FSDP2 if it does not say."""
+    name = getattr(strategy, "class_path", str(strategy)).rpartition(".")[2].lower()
+    return "ddp" if name.startswith("ddp") else "fsdp1" if name.startswith("fsdp") else "fsdp2"

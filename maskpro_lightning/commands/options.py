@@ -33,8 +33,8 @@ HELP = {
         "dtype": "bfloat16, float16 or float32.",
     },
     "plan": {
-        "devices": "Number of ranks.",
-        "strategy": "How to shard: ddp, fsdp1 or fsdp2.",
+        "devices": "Number of ranks; by default the recipe's, on all nodes.",
+        "strategy": "How to shard: ddp, fsdp1 or fsdp2; by default as the recipe does.",
         "tflops": "10^12 multiplications and additions that a device does in a second: in "
         "bfloat16 an H100 some 400, an A100 some 140, a core of a CPU 0.1. By default a core's if "
         "the recipe's accelerator is cpu, and an H100's otherwise.",
