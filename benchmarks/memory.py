@@ -1,11 +1,13 @@
-"""Memory beside the weights against their number, up to 70 billion: ours and MaskLLM's categorical.
+"""Memory beside the weights against their number, up to 70 billion: ours and others'.
 
     python benchmarks/memory.py
 
 Up to SmolLM2 the bytes are those that runs of ``quality.py`` have held (float32 weights). Beyond,
 in bfloat16, ours are those of ``maskpro plan`` on one device, and the categorical's are counted:
 for each of a group's 6 masks a logit, its gradient and two moments in float32, beside a dense copy
-of the weights and their gradients. Writes ``memory.csv`` and ``memory.png``.
+of the weights and their gradients. MaskPro's published code keeps a float32 logit and a mask of one
+byte for each weight, and masks the dense weight anew in each forward pass. What a pass itself needs
+(activations, one layer's masked weight) counts for none. Writes ``memory.csv`` and ``memory.png``.
 """
 
 from __future__ import annotations
@@ -33,9 +35,16 @@ SIZES = {
     "Llama-3.1-70B": (8192, 28672, 80, 64, 8),
 }
 PATTERN = NMPattern(2, 4)
-WAYS = ("ours", "ours, lean, logits in bfloat16", "categorical (MaskLLM)")
+WAYS = (
+    "ours",
+    "ours, lean, logits in bfloat16",
+    "categorical (MaskLLM)",
+    "policy (MaskPro's published code)",
+)
+# Bytes that the published code keeps for each weight.
+_PUBLISHED = 4 + 1
 _WEIGHTS = {"llama": 983_040, "smollm2": 106_168_320}
-_COLOURS = ("#b5489c", "#0b76b8", "#d55e00")
+_COLOURS = ("#b5489c", "#0b76b8", "#d55e00", "#868686")
 _INK = "#797979"
 Row = tuple[str, int, str, float, str]
 
@@ -70,6 +79,8 @@ def measured(path: Path) -> Iterator[Row]:
             weights = _WEIGHTS[result.model]
             size = result.bytes_per_weight * weights / 1e9
             yield result.model, weights, ways[result.method], size, "a run"
+    for name, weights in _WEIGHTS.items():
+        yield name, weights, WAYS[3], weights * _PUBLISHED / 1e9, "counted"
 
 
 def planned() -> Iterator[Row]:
@@ -95,6 +106,7 @@ def planned() -> Iterator[Row]:
             yield name, weights, way, beside / 1e9, "maskpro plan"
         logits = PATTERN.num_sets / PATTERN.m
         yield name, weights, WAYS[2], weights * (logits * (4 + 4 + 8) + 2 + 2) / 1e9, "counted"
+        yield name, weights, WAYS[3], weights * _PUBLISHED / 1e9, "counted"
 
 
 def draw(rows: Sequence[Row]) -> Figure:

@@ -276,5 +276,6 @@ def test_memory_is_drawn_from_runs_and_from_plans(
     assert size[memory.WAYS[0]] == pytest.approx(6.25 * weights + gradient)
     assert size[memory.WAYS[1]] == pytest.approx(3.25 * weights + gradient)
     assert size[memory.WAYS[2]] == pytest.approx(28 * weights)
+    assert size[memory.WAYS[3]] == pytest.approx(5 * weights)
     assert float(rows["llama", "ours"]["gb"]) < float(rows["llama", memory.WAYS[2]]["gb"]) / 3
     assert (tmp_path / "memory.png").exists()
