@@ -116,15 +116,14 @@ def smollm2(wikitext: Path, *, text: str = "wikitext", sequences: int = 0) -> Ca
             logits: Tensor = model(tokens, use_cache=False).logits
         return logits.float()
 
-    training, test = (
-        batches((wikitext / f"{split}.txt").read_text(encoding="utf-8"))
-        for split in ("valid", "test")
-    )
-    if text == "python-docs":
-        training = batches("\n\n".join(python_docs("train")))
     if text == "written":
         end = tokenizer.eos_token_id
         training = list(generate(model, end, sequences, length=256, seed=0).view(-1, 2, 256))
+    elif text == "python-docs":
+        training = batches("\n\n".join(python_docs("train")))
+    else:
+        training = batches((wikitext / "valid.txt").read_text(encoding="utf-8"))
+    test = batches((wikitext / "test.txt").read_text(encoding="utf-8"))
     documentation = batches("\n\n".join(python_docs("validation")))
     return Case(
         model,

@@ -2,7 +2,7 @@ r"""Loss on seen and on held-out text after learning from 1, 32, 512 and 4096 se
 
     python benchmarks/overfitting.py --output benchmarks/results
     python benchmarks/overfitting.py --model smollm2 --wikitext FOLDER --steps 60 \
-        --sequences 1 32 128 512
+        --sequences 1 32 128
     python benchmarks/overfitting.py --model smollm2 --wikitext FOLDER --steps 45 --distilled \
         --sequences 128 --text wikitext python-docs written
 
@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--looks", type=int, default=5, help="measurements on the way")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(arguments)
+    if args.text and args.model == "llama":
+        parser.error("--text is for --model smollm2: the Llama learns from Python's documentation")
     torch.set_num_threads(1)
     texts = ["python-docs"] if args.model == "llama" else args.text or ["wikitext"]
 

@@ -270,12 +270,13 @@ def test_a_model_with_memory_is_not_planned_by_a_step_of_its_optimizer() -> None
         (["devices=auto"], "One device"),
         (["devices=4", "num_nodes=2", "strategy=fsdp"], "One of 8 ranks, fsdp1"),
         (["devices=[0,1]", "strategy=ddp_find_unused_parameters_true"], "One of 2 ranks, ddp"),
+        (["devices='0,2,3'", "strategy=ddp"], "One of 3 ranks, ddp"),
         (
             ["devices=2", "strategy=lightning.pytorch.strategies.ModelParallelStrategy"],
             "One of 2 ranks, fsdp2",
         ),
     ],
-    ids=["auto", "fsdp1", "ddp", "fsdp2"],
+    ids=["auto", "fsdp1", "ddp", "indices", "fsdp2"],
 )
 def test_the_command_plans_for_the_recipes_own_devices(
     trainer: list[str],

@@ -303,6 +303,8 @@ class BeforeFit(_CLI):
 
 def _ranks(devices: Any) -> int:
     """The number of ranks of a node that a Trainer's ``devices`` asks for; 1 if it does not say."""
+    if isinstance(devices, str) and "," in devices:
+        devices = [index for index in devices.split(",") if index.strip()]
     if isinstance(devices, list):
         return len(devices)
     return int(devices) if str(devices).isdigit() else 1
@@ -311,4 +313,6 @@ def _ranks(devices: Any) -> int:
 def _sharding(strategy: Any) -> Strategy:
     """What a plan calls a Trainer's strategy; FSDP2 if it does not say."""
     name = getattr(strategy, "class_path", str(strategy)).rpartition(".")[2].lower()
-    return "ddp" if name.startswith("ddp") else "fsdp1" if name.startswith("fsdp") else "fsdp2"
+    if name.startswith("ddp"):
+        return "ddp"
+    return "fsdp1" if name.startswith("fsdp") else "fsdp2"
